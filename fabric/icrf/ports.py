@@ -1,0 +1,289 @@
+"""The ports of the fabric: what each side may expect of the other, whatever adapter was injected.
+
+One cluster and many differ only in the adapters behind these Protocols. Every port has one contract test suite
+in ``tests/contract`` that runs against each of its adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from icrf.protocol import (
+    Activate,
+    Activated,
+    Capacity,
+    ClusterInfo,
+    Fingerprint,
+    Instruction,
+    PeerAddress,
+    Plan,
+    Report,
+    Reserve,
+    RunEvent,
+    RunInfo,
+    StartRound,
+    Submission,
+)
+
+
+class Clock(Protocol):
+    """Time. `monotonic_s` decides leases and deadlines; `wall_s` is for display only."""
+
+    def monotonic_s(self) -> float: ...
+
+    def wall_s(self) -> float: ...
+
+
+class MediatorPort(Protocol):
+    """SDK -> mediator. Blocking calls; adapters: in-process and gRPC.
+
+    Every method raises :class:`icrf.errors.IcrfError` subclasses only. An unknown run id raises F001; a run id may be
+    abbreviated to any unique prefix (F004 when ambiguous). Calls are safe to repeat: `submit` by its
+    ``client_request_id``, `cancel`, `advance` and `finish` because asking twice for a state reached is no error.
+    """
+
+    def submit(self, submission: Submission) -> RunInfo:
+        """Accept a federation. MUST be durable before it returns. Same request id: the same run."""
+
+    def plan(self, submission: Submission) -> Plan:
+        """Dry run against the clusters registered now. Changes nothing."""
+
+    def get(self, run_id: str) -> RunInfo: ...
+
+    def list_runs(self) -> list[RunInfo]:
+        """All runs, newest first."""
+
+    def clusters(self) -> list[ClusterInfo]:
+        """Registered clusters by name."""
+
+    def watch(self, run_id: str, after_seq: int = 0) -> Iterator[RunEvent]:
+        """Events with seq > `after_seq`, past ones first, then live; ends after the ``end`` event."""
+
+    def cancel(self, run_id: str) -> RunInfo:
+        """Ask for the end of a run; a finished run is returned unchanged."""
+
+    def advance(self, run_id: str, stage: str, rounds: int = 0) -> RunInfo:
+        """Let a held run go on: to ``reserve`` or ``activate``, or ``run`` for `rounds` further rounds (0: as
+        configured). Returns at once; follow with `watch` or `get`."""
+
+    def finish(self, run_id: str) -> RunInfo:
+        """End a kept run: store its model and release its resources. Returns at once."""
+
+    def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes:
+        """Call a node's method wherever it lives; values in ``icrf.values`` form. Blocks until the result."""
+
+    def send_message(self, run_id: str, recipients: Sequence[str], message: bytes) -> None:
+        """Deliver a message of the supervisor to these nodes; returns when it is in their mailboxes."""
+
+    def fetch(self, run_id: str, artifact: str) -> Iterator[bytes]:
+        """The bytes of an artifact (``model.safetensors``) in chunks of at most 1 MiB; F006 if unknown."""
+
+    def close(self) -> None:
+        """Release the connection; harmless when called twice."""
+
+
+class AgentLink(Protocol):
+    """Agent -> mediator: the control stream the agent dials out. Asynchronous; adapters: in-process and gRPC.
+
+    One owner task calls `run`; other tasks of the same loop may call `report` and `upload` at any time.
+    """
+
+    async def run(self, register: Callable[[], Report], deliver: Callable[[Instruction], None]) -> None:
+        """Register and then pass every instruction to `deliver` in order, until `close`.
+
+        A lost connection is retried for ever with jitter and registers again; a :class:`Reject` is delivered like any
+        instruction and ends the call."""
+
+    def report(self, report: Report) -> None:
+        """Queue a report for the mediator; reports arrive in order. Never blocks."""
+
+    async def upload(self, run_id: str, artifact: str, chunks: Iterator[bytes]) -> str:
+        """Stream an artifact to the mediator's blob store; returns its hex sha256 once it is durable."""
+
+    async def close(self) -> None: ...
+
+
+class AgentPort(Protocol):
+    """Mediator -> one agent. `send` queues an instruction; it never blocks and never raises; order is kept."""
+
+    def send(self, instruction: Instruction) -> None: ...
+
+    def disconnect(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What a runtime found when it started."""
+
+    capacity: Capacity
+    fingerprint: Fingerprint
+    gateway_address: str = ""
+
+
+@dataclass(frozen=True)
+class PayloadHeader:
+    """Identifies one payload between clusters. `sender` is a node index, or -1 for a cluster's partial.
+
+    kind: ``model`` (global model, float32), ``update`` (one node's parameters), ``partial`` and ``consensus``
+    (exact sums, float64), ``message`` (an encoded user message, uint8). Recipients of a model or an update are the
+    sender's neighbours on the receiving cluster; of a message they are listed.
+    """
+
+    run_id: str
+    generation: int
+    round: int
+    attempt: int
+    kind: str
+    sender: int
+    source: str
+    target: str
+    dtype: str
+    num_elements: int
+    weight: int = 0
+    recipients: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A payload that came in: its header and the bytes it took on the wire, headers included."""
+
+    header: PayloadHeader
+    wire_bytes: int
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What one host says after a phase; see ``RoundReport`` for the fields."""
+
+    nodes: tuple[int, ...] = ()
+    overflow: tuple[int, ...] = ()
+    absmax: tuple[float, ...] = ()
+    metric_sums: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    model_hash: str = ""
+    state_hashes: bytes = b""
+    bytes_intra_cluster: int = 0
+
+
+class ClusterRuntime(Protocol):
+    """Agent -> the cluster that computes. Adapters: Ray, and inline (no Ray, for tests and simulation).
+
+    Every method may raise an IcrfError (never anything of Ray's). `run_id` keys everything; nothing of one run is
+    visible to another. All methods are idempotent for equal arguments, so that an agent may repeat them.
+    """
+
+    async def start(self) -> ClusterFacts:
+        """Connect and start what is shared by all runs: topology manager, gateway."""
+
+    async def reserve(self, request: Reserve) -> None:
+        """All bundles or none; R001 if they can never fit, R003 if not within the deadline."""
+
+    async def activate(self, request: Activate) -> Activated:
+        """Create the hosts and set up this cluster's nodes. U001 carries a node's own traceback."""
+
+    async def publish_model(self, run_id: str, start: StartRound) -> None:
+        """Coordinator: publish the committed global model to all participants (edges are checked)."""
+
+    async def train(self, run_id: str, start: StartRound) -> PhaseReport:
+        """Every host trains its nodes from the committed state and publishes what they send."""
+
+    async def send_payload(self, run_id: str, start: StartRound, kind: str, sender: int, target: str) -> None:
+        """Send a published model, update or partial to the gateway of cluster `target`; returns when accepted."""
+
+    async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
+        """Centralized: merge the partials into the new global model (coordinator only). Decentralized: every host
+        mixes its nodes, and, if the round is evaluated, the cluster's consensus partial is published."""
+
+    async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
+        """Coordinator of a decentralized run: merge the consensus partials and evaluate the consensus model."""
+
+    async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
+        """Drop everything of that attempt. Late results and payloads of it are refused from now on."""
+
+    async def arrivals(self) -> AsyncIterator[Arrival]:
+        """Payloads as they come in, each once."""
+        yield  # type: ignore[misc]
+
+    async def model_chunks(self, run_id: str, round_number: int) -> Iterator[bytes]:
+        """The committed global or consensus model of that round as safetensors, in chunks."""
+
+    async def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes: ...
+
+    async def send_message(self, run_id: str, recipients: Sequence[int], message: bytes) -> None: ...
+
+    async def release(self, run_id: str) -> None:
+        """Kill the run's hosts, free its objects, remove its placement group; harmless when nothing is there."""
+
+    async def close(self) -> None:
+        """End everything this runtime started; harmless when called twice."""
+
+
+class PayloadTransport(Protocol):
+    """Gateway -> gateway. Blocking, thread-safe; adapters: in-process, gRPC direct, gRPC through the relay.
+
+    A payload is sent in chunks of about 1 MiB, each with its index and an xxh3 checksum. `send` returns only after
+    the receiver has verified and processed it; P030 when the peer cannot be reached within the deadline, P02x for a
+    corrupted or truncated payload, or the IcrfError that the receiver's `receive` raised (for instance P011).
+    """
+
+    def serve(self, receive: Callable[[PayloadHeader, np.ndarray[Any, Any], int], None]) -> str:
+        """Start accepting: `receive(header, array, wire_bytes)` is called in a worker thread per payload and owns the
+        one-dimensional array. Returns the address that peers can dial, or an empty string if none."""
+
+    def send(self, header: PayloadHeader, array: np.ndarray[Any, Any], peer: PeerAddress, timeout_s: float) -> None:
+        """Send a one-dimensional, contiguous array; it is only read."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Write:
+    """One durable fact. `table` names the record, `key` its identity within the table, `row` plain values."""
+
+    table: str
+    key: tuple[str | int, ...]
+    row: Mapping[str, Any]
+
+
+class FederationStore(Protocol):
+    """The mediator's journal. Adapters: in memory, SQLite.
+
+    Tables (key): ``runs`` (run_id), ``assignments`` (run_id, generation), ``attempts`` (run_id, round, attempt,
+    cluster), ``commits`` (run_id, round), ``events`` (run_id, seq), ``meta`` (name).
+    """
+
+    def apply(self, writes: Sequence[Write]) -> None:
+        """All of them or none, durable on return; an equal key replaces the row. ``commits`` rows never change: writing
+        a different row for an existing commit raises F005."""
+
+    def rows(self, table: str, prefix: tuple[str | int, ...] = ()) -> list[Write]:
+        """Rows whose key starts with `prefix`, ordered by key."""
+
+    def close(self) -> None: ...
+
+
+class BlobStore(Protocol):
+    """Artifacts, checkpoints and models as bytes. Adapters: in memory, folder."""
+
+    def writer(self, run_id: str, artifact: str) -> BlobWriter:
+        """A sink for one artifact; nothing is visible before `commit`. Committing again replaces."""
+
+    def read(self, run_id: str, artifact: str, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+        """Chunks of the artifact; F006 (raised at the call, not at the first chunk) when unknown."""
+
+    def delete_run(self, run_id: str, prefix: str = "") -> None: ...
+
+
+class BlobWriter(Protocol):
+    """See :class:`BlobStore`."""
+
+    def write(self, chunk: bytes) -> None: ...
+
+    def commit(self) -> str:
+        """Make it durable and visible; returns the hex sha256."""
+
+    def abort(self) -> None: ...
