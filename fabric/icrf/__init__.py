@@ -1,0 +1,110 @@
+"""ICRF: one federation over many Ray clusters, with the same bits on one cluster or on ten.
+
+::
+
+    with icrf.connect() as fabric:
+        run = fabric.submit(icrf.FederationConfig.from_yaml("digits.yaml"))
+        for r in run.rounds():
+            print(r.number, r.metrics)
+        run.result().save("model.safetensors")
+
+Importing this package is light: each name loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icrf.client import Fabric, Result, Run
+    from icrf.errors import IcrfError
+    from icrf.federation.base import FederatedBase
+    from icrf.federation.message import Message
+    from icrf.federation.node import FederatedNode
+    from icrf.federation.schemas import (
+        MeshFederatedLearningSchema,
+        RingFederatedLearningSchema,
+        StarFederatedLearningSchema,
+        schema_factory,
+    )
+    from icrf.federation.virtual_node import VirtualNode
+    from icrf.learning import register_model
+    from icrf.spec import FederationConfig
+    from icrf.topology import register_topology
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fabric",
+    "FederatedBase",
+    "FederatedNode",
+    "FederationConfig",
+    "IcrfError",
+    "MeshFederatedLearningSchema",
+    "Message",
+    "Result",
+    "RingFederatedLearningSchema",
+    "Run",
+    "StarFederatedLearningSchema",
+    "VirtualNode",
+    "__version__",
+    "connect",
+    "register_model",
+    "register_topology",
+    "schema_factory",
+]
+
+_HOME = {
+    "Fabric": "icrf.client",
+    "Run": "icrf.client",
+    "Result": "icrf.client",
+    "IcrfError": "icrf.errors",
+    "FederatedBase": "icrf.federation.base",
+    "FederatedNode": "icrf.federation.node",
+    "VirtualNode": "icrf.federation.virtual_node",
+    "Message": "icrf.federation.message",
+    "StarFederatedLearningSchema": "icrf.federation.schemas",
+    "RingFederatedLearningSchema": "icrf.federation.schemas",
+    "MeshFederatedLearningSchema": "icrf.federation.schemas",
+    "schema_factory": "icrf.federation.schemas",
+    "FederationConfig": "icrf.spec",
+    "register_topology": "icrf.topology",
+    "register_model": "icrf.learning",
+}
+
+
+def connect(
+    address: str | None = None,
+    *,
+    clusters: int = 1,
+    state_dir: Path | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Fabric:
+    """Open a fabric: the mediator at `address`, or an embedded one with `clusters` local Ray clusters.
+
+    See :func:`icrf.client.connect`. This facade is the composition root: only here does the SDK meet the factory of
+    embedded fabrics, so that nothing below imports upward.
+    """
+    from icrf import client  # noqa: PLC0415 - importing icrf stays light
+
+    if address is not None:
+        return client.connect(address, clusters=clusters)
+    from icrf.local import open_local  # noqa: PLC0415 - loads the agent and the mediator
+
+    return client.connect(clusters=clusters, state_dir=state_dir, on_progress=on_progress, open_local=open_local)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'icrf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,6 +22,7 @@ what is allowed and a hint. The code decides the exit code of a command and the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ class IcrfError(Exception):
         return CATALOGUE[self.code].status
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the wire, the journal and ``--json``; :func:`error_from_dict` reads them."""
+        """Plain values, for ``--json`` and pickling; :func:`error_from_dict` reads them."""
         return {
             "code": self.code,
             "message": self.message,
@@ -177,6 +178,11 @@ class IcrfError(Exception):
             "allowed": self.allowed,
             "hint": self.hint,
         }
+
+
+    def to_json(self) -> str:
+        """One JSON text, for the wire and the journal; :func:`error_from_json` reads it."""
+        return json.dumps(self.to_dict())
 
 
 class ConfigError(IcrfError):
@@ -280,3 +286,11 @@ def error_from_dict(data: Mapping[str, Any]) -> IcrfError:
         return ConfigErrors(error_from_dict(e) for e in data["errors"])
     parts = {k: data.get(k) or "" for k in ("place", "allowed", "hint")}
     return make_error(str(data.get("code", "X001")), str(data.get("message", "")), value=data.get("value"), **parts)
+
+
+def error_from_json(text: str) -> IcrfError:
+    """The inverse of :meth:`IcrfError.to_json`; text that is no error becomes X001."""
+    try:
+        return error_from_dict(json.loads(text))
+    except (ValueError, TypeError, AttributeError):
+        return InternalError("X001", "an error that cannot be read", value=text[:200])

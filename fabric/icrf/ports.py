@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from icrf.exchange import Transfer
 from icrf.protocol import (
     Activate,
     Activated,
@@ -67,8 +68,8 @@ class MediatorPort(Protocol):
         """Ask for the end of a run; a finished run is returned unchanged."""
 
     def advance(self, run_id: str, stage: str, rounds: int = 0) -> RunInfo:
-        """Let a held run go on: to ``reserve`` or ``activate``, or ``run`` for `rounds` further rounds (0: as
-        configured). Returns at once; follow with `watch` or `get`."""
+        """Let a held run go on: to ``reserve`` or ``activate``, or ``run`` until `rounds` rounds are committed in
+        total (0: as configured). Returns at once; follow with `watch` or `get`."""
 
     def finish(self, run_id: str) -> RunInfo:
         """End a kept run: store its model and release its resources. Returns at once."""
@@ -169,6 +170,14 @@ class PhaseReport:
     bytes_intra_cluster: int = 0
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """A model as safetensors bytes and the hex sha256 over its tensors' bytes in name order."""
+
+    safetensors: bytes
+    sha256: str
+
+
 class ClusterRuntime(Protocol):
     """Agent -> the cluster that computes. Adapters: Ray, and inline (no Ray, for tests and simulation).
 
@@ -191,8 +200,8 @@ class ClusterRuntime(Protocol):
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
         """Every host trains its nodes from the committed state and publishes what they send."""
 
-    async def send_payload(self, run_id: str, start: StartRound, kind: str, sender: int, target: str) -> None:
-        """Send a published model, update or partial to the gateway of cluster `target`; returns when accepted."""
+    async def send_payload(self, run_id: str, start: StartRound, transfer: Transfer) -> None:
+        """Send a published model, update or partial to the gateway of another cluster; returns when accepted."""
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
         """Centralized: merge the partials into the new global model (coordinator only). Decentralized: every host
@@ -208,8 +217,8 @@ class ClusterRuntime(Protocol):
         """Payloads as they come in, each once."""
         yield  # type: ignore[misc]
 
-    async def model_chunks(self, run_id: str, round_number: int) -> Iterator[bytes]:
-        """The committed global or consensus model of that round as safetensors, in chunks."""
+    async def final_model(self, run_id: str, round_number: int) -> ModelFile:
+        """The committed global or consensus model of that round; F006 where there is none."""
 
     async def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes: ...
 

@@ -1,0 +1,48 @@
+"""Learning on one host: models, data, local training, and the layout of the flat parameter buffer.
+
+Names load on first use, so that reading a layout does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icrf.learning.datasets import Dataset, load_dataset
+    from icrf.learning.layout import FlatModule, Layout
+    from icrf.learning.models import build_model, check_fit, register_model
+    from icrf.learning.partition import partition
+    from icrf.learning.training import LocalTrainer, evaluate
+
+__all__ = [
+    "Dataset",
+    "FlatModule",
+    "Layout",
+    "LocalTrainer",
+    "build_model",
+    "check_fit",
+    "evaluate",
+    "load_dataset",
+    "partition",
+    "register_model",
+]
+
+_HOME = {
+    "Dataset": "datasets",
+    "load_dataset": "datasets",
+    "FlatModule": "layout",
+    "Layout": "layout",
+    "build_model": "models",
+    "check_fit": "models",
+    "register_model": "models",
+    "partition": "partition",
+    "LocalTrainer": "training",
+    "evaluate": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,203 @@
+"""The core of an agent: what its cluster does about each instruction of the mediator. Pure: events in, actions out.
+
+It keeps, per run, the compiled exchange plan and the open attempt, buffers payloads that come before the round they
+belong to, and drops everything that is stale. The shell (``service.py``) carries out the actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from icrf.errors import IcrfError
+from icrf.exchange import ExchangePlan, compile_exchange
+from icrf.ports import Arrival, PhaseReport
+from icrf.protocol import (
+    AbortAttempt,
+    Activate,
+    Activated,
+    CallNode,
+    Instruction,
+    Lease,
+    Reject,
+    Release,
+    Released,
+    Report,
+    Reserve,
+    Reserved,
+    RoundReport,
+    SendMessage,
+    StartRound,
+    StoreModel,
+)
+from icrf.topology.hybrid import HybridAdjacencyMatrix
+from icrf_agent.round_machine import REPORT, RoundMachine, Step
+
+
+@dataclass(frozen=True)
+class Say:
+    """Report to the mediator."""
+
+    report: Report
+
+
+@dataclass(frozen=True)
+class Perform:
+    """Carry out an instruction that needs no further decision; its outcome goes straight to the mediator."""
+
+    instruction: Reserve | Activate | StoreModel | CallNode | SendMessage | Release
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Carry out one step of an attempt and feed its outcome back with :meth:`AgentCore.step_done`."""
+
+    start: StartRound
+    step: Step
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Drop everything of an attempt."""
+
+    run_id: str
+    round: int
+    attempt: int
+
+
+Action = Say | Perform | Advance | Discard
+
+
+@dataclass
+class _Run:
+    activation: Activate
+    plan: ExchangePlan
+    cluster: int
+    machine: RoundMachine | None = None
+    report: RoundReport | None = None
+    early: list[Arrival] = field(default_factory=list)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        start = self.machine.start if self.machine else None
+        return (start.round, start.attempt) if start else (0, 0)
+
+
+class AgentCore:
+    """Decides for one cluster.
+
+    Args:
+        cluster: its name.
+    """
+
+    def __init__(self, cluster: str) -> None:
+        self.cluster = cluster
+        self._runs: dict[str, _Run] = {}
+
+    def instructed(self, instruction: Instruction, now_s: float) -> list[Action]:
+        """The mediator says something. Repeated instructions are answered again and never done twice."""
+        if isinstance(instruction, Activate):
+            self._runs[instruction.run_id] = self._compile(instruction)
+            return [Perform(instruction)]
+        if isinstance(instruction, StartRound):
+            return self._start(instruction, now_s)
+        if isinstance(instruction, AbortAttempt):
+            return self._abort(instruction)
+        if isinstance(instruction, Release):
+            self._runs.pop(instruction.run_id, None)
+            return [Perform(instruction)]
+        if isinstance(instruction, Lease | Reject):
+            return []
+        return [Perform(instruction)]
+
+    def arrived(self, arrival: Arrival, now_s: float) -> list[Action]:
+        """A payload came in through the gateway."""
+        header = arrival.header
+        run = self._runs.get(header.run_id)
+        if run is None or header.generation != run.activation.generation:
+            return []
+        position = (header.round, header.attempt)
+        if position > run.position:
+            run.early.append(arrival)
+            return []
+        if position < run.position or run.machine is None:
+            return []
+        source = run.activation.clusters.index(header.source)
+        return self._actions(run, run.machine.arrived(arrival, source, now_s))
+
+    def step_done(
+        self, start: StartRound, step: Step, result: PhaseReport | None, took_s: float, now_s: float
+    ) -> list[Action]:
+        """A step was carried out; outcomes of attempts that are no longer open are dropped."""
+        run = self._open(start)
+        if run is None or run.machine is None:
+            return []
+        return self._actions(run, run.machine.done(step, result, took_s, now_s))
+
+    def step_failed(self, start: StartRound, error: IcrfError) -> list[Action]:
+        """A step failed: the attempt is over here, and the mediator decides."""
+        run = self._open(start)
+        if run is None or run.report is not None:
+            return []
+        run.report = RoundReport(start.run_id, start.generation, start.round, start.attempt, error_json=error.to_json())
+        return [Say(run.report)]
+
+    # ------------------------------------------------------------ inside
+
+    def _compile(self, activation: Activate) -> _Run:
+        adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
+        roles = [node.role for node in activation.nodes]
+        plan = compile_exchange(activation.flow, adjacency, roles, activation.assignment)
+        return _Run(activation, plan, activation.clusters.index(self.cluster))
+
+    def _start(self, start: StartRound, now_s: float) -> list[Action]:
+        run = self._runs.get(start.run_id)
+        if run is None or start.generation != run.activation.generation:
+            return []
+        position = (start.round, start.attempt)
+        if position == run.position:
+            return [Say(run.report)] if run.report else []
+        if position < run.position:
+            return []
+        run.machine = RoundMachine(run.plan, run.cluster, start, run.activation.graph.num_nodes)
+        run.report = None
+        actions = self._actions(run, run.machine.begin(now_s))
+        early, run.early = run.early, []
+        for arrival in early:
+            actions += self.arrived(arrival, now_s)
+        return actions
+
+    def _abort(self, abort: AbortAttempt) -> list[Action]:
+        run = self._runs.get(abort.run_id)
+        if run and run.machine and run.position == (abort.round, abort.attempt) and run.report is None:
+            start = run.machine.start
+            run.report = RoundReport(start.run_id, start.generation, start.round, start.attempt)
+        return [Discard(abort.run_id, abort.round, abort.attempt)]
+
+    def _open(self, start: StartRound) -> _Run | None:
+        run = self._runs.get(start.run_id)
+        if run is None or run.machine is None or run.report is not None:
+            return None
+        return run if run.machine.start == start else None
+
+    def _actions(self, run: _Run, steps: list[Step]) -> list[Action]:
+        assert run.machine is not None
+        actions: list[Action] = []
+        for step in steps:
+            if step.kind == REPORT and step.report is not None:
+                run.report = step.report
+                actions.append(Say(step.report))
+            else:
+                actions.append(Advance(run.machine.start, step))
+        return actions
+
+
+def failure(instruction: Instruction, error: IcrfError) -> Report | None:
+    """The report that carries the failure of a performed instruction; None where there is no one to tell."""
+    text = error.to_json()
+    if isinstance(instruction, Reserve):
+        return Reserved(instruction.run_id, instruction.generation, text)
+    if isinstance(instruction, Activate):
+        return Activated(instruction.run_id, instruction.generation, error_json=text)
+    if isinstance(instruction, Release):
+        return Released(instruction.run_id, instruction.generation)
+    return None

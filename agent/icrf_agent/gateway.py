@@ -1,0 +1,196 @@
+"""Payloads between clusters over gRPC: dialled directly where the peer has an address, else through the relay.
+
+Delivery is *at least once*: when a connection breaks after the receiver processed a payload and before the sender
+heard of it, the sender sends again. `receive` must therefore tolerate a payload twice; the header names it uniquely.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import tenacity
+
+from icrf.errors import IcrfError, LocalError, ProtocolError
+from icrf.ports import PayloadHeader
+from icrf.protocol import PeerAddress
+from icrf.wire.addresses import (
+    CHANNEL_OPTIONS,
+    SERVER_OPTIONS,
+    dial_target,
+    format_address,
+    parse_address,
+    refuse_plaintext,
+)
+from icrf.wire.frames import FrameWriter
+from icrf.wire.gateway_rpc import DELIVER, GATEWAY_SERVICE, RELAY_SERVICE, SEND, decode_ack, encode_ack, method_path
+from icrf.wire.status import from_rpc_error
+from icrf_agent.gateway_delivery import Receive, check_target, take_delivery
+from icrf_agent.gateway_relay import RelayLink, describe
+
+NUM_WORKERS = 8
+RETRY_BASE_S = 0.05
+RETRY_MAX_S = 1.0
+# Only these say that the payload was not refused: the peer is away, restarting, or ended the call while stopping.
+_RETRIED = frozenset((grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED))
+_AWAY = _RETRIED | {grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
+class GrpcTransport:
+    """The PayloadTransport adapter over gRPC; see :class:`icrf.ports.PayloadTransport`.
+
+    Args:
+        listen: ``host:port`` to accept direct payloads on (port 0: any free one), or None.
+        relay_address: ``host:port`` of the mediator, or None. With it, `serve` also attaches to the relay, and peers
+            without an address are reached through it.
+        cluster: name of this cluster.
+        incarnation: tells this life of the gateway from earlier ones.
+        num_workers: payloads taken in at the same time on each way; further ones wait at their senders.
+
+    Raises:
+        LocalError: L003 for a malformed address, L002 for one that is not on this machine: this wire is plaintext.
+    """
+
+    def __init__(
+        self,
+        listen: str | None,
+        relay_address: str | None,
+        cluster: str,
+        incarnation: str,
+        num_workers: int = NUM_WORKERS,
+    ) -> None:
+        self._listen = listen
+        self._relay_address = relay_address
+        self._cluster = cluster
+        self._incarnation = incarnation
+        self._num_workers = num_workers
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._channels: dict[str, grpc.Channel] = {}
+        self._server: grpc.Server | None = None
+        self._workers: ThreadPoolExecutor | None = None
+        self._link: RelayLink | None = None
+        if listen is not None:
+            refuse_plaintext(parse_address(listen, place="gateway")[0], place="gateway")
+        if relay_address is not None:
+            dial_target(relay_address, place="relay")
+
+    def serve(self, receive: Receive) -> str:
+        """Start accepting; see the port. A relay that is not there yet is waited for in the background.
+
+        Raises:
+            LocalError: L004 if the port is taken.
+        """
+        address = self._serve_direct(self._listen, receive) if self._listen is not None else ""
+        if self._relay_address is not None:
+            channel = self._channel(self._relay_address)
+            self._link = RelayLink(channel, self._cluster, self._incarnation, receive, self._num_workers)
+        return address
+
+    def send(self, header: PayloadHeader, array: np.ndarray[Any, Any], peer: PeerAddress, timeout_s: float) -> None:
+        """Send one payload and wait until the peer has processed it; see the port."""
+        check_target(header, peer)
+        frames = FrameWriter(header, array)
+        error = self._send(frames, peer, time.monotonic() + timeout_s, timeout_s)
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """End every connection and thread; waits for payloads that are being processed. Harmless when called twice."""
+        with self._lock:
+            self._closing.set()
+            server, self._server = self._server, None
+            workers, self._workers = self._workers, None
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()
+        if server is not None:
+            server.stop(None).wait()
+        if workers is not None:
+            workers.shutdown(wait=True)
+        with self._lock:
+            channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.close()
+
+    def _serve_direct(self, listen: str, receive: Receive) -> str:
+        def deliver(frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            return encode_ack(take_delivery(frames, receive))
+
+        host, _ = parse_address(listen)
+        workers = ThreadPoolExecutor(self._num_workers, thread_name_prefix=f"icrf-gateway-{self._cluster}")
+        server = grpc.server(workers, options=SERVER_OPTIONS)
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            DELIVER: grpc.stream_unary_rpc_method_handler(deliver)
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(GATEWAY_SERVICE, handlers),))
+        try:
+            port = server.add_insecure_port(listen)
+        except RuntimeError as error:
+            workers.shutdown()
+            raise LocalError(
+                "L004", f"cannot listen on {listen}", place="gateway", hint="Choose another port, or 0 for any free one"
+            ) from error
+        server.start()
+        self._server, self._workers = server, workers
+        return format_address(host, port)
+
+    def _send(self, frames: FrameWriter, peer: PeerAddress, deadline_s: float, timeout_s: float) -> IcrfError | None:
+        address = peer.address or self._relay_address
+        if not address:
+            raise self._unreachable(peer, "it has no address and this gateway no relay")
+        path = method_path(GATEWAY_SERVICE, DELIVER) if peer.address else method_path(RELAY_SERVICE, SEND)
+        jitter = tenacity.wait_random_exponential(multiplier=RETRY_BASE_S, max=RETRY_MAX_S)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(self._may_retry),
+            stop=lambda _: time.monotonic() >= deadline_s,
+            wait=lambda state: min(jitter(state), max(0.0, deadline_s - time.monotonic())),
+            sleep=tenacity.sleep_using_event(self._closing),
+            reraise=True,
+        )
+
+        def attempt() -> bytes:
+            if self._closing.is_set():
+                raise self._unreachable(peer, "this gateway is closed")
+            call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel(address).stream_unary(path)
+            try:
+                return call(iter(frames), timeout=max(0.001, deadline_s - time.monotonic()))
+            except ValueError as error:
+                # What gRPC says of a channel that `close` has closed since.
+                if not self._closing.is_set():
+                    raise
+                raise self._unreachable(peer, "this gateway was closed") from error
+
+        try:
+            return decode_ack(retrying(attempt))
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() not in _AWAY:
+                raise from_rpc_error(error, address, what=f"gateway of cluster {peer.cluster}") from error
+            raise self._unreachable(peer, f"gave up, {timeout_s:g} s allowed: {describe(error)}") from error
+
+    def _may_retry(self, error: BaseException) -> bool:
+        return isinstance(error, grpc.Call) and error.code() in _RETRIED and not self._closing.is_set()
+
+    def _channel(self, address: str) -> grpc.Channel:
+        with self._lock:
+            if self._closing.is_set():
+                raise self._unreachable(PeerAddress("", address), "this gateway is closed")
+            channel = self._channels.get(address)
+            if channel is None:
+                channel = grpc.insecure_channel(dial_target(address, place="gateway"), options=CHANNEL_OPTIONS)
+                self._channels[address] = channel
+            return channel
+
+    def _unreachable(self, peer: PeerAddress, reason: str) -> ProtocolError:
+        way = peer.address or f"the relay at {self._relay_address}"
+        return ProtocolError(
+            "P030",
+            f"cluster {peer.cluster!r} cannot be reached over {way}: {reason}",
+            place=f"gateway of cluster {self._cluster}",
+            hint="Check that its agent runs and that its address can be dialled from here",
+        )

@@ -1,0 +1,349 @@
+"""What a host does in each phase of a round, for the two flows.
+
+Centralized: every host trains its nodes from the one global model and publishes an exact partial sum; the host of
+the aggregator merges all partials into the next global model. Decentralized: every host keeps its nodes' states,
+publishes their updates, and mixes what their neighbours sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from icrf.errors import InternalError, NodeError, WeightsError
+from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE
+from icrf.federation.node import FederatedNode
+from icrf.learning.layout import Layout
+from icrf.ports import PhaseReport
+from icrf.protocol import Activate, Activated, StartRound
+from icrf.topology.hybrid import HybridAdjacencyMatrix
+from icrf.topology.mixing import MIXINGS, mixing_row
+from icrf.update import ExactSum, exact_metric, weighted_mix
+from icrf_agent.host_nodes import HostNodes
+from icrf_agent.host_state import VersionedState
+from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
+
+Array = np.ndarray[Any, Any]
+MetricSums = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class HostTools:
+    """What both flows work with."""
+
+    activation: Activate
+    nodes: HostNodes
+    layout: Layout
+    manager: HybridTopologyManager
+    references: References
+
+    def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
+        """Put an array into the object store and describe it."""
+        return Posting(
+            start.run_id,
+            start.generation,
+            start.round,
+            start.attempt,
+            kind,
+            tuple(senders),
+            self.references.put(array),
+            **more,
+        )
+
+    def collect(self, start: StartRound, kind: str) -> list[Posting]:
+        """What was posted in this attempt."""
+        return self.manager.collect(start.run_id, start.round, start.attempt, kind)
+
+    def foreign_bytes(self, postings: Sequence[Posting], row_bytes: int) -> int:
+        """Bytes of rows that hosts of the same cluster made elsewhere."""
+        mine, here = set(self.nodes.indices), self.activation.assignment
+        cluster = here[self.nodes.indices[0]]
+        rows = 0
+        for posting in postings:
+            local = [n for n in posting.senders if here[n] == cluster]
+            if local and not mine.issuperset(local):
+                rows += 1 if posting.kind in (MODEL, PARTIAL, CONSENSUS) else len(local)
+        return rows * row_bytes
+
+    def exact_sum(self, start: StartRound) -> ExactSum:
+        """An empty sum on the attempt's grid."""
+        return ExactSum(self.layout.sizes, start.grid, start.total_weight, self.layout.names)
+
+    def merge(self, start: StartRound, postings: Sequence[Posting], expected_weight: int) -> ExactSum:
+        """Merge partials; every participant must be in, once."""
+        total = self.exact_sum(start)
+        for posting in postings:
+            array = self.references.get(posting.reference)
+            total.merge(
+                ExactSum.from_array(
+                    array, posting.weight, self.layout.sizes, start.grid, start.total_weight, self.layout.names
+                )
+            )
+        if total.weight != expected_weight:
+            raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
+        return total
+
+    def train_node(self, index: int, start: StartRound, sums: MetricSums) -> Array:
+        """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
+        node = self.nodes.get(index)
+        node.context.round = start.round
+        metrics = self.nodes.call(index, "train")
+        if metrics is not None and not isinstance(metrics, dict):
+            raise NodeError(
+                "U002", f"{node.id}.train returned {type(metrics).__name__}", allowed="a dict of metrics or None"
+            )
+        for name, value in (metrics or {}).items():
+            old = sums.get(f"train_{name}", (0, 0))
+            part = self.nodes.named(index, lambda v=value: exact_metric(float(v), node.num_samples))
+            sums[f"train_{name}"] = (old[0] + part, old[1] + node.num_samples)
+        return node.context.model.flat
+
+    def last_word(self, index: int, state: Array) -> Array:
+        """Let a node's own `aggregate` see its new state, where its class has one."""
+        node = self.nodes.get(index)
+        if type(node).aggregate is FederatedNode.aggregate:
+            return state
+        changed = self.nodes.call(index, "aggregate", state)
+        if not isinstance(changed, np.ndarray):
+            raise NodeError("U002", f"{node.id}.aggregate returned {type(changed).__name__}", allowed="an array")
+        self.nodes.named(index, lambda: self.layout.check(changed))
+        return changed
+
+
+class CentralizedFlow:
+    """FedAvg through one aggregator; see the module's docstring."""
+
+    def __init__(self, tools: HostTools) -> None:
+        self._t = tools
+        roles = [n.role.split("-") for n in tools.activation.nodes]
+        self._aggregator = next(i for i, words in enumerate(roles) if "aggregate" in words)
+        self._all_participants = tuple(i for i, words in enumerate(roles) if "train" in words)
+        self._participants = tuple(i for i in tools.nodes.indices if i in set(self._all_participants))
+        self._holds_model = self._aggregator in tools.nodes.indices
+        self._state = VersionedState(tools.nodes.initial) if self._holds_model else None
+        self._seen: Array = tools.nodes.initial
+        self._sum: ExactSum | None = None
+
+    def initial(self) -> Activated:
+        """The state before the first round, as far as this host holds it."""
+        t = self._t
+        if not self._holds_model:
+            return Activated(t.activation.run_id, t.activation.generation)
+        flat = t.nodes.initial
+        return Activated(
+            t.activation.run_id,
+            t.activation.generation,
+            absmax=t.layout.absmax(flat),
+            model_hash=t.layout.model_sha256(flat),
+        )
+
+    def publish_model(self, start: StartRound) -> None:
+        """Aggregator: publish the committed global model to all participants."""
+        assert self._state is not None
+        model = self._state.rebase(start)
+        recipients = tuple(i for i in self._all_participants if i != self._aggregator)
+        posting = self._t.posting(start, MODEL, (self._aggregator,), model, recipients=recipients)
+        self._t.manager.publish_many(posting)
+
+    def train(self, start: StartRound) -> PhaseReport:
+        """Train this host's participants from the global model and publish their exact partial."""
+        t = self._t
+        if not self._participants:
+            return PhaseReport()
+        postings = t.collect(start, MODEL)
+        if len(postings) != 1:
+            raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
+        self._seen = t.references.get(postings[0].reference)
+        total = self._sum = self._sum or t.exact_sum(start)
+        total.reset(start.grid, start.total_weight)
+        sums: MetricSums = {}
+        overflow: set[int] = set()
+        for index in self._participants:
+            t.nodes.get(index).context.model.load(self._seen)
+            flat = t.train_node(index, start, sums)
+            weight = t.nodes.get(index).num_samples
+            overflow.update(t.nodes.named(index, lambda f=flat, w=weight: total.add(f, w)))
+        if not overflow:
+            posting = t.posting(
+                start, PARTIAL, self._participants, total.sums, recipients=(self._aggregator,), weight=total.weight
+            )
+            t.manager.publish_many(posting)
+        return PhaseReport(
+            nodes=self._participants,
+            overflow=tuple(sorted(overflow)),
+            metric_sums=sums,
+            bytes_intra_cluster=t.foreign_bytes(postings, self._seen.nbytes),
+        )
+
+    def aggregate(self, start: StartRound) -> PhaseReport:
+        """Aggregator: merge all partials into the new global model, and evaluate it when due."""
+        if self._state is None:
+            return PhaseReport()
+        t = self._t
+        postings = t.collect(start, PARTIAL)
+        total = t.merge(start, postings, start.total_weight)
+        model = t.last_word(self._aggregator, total.mean(t.layout.dtype))
+        self._state.stage(start, model)
+        self._seen = model
+        metrics: dict[str, float] = {}
+        if start.evaluate:
+            node = t.nodes.get(self._aggregator)
+            node.context.model.load(model)
+            node.context.round = start.round
+            metrics = dict(t.nodes.call(self._aggregator, "evaluate", "test"))
+        return PhaseReport(
+            absmax=t.layout.absmax(model),
+            metrics=metrics,
+            model_hash=t.layout.model_sha256(model),
+            bytes_intra_cluster=t.foreign_bytes(postings, 8 * t.layout.num_parameters),
+        )
+
+    def evaluate(self, start: StartRound) -> PhaseReport:
+        """Nothing: the aggregator has evaluated already."""
+        return PhaseReport()
+
+    def model_at(self, round_number: int) -> Array | None:
+        """The committed global model of a round, where this host holds it."""
+        return self._state.at(round_number) if self._state else None
+
+    def state_of(self, index: int) -> Array:
+        """What a node sees between rounds: the newest global model this host has."""
+        return self._state.latest if self._state and index == self._aggregator else self._seen
+
+
+class DecentralizedFlow:
+    """D-PSGD (Lian et al. 2017): local steps, then x_i = sum_j W_ij y_j over the neighbours and itself."""
+
+    def __init__(self, tools: HostTools) -> None:
+        self._t = tools
+        t = tools
+        self._rows = {index: k for k, index in enumerate(t.nodes.indices)}
+        initial = np.tile(t.nodes.initial, (len(self._rows), 1))
+        self._state = VersionedState(initial)
+        adjacency = HybridAdjacencyMatrix.from_graph(t.activation.graph)
+        weights = MIXINGS.get(t.nodes.config.mixing)(adjacency)
+        self._mixing = {i: mixing_row(weights, i) for i in t.nodes.indices}
+        self._consensus: tuple[int, int, Array] | None = None
+
+    def initial(self) -> Activated:
+        t = self._t
+        state = self._state.committed
+        return Activated(
+            t.activation.run_id,
+            t.activation.generation,
+            absmax=self._absmax(state),
+            state_hashes=b"".join(self._digest(row) for row in state),
+        )
+
+    def publish_model(self, start: StartRound) -> None:
+        """Nothing: there is no global model."""
+
+    def train(self, start: StartRound) -> PhaseReport:
+        """Train this host's nodes from their own states and publish their updates to their neighbours."""
+        t = self._t
+        state = self._state.rebase(start)
+        updates = np.empty_like(state)
+        sums: MetricSums = {}
+        trained = []
+        for index, k in self._rows.items():
+            node = t.nodes.get(index)
+            node.context.model.load(state[k])
+            if node.is_train_node:
+                t.train_node(index, start, sums)
+                trained.append(index)
+            updates[k] = node.context.model.flat
+            bad = t.layout.first_nonfinite(updates[k])
+            if bad:
+                raise WeightsError(
+                    "W020", f"{node.id} has non-finite values in {bad}", place=node.id, hint="lower the learning rate"
+                )
+        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), updates))
+        return PhaseReport(nodes=tuple(trained), metric_sums=sums)
+
+    def aggregate(self, start: StartRound) -> PhaseReport:
+        """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
+        t = self._t
+        postings = t.collect(start, UPDATE)
+        rows = self._neighbour_rows(postings)
+        state = np.empty_like(self._state.rebase(start))
+        for index, k in self._rows.items():
+            neighbours, weights = self._mixing[index]
+            weighted_mix([rows[int(j)] for j in neighbours], [float(w) for w in weights], state[k])
+            word = t.last_word(index, state[k])
+            if word is not state[k]:
+                state[k] = word
+        overflow: set[int] = set()
+        if start.evaluate:
+            overflow = self._publish_consensus(start, state)
+        self._state.stage(start, state)
+        needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours} - set(self._rows)
+        local = t.activation.assignment[t.nodes.indices[0]]
+        crossing = sum(1 for j in needed if t.activation.assignment[j] == local)
+        return PhaseReport(
+            overflow=tuple(sorted(overflow)),
+            absmax=self._absmax(state),
+            state_hashes=b"".join(self._digest(row) for row in state),
+            bytes_intra_cluster=crossing * state[0].nbytes,
+        )
+
+    def _neighbour_rows(self, postings: Sequence[Posting]) -> dict[int, Array]:
+        needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours}
+        rows: dict[int, Array] = {}
+        for posting in postings:
+            if needed.isdisjoint(posting.senders):
+                continue
+            array = self._t.references.get(posting.reference).reshape(len(posting.senders), -1)
+            rows.update({sender: array[k] for k, sender in enumerate(posting.senders) if sender in needed})
+        missing = [self._t.activation.nodes[j].id for j in sorted(needed - set(rows))]
+        if missing:
+            raise InternalError("X001", f"updates of {', '.join(missing[:5])} did not arrive")
+        return rows
+
+    def _publish_consensus(self, start: StartRound, state: Array) -> set[int]:
+        total = self._t.exact_sum(start)
+        overflow = {t for row in state for t in total.add(row, 1)}
+        if not overflow:
+            posting = self._t.posting(start, CONSENSUS, tuple(self._rows), total.sums, weight=total.weight)
+            self._t.manager.publish_many(posting)
+        return overflow
+
+    def evaluate(self, start: StartRound) -> PhaseReport:
+        """Merge the consensus partials of all clusters and evaluate the mean of all nodes."""
+        t = self._t
+        postings = t.collect(start, CONSENSUS)
+        model = t.merge(start, postings, len(t.activation.nodes)).mean(t.layout.dtype)
+        self._consensus = (start.round, start.attempt, model)
+        index = t.nodes.indices[0]
+        node = t.nodes.get(index)
+        node.context.model.load(model)
+        node.context.round = start.round
+        metrics = dict(t.nodes.call(index, "evaluate", "test"))
+        return PhaseReport(
+            metrics=metrics,
+            model_hash=t.layout.model_sha256(model),
+            bytes_intra_cluster=t.foreign_bytes(postings, 8 * t.layout.num_parameters),
+        )
+
+    def model_at(self, round_number: int) -> Array | None:
+        """The consensus model of a round, where this host made one."""
+        return self._consensus[2] if self._consensus and self._consensus[0] == round_number else None
+
+    def state_of(self, index: int) -> Array:
+        """The node's own newest state."""
+        return self._state.latest[self._rows[index]]
+
+    def _absmax(self, state: Array) -> tuple[float, ...]:
+        rows = [self._t.layout.absmax(row) for row in state]
+        return tuple(max(column) for column in zip(*rows, strict=True))
+
+    @staticmethod
+    def _digest(row: Array) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(row)).digest()
+
+
+Flow = CentralizedFlow | DecentralizedFlow
+

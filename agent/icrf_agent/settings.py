@@ -1,0 +1,34 @@
+"""What an agent is told at start, after its command line was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """The settings of one agent.
+
+    Attributes:
+        cluster: name of the cluster it serves.
+        mediator: ``HOST:PORT`` of the mediator that it dials.
+        ray_address: ``HOST:PORT`` of the Ray cluster's GCS, also where the cluster is a local one.
+        num_slots: how many hosts may live at once; None: as many as the cluster's CPUs allow.
+        labels: what placement selectors see.
+        advertise: ``HOST:PORT`` at which other clusters can dial the gateway; None: through the mediator's relay.
+        allow: user code that may run here, ``module:attr`` each.
+        state_dir: the agent's locked folder.
+        namespace: the Ray namespace of what outlives the agent.
+    """
+
+    cluster: str
+    mediator: str
+    ray_address: str
+    num_slots: int | None
+    labels: Mapping[str, str]
+    advertise: str | None
+    allow: tuple[str, ...]
+    state_dir: Path
+    namespace: str

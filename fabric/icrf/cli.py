@@ -1,0 +1,377 @@
+"""The command ``fabric``: a thin layer over the SDK. What it shows lives in ``console/``.
+
+Heavy imports (torch, Ray, gRPC, the embedded fabric) happen inside the commands that need them, so that ``--help`` and
+``validate`` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from icrf import __version__
+from icrf.console.guard import Session, guarded
+from icrf.console.terminal import Terminal
+from icrf.errors import ConfigError, LocalError
+
+if TYPE_CHECKING:
+    from icrf.client import Fabric, LocalHandle
+    from icrf.ports import MediatorPort
+    from icrf.protocol import Plan, Submission
+    from icrf.spec import FederationConfig
+
+DEFAULT_MEDIATOR = "127.0.0.1:7443"
+EXIT_TERMINATED = 143
+
+app = typer.Typer(
+    name="fabric",
+    help="Inter-Cluster Ray Fabric: one federation over many Ray clusters, the same bits on one or on ten.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+HERE, THERE = "On this machine", "On a fabric"
+
+FedFile = Annotated[Path, typer.Argument(metavar="FED.yaml", help="The federation.", show_default=False)]
+RunId = Annotated[str, typer.Argument(metavar="ID", help="Run id, or its first characters.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="End standard output with one line of JSON.")]
+Plain = Annotated[bool, typer.Option("--plain", help="No colour, nothing redrawn.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--override", metavar="KEY=VALUE", help="Replace a value of the file; may be repeated."),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/ID")]
+Clusters = Annotated[int, typer.Option("--clusters", min=1, metavar="N", help="How many local Ray clusters.")]
+Mediator = Annotated[
+    str,
+    typer.Option("--mediator", envvar="ICRF_MEDIATOR", metavar="HOST:PORT", help="The fabric's mediator."),
+]
+
+
+def _remote(address: str) -> MediatorPort:
+    from icrf.wire.mediator_client import GrpcMediator
+
+    return GrpcMediator(address)
+
+
+def _local(clusters: int, on_progress: Callable[[str], None]) -> LocalHandle:
+    from icrf.local import open_local
+
+    return open_local(clusters, state_dir=None, on_progress=on_progress)
+
+
+def _plan_local(submission: Submission, clusters: int) -> Plan:
+    from icrf.local import plan_local
+
+    return plan_local(submission, clusters)
+
+
+@dataclass(frozen=True)
+class Doors:
+    """How the commands get at a fabric. Tests hand in others."""
+
+    remote: Callable[[str], MediatorPort] = _remote
+    local: Callable[[int, Callable[[str], None]], LocalHandle] = _local
+    plan_local: Callable[[Submission, int], Plan] = _plan_local
+    wall_s: Callable[[], float] = field(default=time.time)
+
+
+def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose errors become lines and exit codes."""
+    return lambda function: app.command(name, rich_help_panel=panel)(guarded(function))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fabric {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """What holds for every command."""
+    context.obj = Session(doors=context.obj or Doors(), debug=debug)
+
+
+# ---------------------------------------------------------------- on this machine
+
+
+@command(HERE)
+def run(
+    context: typer.Context,
+    file: FedFile,
+    clusters: Clusters = 1,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an earlier run.")] = None,
+    override: Overrides = None,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Run a federation on this machine, over N local Ray clusters."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    if resume is not None:
+        raise ConfigError(
+            "C012", "resuming a run is not built yet", place="--resume", hint="start it again without --resume"
+        )
+    from icrf.console.commands import run_here
+
+    submission = _submission(_load(file, override), file)
+    summary, status = run_here(terminal, session.doors, submission, clusters, out)
+    _finish(terminal, summary, status, json)
+
+
+@command(HERE)
+def demo(
+    context: typer.Context,
+    clusters: Clusters = 2,
+    out: Out = None,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """See it work: a small federation over two Ray clusters on this machine, in about a minute."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.commands import demo_file, run_demo
+
+    with demo_file() as file:
+        submission = _submission(_load(file, None), file)
+    summary, status = run_demo(terminal, session.doors, submission, clusters, out)
+    _finish(terminal, summary, status, json)
+
+
+@command(HERE)
+def validate(context: typer.Context, file: FedFile, override: Overrides = None, json: Json = False) -> None:
+    """Check a federation's file and show where each value comes from."""
+    terminal = context.obj.open(json=json)
+    from icrf.console.config_view import show_sources
+    from icrf.spec import explain_sources
+
+    config = _load(file, override)
+    show_sources(terminal, file, config, explain_sources(file, override or []))
+    if json:
+        terminal.json(config.model_dump())
+
+
+@command(HERE)
+def plan(
+    context: typer.Context,
+    file: FedFile,
+    clusters: Annotated[
+        int | None, typer.Option("--clusters", min=1, metavar="N", help="Plan for N local clusters.", show_default="1")
+    ] = None,
+    mediator: Annotated[
+        str | None, typer.Option("--mediator", metavar="HOST:PORT", help="Plan for the clusters of this fabric.")
+    ] = None,
+    override: Overrides = None,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Dry run: where nodes would go, what would cross, how much memory. Starts nothing."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    if mediator is not None and clusters is not None:
+        raise LocalError("L009", "--clusters plans for this machine and --mediator for a fabric", place="--clusters")
+    from icrf.console.plan_view import show_plan
+    from icrf.run_folder import plan_to_dict
+
+    submission = _submission(_load(file, override), file)
+    if mediator is None:
+        found = session.doors.plan_local(submission, clusters or 1)
+    else:
+        with _open(session, mediator) as fabric:
+            found = fabric.plan(submission)
+    show_plan(terminal, found)
+    if json:
+        terminal.json(plan_to_dict(found))
+    if not found.feasible:
+        raise typer.Exit(LocalError("R001", "").exit_code)
+
+
+# ---------------------------------------------------------------- on a fabric
+
+
+@command(THERE)
+def submit(
+    context: typer.Context,
+    file: FedFile,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run and write its folder.")] = False,
+    out: Out = None,
+    override: Overrides = None,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Submit a federation to a mediator."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.commands import submit_there
+
+    submission = _submission(_load(file, override), file)
+    with _open(session, mediator) as fabric:
+        summary, status = submit_there(terminal, fabric, submission, watch or out is not None, out)
+    _finish(terminal, summary, status, json)
+
+
+@command(THERE, "list")
+def list_runs(
+    context: typer.Context, mediator: Mediator = DEFAULT_MEDIATOR, json: Json = False, plain: Plain = False
+) -> None:
+    """All runs, newest first."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.runs_view import run_dict, show_runs
+
+    with _open(session, mediator) as fabric:
+        infos = fabric.port.list_runs()
+    show_runs(terminal, infos, session.doors.wall_s())
+    if json:
+        terminal.json([run_dict(info) for info in infos])
+
+
+@command(THERE)
+def show(
+    context: typer.Context,
+    run_id: RunId,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Where a run stands, and what it waits for."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.runs_view import run_dict, show_run
+    from icrf.run_folder import round_line
+
+    with _open(session, mediator) as fabric:
+        found = fabric.run(run_id)
+        info, rounds = found.info(), found.committed_rounds()
+    show_run(terminal, info, rounds, session.doors.wall_s())
+    if json:
+        terminal.json({**run_dict(info), "committed": [round_line(r) for r in rounds]})
+
+
+@command(THERE)
+def watch(
+    context: typer.Context,
+    run_id: RunId,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Follow a run to its end."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.commands import watch_there
+
+    with _open(session, mediator) as fabric:
+        summary, status = watch_there(terminal, fabric.run(run_id))
+    _finish(terminal, summary, status, json)
+
+
+@command(THERE)
+def cancel(
+    context: typer.Context,
+    run_id: RunId,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """End a run; one that has ended stays as it is."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.runs_view import run_dict, status_line
+
+    with _open(session, mediator) as fabric:
+        info = fabric.port.cancel(run_id)
+    terminal.line(status_line(info))
+    if json:
+        terminal.json(run_dict(info))
+
+
+@command(THERE)
+def fetch(
+    context: typer.Context,
+    run_id: RunId,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    out: Out = None,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Write the folder of a run that has ended: model, rounds, report."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.commands import fetch_there
+
+    with _open(session, mediator) as fabric:
+        summary, status = fetch_there(terminal, fabric.run(run_id), out)
+    _finish(terminal, summary, status, json)
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _load(file: Path, override: list[str] | None) -> FederationConfig:
+    from icrf.spec import load_config
+
+    return load_config(file, override or [])
+
+
+def _submission(config: FederationConfig, file: Path) -> Submission:
+    from icrf.submission import build_submission
+
+    return build_submission(config, code_path=str(file.resolve().parent))
+
+
+def _open(session: Session, address: str) -> Fabric:
+    from icrf.client import Fabric
+
+    return Fabric(session.doors.remote(address))
+
+
+def _finish(terminal: Terminal, summary: dict[str, Any], exit_code: int, json: bool) -> None:
+    if json:
+        terminal.json(summary)
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _on_terminate(number: int, frame: object) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that an embedded fabric is closed and leaves no process behind."""
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def main() -> None:
+    """Entry point of the command ``fabric``."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal without UTF-8 shows a question mark; it is no reason to lose a run.
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough; Python would complain once more while closing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""The SDK: a :class:`Fabric` that takes federations, the :class:`Run` that follows one, its :class:`Result`.
+
+The same objects work on an embedded fabric and on a remote mediator: what differs is the port that was injected.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from icrf.console.format import short_id
+from icrf.errors import IcrfError, LocalError, RunError, error_from_dict
+from icrf.model_file import ARTIFACT, receive_model, write_file
+from icrf.ports import MediatorPort
+from icrf.protocol import (
+    CANCELLED,
+    FAILED,
+    TERMINAL,
+    ClusterInfo,
+    Plan,
+    RoundResult,
+    RunEvent,
+    RunInfo,
+    Submission,
+)
+from icrf.report import curve_svg, summary_table
+from icrf.run_folder import RunFolder, default_folder, plan_from_dict, summarize
+from icrf.spec import FederationConfig
+from icrf.submission import build_submission, on_path
+
+if TYPE_CHECKING:
+    import torch
+
+# A wait with a time limit asks this often; without one it follows the event stream.
+_POLL_S = 0.1
+_PLAN_ARTIFACT = "plan.json"
+
+
+class LocalHandle(Protocol):
+    """An embedded fabric: the port of its mediator core, and how to end all that was started."""
+
+    @property
+    def port(self) -> MediatorPort: ...
+
+    def close(self) -> None:
+        """End every process and thread of it; harmless when called twice."""
+
+
+class OpenLocal(Protocol):
+    """Starts an embedded fabric. `on_progress` is called with what has just become true, e.g. ``cluster a ready``."""
+
+    def __call__(
+        self, clusters: int, *, state_dir: Path | None, on_progress: Callable[[str], None] | None
+    ) -> LocalHandle: ...
+
+
+def connect(
+    address: str | None = None,
+    *,
+    clusters: int = 1,
+    state_dir: Path | None = None,
+    on_progress: Callable[[str], None] | None = None,
+    open_local: OpenLocal | None = None,
+) -> Fabric:
+    """Open a fabric.
+
+    Args:
+        address: ``host:port`` of a mediator; without it an embedded fabric is started.
+        clusters: how many local Ray clusters an embedded fabric has.
+        state_dir: where an embedded fabric keeps its state; a temporary folder by default.
+        on_progress: told each step of an embedded start when it is done.
+        open_local: starts the embedded fabric; ``icrf.connect`` hands it in.
+
+    Raises:
+        LocalError: L001 mediator unreachable, L003 malformed address, L009 `clusters` together with `address`.
+    """
+    if address is not None:
+        if clusters != 1:
+            raise LocalError("L009", "clusters= is for an embedded fabric; it has no meaning with an address")
+        from icrf.wire.mediator_client import GrpcMediator  # noqa: PLC0415 - keeps gRPC out of light commands
+
+        return Fabric(GrpcMediator(address))
+    if open_local is None:
+        raise LocalError("L009", "no address and no way to open an embedded fabric", hint="use icrf.connect()")
+    handle = open_local(clusters, state_dir=state_dir, on_progress=on_progress)
+    return Fabric(handle.port, on_close=handle.close)
+
+
+class Fabric:
+    """Takes federations; a context manager.
+
+    Args:
+        port: the mediator; closed with this object.
+        on_close: called after the port was closed, to end an embedded fabric.
+    """
+
+    def __init__(self, port: MediatorPort, *, on_close: Callable[[], None] | None = None) -> None:
+        self._port = port
+        self._on_close = on_close
+
+    @property
+    def port(self) -> MediatorPort:
+        """The mediator behind this fabric."""
+        return self._port
+
+    def __enter__(self) -> Fabric:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, federation: FederationConfig | Submission, **options: Any) -> Run:
+        """Submit a federation; it starts as soon as its clusters have room.
+
+        Args:
+            federation: a configuration, or a submission that was built before.
+            options: those of :func:`icrf.submission.build_submission`, for a configuration.
+        """
+        submission = _resolved(federation, options)
+        return Run(self._port, self._port.submit(submission).run_id, submission)
+
+    def plan(self, federation: FederationConfig | Submission, **options: Any) -> Plan:
+        """Dry run on the clusters registered now: where nodes would go and what would cross. Changes nothing."""
+        return self._port.plan(_resolved(federation, options))
+
+    def runs(self) -> list[Run]:
+        """All runs the mediator knows, newest first."""
+        return [Run(self._port, info.run_id) for info in self._port.list_runs()]
+
+    def run(self, id_prefix: str) -> Run:
+        """The run whose id begins with `id_prefix`; F001 if there is none, F004 if there are several."""
+        return Run(self._port, self._port.get(id_prefix).run_id)
+
+    def clusters(self) -> list[ClusterInfo]:
+        """The registered clusters by name."""
+        return self._port.clusters()
+
+    def close(self) -> None:
+        """Close the connection; ends an embedded fabric. Harmless when called twice."""
+        try:
+            self._port.close()
+        finally:
+            on_close, self._on_close = self._on_close, None
+            if on_close is not None:
+                on_close()
+
+
+class Run:
+    """One run of a federation.
+
+    Attributes:
+        id: the full run id; any unique prefix of it finds the run again.
+    """
+
+    def __init__(self, port: MediatorPort, run_id: str, submission: Submission | None = None) -> None:
+        self._port = port
+        self._submission = submission
+        self.id = run_id
+
+    def __repr__(self) -> str:
+        return f"Run({short_id(self.id)})"
+
+    def info(self) -> RunInfo:
+        """Where the run stands now, and what it waits for."""
+        return self._port.get(self.id)
+
+    def events(self, after_seq: int = 0) -> Iterator[RunEvent]:
+        """Every event with a larger number than `after_seq`, past ones first, then live, until the run has ended."""
+        return self._port.watch(self.id, after_seq)
+
+    def rounds(self) -> Iterator[RoundResult]:
+        """Committed rounds, past ones first, then live; ends with the run, however it ends (see :meth:`result`)."""
+        for event in self.events():
+            if event.round is not None:
+                yield event.round
+
+    def committed_rounds(self) -> list[RoundResult]:
+        """The rounds committed so far, without waiting for more."""
+        expected = self.info().rounds_done
+        found: list[RoundResult] = []
+        if expected:
+            for result in self.rounds():
+                found.append(result)
+                if result.number >= expected:
+                    break
+        return found
+
+    def plan(self) -> Plan | None:
+        """Where the nodes were placed; None if the mediator kept no plan of this run."""
+        try:
+            data = b"".join(self._port.fetch(self.id, _PLAN_ARTIFACT))
+        except RunError as error:
+            if error.code != "F006":
+                raise
+            return self._port.plan(self._submission) if self._submission is not None else None
+        return plan_from_dict(json.loads(data))
+
+    def wait(self, timeout_s: float | None = None) -> RunInfo:
+        """Wait for the end and return the last state; after `timeout_s`, the state reached by then."""
+        if timeout_s is None:
+            for _ in self.events():
+                pass
+            return self.info()
+        deadline_s = time.monotonic() + timeout_s
+        while (info := self.info()).status not in TERMINAL:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                break
+            time.sleep(min(_POLL_S, left_s))
+        return info
+
+    def result(self, timeout_s: float | None = None) -> Result:
+        """Wait for the end and download the model.
+
+        Raises:
+            RunError: F002 if the run failed, with the error that ended it as ``__cause__``; F003 if it was cancelled;
+                F005 if it has not ended after `timeout_s`.
+            ProtocolError: P021 if the model is not the one that was committed.
+        """
+        info = self.wait(timeout_s)
+        if info.status not in TERMINAL:
+            raise RunError(
+                "F005",
+                f"run {short_id(self.id)} has not ended after {timeout_s:g} s",
+                value=info.status,
+                hint=f"it waits for {info.waiting_for}" if info.waiting_for else "",
+            )
+        raise_unless_completed(info)
+        return Result(info, self.committed_rounds(), self.model())
+
+    def model(self) -> bytes:
+        """The stored model, verified against the hash of the run."""
+        info = self.info()
+        return receive_model(self._port.fetch(self.id, ARTIFACT), info.model_sha256)
+
+    def cancel(self) -> RunInfo:
+        """Ask for the end; a run that has ended stays as it is."""
+        return self._port.cancel(self.id)
+
+    def finish(self) -> RunInfo:
+        """End a run that was submitted with ``keep=True``: store its model, release its resources."""
+        return self._port.finish(self.id)
+
+    def save(self, out_dir: Path | str | None = None) -> Path:
+        """Wait for the end and write the run folder, ``runs/ID`` by default; returns it.
+
+        The folder of a failed or cancelled run has no model.
+        """
+        with RunFolder(Path(out_dir) if out_dir is not None else default_folder(self.id)) as folder:
+            self.save_into(folder, lambda event: None)
+            return folder.path
+
+    def save_into(self, folder: RunFolder, on_event: Callable[[RunEvent], None]) -> dict[str, Any]:
+        """Follow the run to its end, writing `folder` on the way; returns the summary."""
+        folder.write_config(json.loads(self.info().config_json))
+        for event in self.events():
+            if event.round is not None:
+                folder.add_round(event.round)
+            on_event(event)
+        return self.close_folder(folder)
+
+    def close_folder(self, folder: RunFolder) -> dict[str, Any]:
+        """Write what is known only at the end, as far as the run came; returns the summary."""
+        info = self.info()
+        if info.clusters and (plan := self.plan()) is not None:
+            folder.write_plan(plan)
+        if info.model_sha256:
+            folder.write_model(self.model())
+        return folder.finish(info)
+
+
+class Result:
+    """What a completed run gave. The model is in memory: it stays usable after the fabric was closed.
+
+    Attributes:
+        info: the last state of the run.
+        rounds: its committed rounds.
+    """
+
+    def __init__(self, info: RunInfo, rounds: Sequence[RoundResult], model: bytes) -> None:
+        self.info = info
+        self.rounds = tuple(rounds)
+        self._model = model
+
+    @property
+    def config(self) -> FederationConfig:
+        """The resolved configuration that ran."""
+        return FederationConfig.from_json(self.info.config_json)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics of the last evaluated round, and the last training loss."""
+        metrics: dict[str, float] = {}
+        for result in self.rounds:
+            metrics.update(result.metrics)
+        return metrics
+
+    @property
+    def model_sha256(self) -> str:
+        """Hex sha256 over the tensors' bytes in name order."""
+        return self.info.model_sha256
+
+    def save(self, path: Path | str) -> Path:
+        """Write the model as a safetensors file."""
+        target = Path(path)
+        try:
+            write_file(target, self._model)
+        except OSError as error:
+            raise LocalError("L005", f"{target} cannot be written: {error.strerror}", place=str(target)) from error
+        return target
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        from safetensors.torch import load  # noqa: PLC0415 - torch takes seconds to load
+
+        state: dict[str, torch.Tensor] = load(self._model)
+        return state
+
+    def load_model(self, *, code_path: str = "") -> torch.nn.Module:
+        """The trained model as a module in evaluation mode.
+
+        Args:
+            code_path: folder of the user's own modules, if the configuration names ``module:attr``.
+        """
+        from icrf.learning import build_model, load_dataset  # noqa: PLC0415 - torch takes seconds to load
+
+        config = self.config
+        with on_path(code_path):
+            dataset = load_dataset(config.dataset_type, config.data_dir or "")
+            module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
+        module.load_state_dict(self.state_dict())
+        return module.eval()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"Result({self.info.federation}: {shown})"
+
+    def _repr_html_(self) -> str:
+        """The summary and the curve, as notebooks show it."""
+        summary = summarize(self.info, list(self.rounds))
+        return f"<div>{summary_table(summary)}{curve_svg(self.rounds)}</div>"
+
+
+def raise_unless_completed(info: RunInfo) -> None:
+    """Raise F002 with its cause for a failed run, F003 for a cancelled one."""
+    if info.status == CANCELLED:
+        raise RunError("F003", f"run {short_id(info.run_id)} of {info.federation} was cancelled")
+    if info.status == FAILED:
+        cause = cause_of(info)
+        error = RunError("F002", f"run {short_id(info.run_id)} of {info.federation} failed: {cause}")
+        raise error from cause
+
+
+def cause_of(info: RunInfo) -> IcrfError:
+    """The error that ended a failed run."""
+    if not info.error_json:
+        return RunError("F002", f"run {short_id(info.run_id)} failed without saying why")
+    return error_from_dict(json.loads(info.error_json))
+
+
+def _resolved(federation: FederationConfig | Submission, options: Mapping[str, Any]) -> Submission:
+    if isinstance(federation, Submission):
+        if options:
+            raise LocalError("L009", f"a built submission takes no options: {', '.join(options)}")
+        return federation
+    return build_submission(federation, **options)

@@ -1,0 +1,73 @@
+"""A plan as people read it: where nodes go, what crosses, whether it fits."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from icrf.console.format import compress_names, format_bytes, format_count, safe_text
+from icrf.console.terminal import Terminal
+from icrf.protocol import CENTRALIZED, Plan
+
+
+def nodes_by_cluster(plan: Plan) -> dict[str, list[str]]:
+    """Node ids per cluster in the order of the specification; clusters without nodes too."""
+    found: dict[str, list[str]] = {name: [] for name in plan.clusters}
+    for node, cluster in plan.assignment.items():
+        found.setdefault(cluster, []).append(node)
+    return found
+
+
+def consensus_text(plan: Plan) -> str:
+    """How fast a decentralised plan mixes, in words; empty for a centralized one."""
+    if plan.flow == CENTRALIZED or plan.slem < 0:
+        return ""
+    rounds = (
+        "never reaches consensus"
+        if plan.rounds_to_consensus < 0
+        else (f"{format_count(plan.rounds_to_consensus, 'round')} to consensus (1e-6)")
+    )
+    return f"second-largest eigenvalue {plan.slem:.6f} ({plan.slem_kind}), {rounds}"
+
+
+def show_plan(terminal: Terminal, plan: Plan) -> None:
+    """Print a plan."""
+    title = Text.assemble((safe_text(plan.federation), "bold"), f"  {plan.flow}, placed by ", (plan.strategy, "cyan"))
+    terminal.line(title)
+    terminal.line()
+    rows = [
+        (
+            name,
+            f"{len(nodes):,}",
+            str(plan.slots.get(name, 0)),
+            compress_names(nodes),
+        )
+        for name, nodes in nodes_by_cluster(plan).items()
+    ]
+    terminal.table(("cluster", "nodes", "slots", "which"), rows, right=("nodes", "slots"))
+    terminal.line()
+    if plan.links:
+        links = [(link.source, link.target, format_bytes(link.bytes_per_round)) for link in plan.links]
+        terminal.table(("from", "to", "bytes per round"), links, right=("bytes per round",))
+        terminal.line()
+    cut = f"{plan.cut_edges:,} of {plan.num_edges:,}"
+    if plan.num_edges:
+        cut += f" ({100 * plan.cut_edges / plan.num_edges:.1f} %)"
+    facts: list[tuple[str, str | Text]] = [
+        ("parameters", f"{plan.num_parameters:,}"),
+        ("cut edges", cut),
+        ("inter-cluster", f"{format_bytes(plan.bytes_inter_cluster_per_round)} per round"),
+    ]
+    if plan.bytes_inter_cluster_per_evaluation:
+        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_evaluation)} more per evaluation"))
+    facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"))
+    if mixing := consensus_text(plan):
+        facts.append(("mixing", mixing))
+    facts.append(("peak memory", f"{format_bytes(plan.peak_memory_bytes)} on the busiest cluster"))
+    facts += [(key.replace("_", " "), text) for key, text in plan.explanation.items() if key not in plan.assignment]
+    terminal.facts(facts)
+    terminal.line()
+    if plan.feasible:
+        terminal.line(Text.assemble(("  ✓ feasible" if terminal.live else "feasible", "green")))
+    for problem in plan.problems:
+        mark = "  ✗ " if terminal.live else "not feasible: "
+        terminal.line(Text.assemble((mark, "bold red"), safe_text(problem)))

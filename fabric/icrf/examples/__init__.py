@@ -1,0 +1,1 @@
+"""Federations that are shipped with the package; the same files as in ``docs/examples``."""

@@ -1,0 +1,256 @@
+"""The exchange plan: which payloads cross between clusters in a round, known before the round starts.
+
+A graph and an assignment of its nodes to clusters decide everything: one payload per (sender, remote cluster), fanned
+out on arrival, and one exact partial sum per remote cluster where the receiver only needs a sum. All participants of a
+run compile the same plan from the same values, so that nobody has to announce what will come.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from icrf.errors import ConfigError, RoutingError
+from icrf.protocol import CENTRALIZED, DECENTRALIZED
+from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
+
+MODEL, UPDATE, PARTIAL, CONSENSUS = "model", "update", "partial", "consensus"
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+# The sender of what a cluster as a whole contributes.
+CLUSTER_SENDER = -1
+
+# Exact partial sums are float64, whatever the model's dtype.
+PARTIAL_ITEMSIZE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One payload from one cluster to another.
+
+    Attributes:
+        kind: ``model``, ``update``, ``partial`` or ``consensus``.
+        sender: node index, or -1 for a cluster's partial.
+        source: cluster index it leaves.
+        target: cluster index it goes to.
+        recipients: node indices at `target`, ascending; empty for a consensus partial, which no node receives.
+    """
+
+    kind: str
+    sender: int
+    source: int
+    target: int
+    recipients: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """What crosses between clusters; clusters and nodes are indices.
+
+    Attributes:
+        assignment: cluster per node.
+        coordinator: the cluster that holds the global (or consensus) model.
+        participants: the nodes that train, ascending.
+        transfers: payloads of a round without evaluation.
+        evaluation: consensus partials that an evaluated round of a decentralized flow adds.
+    """
+
+    flow: str
+    num_clusters: int
+    assignment: tuple[int, ...]
+    coordinator: int
+    participants: tuple[int, ...]
+    transfers: tuple[Transfer, ...]
+    evaluation: tuple[Transfer, ...]
+
+    def outbound(self, cluster: int, kind: str) -> tuple[Transfer, ...]:
+        """The payloads of `kind` that leave `cluster`, in plan order."""
+        return self._by_source.get((cluster, kind), ())
+
+    def inbound(self, cluster: int, kind: str) -> tuple[Transfer, ...]:
+        """The payloads of `kind` that `cluster` receives, in plan order."""
+        return self._by_target.get((cluster, kind), ())
+
+    def local_nodes(self, cluster: int) -> tuple[int, ...]:
+        """The nodes of `cluster`, ascending."""
+        return self._local_nodes.get(cluster, ())
+
+    def local_participants(self, cluster: int) -> tuple[int, ...]:
+        """The nodes of `cluster` that train, ascending."""
+        return self._local_participants.get(cluster, ())
+
+    def payload_bytes(self, num_parameters: int, itemsize: int = 4) -> int:
+        """Payload bytes of one round without evaluation over all links; headers are not counted.
+
+        Args:
+            num_parameters: elements of the flat model.
+            itemsize: bytes of one element of a model or update; partials always take 8.
+        """
+        return sum(_bytes(t.kind, num_parameters, itemsize) for t in self.transfers)
+
+    def evaluation_bytes(self, num_parameters: int) -> int:
+        """Payload bytes that an evaluation adds."""
+        return len(self.evaluation) * PARTIAL_ITEMSIZE * num_parameters
+
+    def links(self, num_parameters: int, itemsize: int = 4) -> dict[tuple[int, int], int]:
+        """(source cluster, target cluster) -> payload bytes of one round without evaluation, ordered by link."""
+        totals: Counter[tuple[int, int]] = Counter()
+        for transfer in self.transfers:
+            totals[transfer.source, transfer.target] += _bytes(transfer.kind, num_parameters, itemsize)
+        return dict(sorted(totals.items()))
+
+    @cached_property
+    def _by_source(self) -> dict[tuple[int, str], tuple[Transfer, ...]]:
+        return _grouped(((t.source, t.kind), t) for t in self.transfers + self.evaluation)
+
+    @cached_property
+    def _by_target(self) -> dict[tuple[int, str], tuple[Transfer, ...]]:
+        return _grouped(((t.target, t.kind), t) for t in self.transfers + self.evaluation)
+
+    @cached_property
+    def _local_nodes(self) -> dict[int, tuple[int, ...]]:
+        return _grouped((cluster, node) for node, cluster in enumerate(self.assignment))
+
+    @cached_property
+    def _local_participants(self) -> dict[int, tuple[int, ...]]:
+        return _grouped((self.assignment[node], node) for node in self.participants)
+
+
+def compile_exchange(
+    flow: str, adjacency: HybridAdjacencyMatrix, roles: Sequence[str], assignment: Sequence[int]
+) -> ExchangePlan:
+    """Compile the exchange plan of a federation.
+
+    Args:
+        flow: ``centralized`` or ``decentralized``.
+        roles: dash-separated words per node; ``train`` makes a participant, ``aggregate`` the one aggregator.
+        assignment: cluster index per node.
+
+    Raises:
+        ConfigError: C008 not exactly one aggregator, or lists of different length; C010 unknown flow.
+        RoutingError: P011 a participant without the edges to and from the aggregator.
+    """
+    if not adjacency.num_nodes == len(roles) == len(assignment):
+        raise ConfigError(
+            "C008",
+            f"graph of {adjacency.num_nodes} nodes, {len(roles)} roles and an assignment of {len(assignment)}",
+            place="nodes",
+        )
+    clusters = np.array(assignment, dtype=np.int64)
+    words = [frozenset(role.split("-")) for role in roles]
+    participants = np.array([i for i, role in enumerate(words) if "train" in role], dtype=np.int64)
+    coordinator: int
+    evaluation: tuple[Transfer, ...] = ()
+    if flow == CENTRALIZED:
+        aggregator = _aggregator(words)
+        _require_star_edges(adjacency, aggregator, participants)
+        coordinator = int(clusters[aggregator])
+        transfers = _centralized(aggregator, participants, clusters)
+    elif flow == DECENTRALIZED:
+        coordinator = int(clusters[0]) if len(clusters) else 0
+        transfers = _updates(adjacency, clusters)
+        evaluation = tuple(
+            Transfer(CONSENSUS, CLUSTER_SENDER, source, coordinator, ())
+            for source in np.unique(clusters).tolist()
+            if source != coordinator
+        )
+    else:
+        raise ConfigError("C010", f"unknown flow {flow!r}", place="flow", allowed=f"{CENTRALIZED}, {DECENTRALIZED}")
+    return ExchangePlan(
+        flow=flow,
+        num_clusters=int(clusters.max()) + 1 if len(clusters) else 0,
+        assignment=tuple(clusters.tolist()),
+        coordinator=coordinator,
+        participants=tuple(participants.tolist()),
+        transfers=transfers,
+        evaluation=evaluation,
+    )
+
+
+def _aggregator(words: Sequence[frozenset[str]]) -> int:
+    found = [node for node, role in enumerate(words) if "aggregate" in role]
+    if len(found) != 1:
+        shown = ", ".join(str(node) for node in found[:SHOWN])
+        raise ConfigError(
+            "C008",
+            f"{len(found)} nodes aggregate{f' ({shown})' if found else ''}",
+            place="nodes",
+            allowed="exactly one node whose role contains 'aggregate' in a centralized flow",
+        )
+    return found[0]
+
+
+def _require_star_edges(
+    adjacency: HybridAdjacencyMatrix, aggregator: int, participants: np.ndarray[Any, np.dtype[np.int64]]
+) -> None:
+    clients = participants[participants != aggregator]
+    no_way_up = np.setdiff1d(clients, adjacency.in_neighbors(aggregator))
+    no_way_down = np.setdiff1d(clients, adjacency.out_neighbors(aggregator))
+    missing = [f"{node}->{aggregator}" for node in no_way_up] + [f"{aggregator}->{node}" for node in no_way_down]
+    if missing:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise RoutingError(
+            "P011",
+            f"no edge {', '.join(missing[:SHOWN])}{more}",
+            allowed="edges between every participant and the aggregator, both ways",
+            hint="a star has them; a peer graph needs the decentralized schema",
+        )
+
+
+def _centralized(
+    aggregator: int,
+    participants: np.ndarray[Any, np.dtype[np.int64]],
+    clusters: np.ndarray[Any, np.dtype[np.int64]],
+) -> tuple[Transfer, ...]:
+    coordinator = int(clusters[aggregator])
+    remote = participants[clusters[participants] != coordinator]
+    models = _fan_out(MODEL, np.full_like(remote, aggregator), remote, clusters)
+    partials = [Transfer(PARTIAL, CLUSTER_SENDER, model.target, coordinator, (aggregator,)) for model in models]
+    return (*models, *partials)
+
+
+def _updates(adjacency: HybridAdjacencyMatrix, clusters: np.ndarray[Any, Any]) -> tuple[Transfer, ...]:
+    senders, receivers = adjacency.edges()
+    crossing = clusters[senders] != clusters[receivers]
+    return _fan_out(UPDATE, senders[crossing], receivers[crossing], clusters)
+
+
+def _fan_out(
+    kind: str, senders: np.ndarray[Any, Any], receivers: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]
+) -> tuple[Transfer, ...]:
+    """One transfer per (sender, cluster of a receiver), ordered by both."""
+    if not len(senders):
+        return ()
+    order = np.lexsort((receivers, clusters[receivers], senders))
+    senders, receivers = senders[order], receivers[order]
+    targets = clusters[receivers]
+    starts = np.flatnonzero(np.r_[True, (senders[1:] != senders[:-1]) | (targets[1:] != targets[:-1])])
+    ends = np.r_[starts[1:], len(senders)]
+    names = receivers.tolist()
+    heads = zip(
+        senders[starts].tolist(),
+        clusters[senders[starts]].tolist(),
+        targets[starts].tolist(),
+        starts.tolist(),
+        ends.tolist(),
+        strict=True,
+    )
+    return tuple(Transfer(kind, node, source, to, tuple(names[start:end])) for node, source, to, start, end in heads)
+
+
+def _bytes(kind: str, num_parameters: int, itemsize: int) -> int:
+    return num_parameters * (PARTIAL_ITEMSIZE if kind in (PARTIAL, CONSENSUS) else itemsize)
+
+
+def _grouped(pairs: Iterator[tuple[K, V]]) -> dict[K, tuple[V, ...]]:
+    groups: dict[K, list[V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return {key: tuple(values) for key, values in groups.items()}

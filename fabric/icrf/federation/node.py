@@ -1,0 +1,240 @@
+"""What runs at a participant: subclass :class:`FederatedNode` and override what differs.
+
+A node lives inside a ``NodeHost``. Before each phase the host binds the node's state to the shared model of the
+host, so a node costs no process and no model of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from icrf.errors import NodeError, NodeWouldBlock
+from icrf.federation.message import Message
+from icrf.learning.layout import FlatModule
+from icrf.learning.rng import torch_generator
+from icrf.learning.training import LocalTrainer, evaluate
+from icrf.spec import FederationConfig
+
+Array = np.ndarray[Any, Any]
+
+
+class Mailbox(Protocol):
+    """How a node talks to its neighbours; the fabric checks every edge."""
+
+    def publish(self, message: Message, to: Sequence[str] | str | None) -> int: ...
+
+    def sync(self, node_id: str, wait_s: float) -> list[Message]: ...
+
+    def get_neighbors(self, node_id: str) -> list[str]: ...
+
+
+@dataclass
+class NodeContext:
+    """What the host binds to a node.
+
+    Attributes:
+        index: the node's position in the specification, the canonical order.
+        cluster: name of the cluster it lives on.
+        own_actor: whether it has an actor of its own, so that it may block.
+        train_data: (features float32 [n, ...], labels int64 [n]) as torch tensors; None without the role ``train``.
+        test_data: the same, held out.
+        model: the host's shared model; it holds this node's state while the node runs.
+        trainer: the standard local training.
+        round: the round being run, 0 before the first.
+    """
+
+    index: int
+    cluster: str
+    own_actor: bool
+    train_data: tuple[Any, Any] | None
+    test_data: tuple[Any, Any]
+    model: FlatModule
+    trainer: LocalTrainer
+    mailbox: Mailbox
+    round: int = 0
+
+
+class FederatedNode:
+    """One participant of a federation.
+
+    Override `build`, `train`, `evaluate` or `aggregate`; everything else is the fabric's. Do not override
+    ``__init__``.
+
+    Args:
+        node_id: its name.
+        role: dash-separated words out of ``train``, ``eval``, ``test``, ``aggregate``.
+        config: the federation's configuration.
+        log: a logger; the default is named after the node.
+    """
+
+    context: NodeContext
+
+    def __init__(self, node_id: str, role: str, config: FederationConfig, log: Any = None, **kwargs: Any) -> None:
+        self.config = config
+        self.log = log or logging.getLogger(f"icrf.node.{node_id}")
+        self.build_arguments = kwargs
+        self._id, self._role = node_id, role
+        self._version = 0
+        self._saved: dict[str, Any] | None = None
+        self._received: list[Message] = []
+
+    # ------------------------------------------------------------ to override
+
+    def build(self, **kwargs: Any) -> None:
+        """Heavy initialisation: called once, with data and model already bound."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        """Train ``self.model`` in place on ``self.train_data``; returns metrics, ``loss`` among them."""
+        features, labels = self.train_data
+        c = self.config
+        loss, _ = self.context.trainer.train(
+            self.context.model,
+            features,
+            labels,
+            optimizer=c.optimizer,
+            learning_rate=c.learning_rate,
+            momentum=c.momentum,
+            weight_decay=c.weight_decay,
+            epochs=c.number_of_epochs,
+            batch_size=c.batch_size,
+            shuffle=c.shuffle,
+            generator=self.generator("batches"),
+        )
+        return {"loss": loss}
+
+    def evaluate(self, phase: str = "test") -> dict[str, float]:
+        """Accuracy and loss of ``self.model`` on the held-out data (``test``) or the node's own (else)."""
+        features, labels = self.context.test_data if phase == "test" else self.train_data
+        return evaluate(self.model, features, labels)
+
+    def aggregate(self, state: Array) -> Array:
+        """A last word on the node's new state of a round (the aggregator: on the new global model).
+
+        Args:
+            state: flat parameters, shape (num_parameters,), in the layout's name order; may be changed in place.
+
+        Returns:
+            What becomes the committed state, of the same shape and dtype.
+        """
+        return state
+
+    # ------------------------------------------------------------ what a node sees
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @property
+    def role(self) -> str:
+        return self._role
+
+    @property
+    def is_train_node(self) -> bool:
+        return "train" in self._role.split("-")
+
+    @property
+    def is_eval_node(self) -> bool:
+        return "eval" in self._role.split("-")
+
+    @property
+    def is_test_node(self) -> bool:
+        return "test" in self._role.split("-")
+
+    @property
+    def model(self) -> Any:
+        """The torch module, holding this node's state while the node runs."""
+        return self.context.model.module
+
+    @property
+    def train_data(self) -> tuple[Any, Any]:
+        """(features, labels) of this node as torch tensors."""
+        if self.context.train_data is None:
+            raise NodeError("U001", f"{self._id} has no training data", value=self._role, allowed="role train")
+        return self.context.train_data
+
+    @property
+    def num_samples(self) -> int:
+        """How many training samples it has: its weight in a sample-weighted average."""
+        return 0 if self.context.train_data is None else len(self.context.train_data[1])
+
+    @property
+    def round(self) -> int:
+        return self.context.round
+
+    @property
+    def version(self) -> int:
+        """How many versions `update_version` has saved, else the rounds committed."""
+        return self._version or self.context.round
+
+    @property
+    def neighbors(self) -> list[str]:
+        """Whom this node may send to."""
+        return self.context.mailbox.get_neighbors(self._id)
+
+    def generator(self, purpose: str) -> Any:
+        """A torch generator that is a pure function of (federation seed, node, round, purpose)."""
+        return torch_generator(self.config.seed, self.context.index, self.context.round, purpose)
+
+    # ------------------------------------------------------------ messages
+
+    def send(self, header: str, body: dict[str, Any], to: Sequence[str] | str | None = None) -> int:
+        """Send to some neighbours, or to all; readable there from the next round on. P011 along a non-edge."""
+        return self.context.mailbox.publish(Message(header, self._id, body, time.time()), to)
+
+    def receive(self, block: bool = False, timeout: float | None = None) -> Message | None:
+        """The next message, or None.
+
+        Args:
+            block: wait for one, up to `timeout` seconds (60 when None); only where the node has its own actor.
+
+        Raises:
+            NodeWouldBlock: U010 on a shared slot.
+        """
+        if block and not self.context.own_actor:
+            raise NodeWouldBlock(
+                "U010",
+                f"{self._id} shares its slot: waiting would keep the others from running",
+                place="receive(block=True)",
+                hint="read with receive() in the next round, or give the cluster as many slots as nodes",
+            )
+        if not self._received:
+            wait_s = (60.0 if timeout is None else timeout) if block else 0.0
+            self._received = self.context.mailbox.sync(self._id, wait_s)
+        return self._received.pop(0) if self._received else None
+
+    def sync(self) -> list[Message]:
+        """Everything that has come, in (sender index, sequence) order."""
+        found = self._received + self.context.mailbox.sync(self._id, 0.0)
+        self._received = []
+        return found
+
+    # ------------------------------------------------------------ versions
+
+    def update_version(self, **model: Any) -> int:
+        """Save a version of named values for `pull_version`; returns its number."""
+        self._saved = {k: copy.deepcopy(v) for k, v in model.items()}
+        self._version += 1
+        return self._version
+
+    def pull_version(self) -> dict[str, Any]:
+        """``{id, version, model, timestamp}``: what `update_version` saved, else the node's current state."""
+        model = self._saved if self._saved is not None else self.context.model.layout.to_state_dict(
+            self.context.model.snapshot()
+        )
+        return {"id": self._id, "version": self.version, "model": model, "timestamp": time.time()}
+
+    def test(self, phase: str = "test") -> dict[str, float]:
+        """Evaluate the node's current state; see `evaluate`."""
+        return self.evaluate(phase)
+
+    def ping(self) -> dict[str, Any]:
+        """Where the node lives: cluster, process, round."""
+        return {"id": self._id, "cluster": self.context.cluster, "pid": os.getpid(), "round": self.context.round}

@@ -1,0 +1,113 @@
+"""Models by name, and the check that a model fits its data."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from icrf.errors import ConfigError
+from icrf.learning.datasets import Dataset
+from icrf.learning.injection import accepted_arguments
+from icrf.registry import Registry
+
+MODELS: Registry[Callable[..., Any]] = Registry("model")
+
+
+def register_model(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a factory known as a ``model_type``.
+
+    The factory returns a ``torch.nn.Module``; where it has parameters named ``input_shape`` or ``num_classes``, they
+    are passed by name.
+    """
+    return MODELS.register(name)
+
+
+@register_model("mlp")
+def mlp(input_shape: Sequence[int], num_classes: int) -> nn.Module:
+    """One hidden layer of 128 rectified units on the flattened input."""
+    num_features = 1
+    for size in input_shape:
+        num_features *= size
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            hidden=nn.Linear(num_features, 128),
+            relu=nn.ReLU(),
+            output=nn.Linear(128, num_classes),
+        )
+    )
+
+
+def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, seed: int) -> Any:
+    """Build a model with initial weights that depend on `seed` alone; torch's global generator is left as it was.
+
+    Args:
+        model_type: a registered name or ``module:attr`` of a factory.
+        input_shape: shape of one sample, without the batch.
+        num_classes: number of classes.
+        seed: 63-bit seed.
+
+    Raises:
+        ConfigError: C010 unknown name, C017 code that cannot be loaded or that raises, C018 no module came back.
+    """
+    factory = MODELS.get(model_type)
+    arguments = accepted_arguments(factory, {"input_shape": tuple(input_shape), "num_classes": num_classes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            module = factory(**arguments)
+        except Exception as error:
+            raise ConfigError(
+                "C017", f"model factory raised {type(error).__name__}: {error}", place="model_type", value=model_type
+            ) from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            "C018",
+            f"model factory '{model_type}' returned {type(module).__name__}",
+            place="model_type",
+            allowed="a torch.nn.Module",
+        )
+    return module
+
+
+def check_fit(module: Any, dataset: Dataset) -> None:
+    """Pass two samples through the model; its output must be float of shape (2, num_classes).
+
+    Neither the model's mode nor torch's global generator is changed.
+
+    Raises:
+        ConfigError: C018 naming the shapes.
+    """
+    batch = torch.from_numpy(dataset.train_x[:2])
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        batch = batch.to(parameter.dtype)
+    wanted = (len(batch), dataset.num_classes)
+    place = f"model_type with dataset_type {dataset.name}"
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            output = module(batch)
+    except Exception as error:
+        raise ConfigError(
+            "C018",
+            f"the model cannot take input of shape {tuple(batch.shape)}: {type(error).__name__}: {error}",
+            place=place,
+            hint="Flatten or reshape the input in the model, or choose another model_type",
+        ) from error
+    finally:
+        module.train(was_training)
+    found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if found != wanted or not output.is_floating_point():
+        raise ConfigError(
+            "C018",
+            f"the model's output for input of shape {tuple(batch.shape)} has the wrong shape",
+            place=place,
+            value=found,
+            allowed=f"float {wanted}, one score per class",
+        )

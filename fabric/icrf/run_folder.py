@@ -1,0 +1,171 @@
+"""The folder that a run leaves: configuration, plan, rounds, model, summary, report.
+
+``rounds.jsonl`` grows while the run goes on, one flushed line per round, so that what was reached is there even if the
+process that watches dies. The other files are replaced in one step each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from icrf.console.format import clean_json, short_id
+from icrf.errors import LocalError
+from icrf.model_file import ARTIFACT, write_file
+from icrf.protocol import LinkBytes, Plan, RoundResult, RunInfo
+from icrf.report import ReportData, render
+from icrf.spec import FederationConfig
+from icrf.spec.documents import dump_yaml
+
+_FILES = ("config.yaml", "plan.json", "rounds.jsonl", ARTIFACT, "summary.json", "report.html")
+
+
+def default_folder(run_id: str) -> Path:
+    """``runs/ID`` in the working directory."""
+    return Path("runs") / short_id(run_id)
+
+
+class RunFolder:
+    """Writes the folder of one run; a context manager.
+
+    The files of an earlier run in the same folder are removed first: a folder never mixes two runs.
+
+    Args:
+        path: created with its parents where missing.
+
+    Raises:
+        LocalError: L005 if the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rounds: list[RoundResult] = []
+        self._plan: Plan | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name in _FILES:
+                (path / name).unlink(missing_ok=True)
+            self._lines: TextIO = (path / "rounds.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise LocalError(
+                "L005",
+                f"{path} cannot be written: {error.strerror}",
+                place="--out",
+                hint="name another folder with --out",
+            ) from error
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """``config.yaml``: the resolved configuration, which runs again to the same bits."""
+        write_file(self.path / "config.yaml", dump_yaml(in_order(config)).encode())
+
+    def write_plan(self, plan: Plan) -> None:
+        """``plan.json``."""
+        self._plan = plan
+        write_file(self.path / "plan.json", _json_bytes(plan_to_dict(plan)))
+
+    def add_round(self, result: RoundResult) -> None:
+        """Append one line to ``rounds.jsonl``; it is with the operating system when this returns."""
+        self._rounds.append(result)
+        self._lines.write(json.dumps(round_line(result), allow_nan=False) + "\n")
+        self._lines.flush()
+
+    def write_model(self, data: bytes) -> None:
+        """``model.safetensors``, already verified."""
+        write_file(self.path / ARTIFACT, data)
+
+    def finish(self, info: RunInfo) -> dict[str, Any]:
+        """Write ``summary.json`` and ``report.html``; returns the summary."""
+        config = in_order(json.loads(info.config_json)) if info.config_json else {}
+        summary = summarize(info, self._rounds)
+        write_file(self.path / "summary.json", _json_bytes(summary))
+        page = render(ReportData(summary, self._rounds, config, self._plan))
+        write_file(self.path / "report.html", page.encode())
+        return summary
+
+    def close(self) -> None:
+        """Close the open file; harmless when called twice."""
+        self._lines.close()
+
+
+def in_order(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with its keys in the order in which they are documented.
+
+    It is not checked: a run can be fetched where the names that its author registered are unknown.
+    """
+    known = {key: config[key] for key in FederationConfig.model_fields if key in config}
+    return {**known, **{key: value for key, value in config.items() if key not in known}}
+
+
+def round_line(result: RoundResult) -> dict[str, Any]:
+    """A line of ``rounds.jsonl``: the fields of the round, its number under ``round``."""
+    fields = asdict(result)
+    number = fields.pop("number")
+    line: dict[str, Any] = clean_json({"round": number, **fields})
+    return line
+
+
+def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
+    """The values of ``summary.json``.
+
+    ``accuracy`` and ``loss`` are those of the last evaluated round, null without one. ``rounds_to_target`` is there
+    only where a target is set, null if it was not reached. ``wall_s`` runs from submission to the end.
+    """
+    config = json.loads(info.config_json) if info.config_json else {}
+    evaluated = next((r.metrics for r in reversed(rounds) if "accuracy" in r.metrics or "loss" in r.metrics), {})
+    wall_s = info.finished_at - info.created_at if info.finished_at else sum(r.wall_s for r in rounds)
+    summary: dict[str, Any] = {
+        "federation": info.federation,
+        "run_id": info.run_id,
+        "status": info.status,
+        "rounds": info.rounds_done,
+        "clusters": len(info.clusters),
+        "cluster_names": list(info.clusters),
+        "accuracy": evaluated.get("accuracy"),
+        "loss": evaluated.get("loss"),
+        "train_loss": rounds[-1].metrics.get("train_loss") if rounds else None,
+        "model_sha256": info.model_sha256,
+        "bytes_inter_cluster": info.bytes_inter_cluster,
+        "bytes_intra_cluster": sum(r.bytes_intra_cluster for r in rounds),
+        "wall_s": round(max(0.0, wall_s), 6),
+        "flow": info.flow,
+        "seed": config.get("seed"),
+    }
+    if config.get("target_accuracy") is not None:
+        summary["rounds_to_target"] = info.rounds_to_target or None
+    if info.error_json:
+        summary["error"] = json.loads(info.error_json)
+    result: dict[str, Any] = clean_json(summary)
+    return result
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as ``plan.json`` and ``fabric plan --json`` have it."""
+    values: dict[str, Any] = clean_json(asdict(plan))
+    return values
+
+
+def plan_from_dict(values: Mapping[str, Any]) -> Plan:
+    """The inverse of :func:`plan_to_dict`."""
+    fields = {
+        **values,
+        "clusters": tuple(values["clusters"]),
+        "problems": tuple(values["problems"]),
+        "links": tuple(LinkBytes(**link) for link in values["links"]),
+    }
+    return Plan(**fields)
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

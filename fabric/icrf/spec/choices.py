@@ -1,0 +1,127 @@
+"""The vocabulary of the named keys: what runs today, what is declared but not built yet, what may be plugged in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from icrf.registry import did_you_mean, is_import_path, registered_names
+from icrf.spec.problems import Problem
+
+TRADITIONAL = "TraditionalFederatedLearning"
+DECENTRALIZED = "DecentralizedFederatedLearning"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The values of one key.
+
+    Attributes:
+        built: what works today.
+        declared: names the fabric reserves for what it cannot do yet; refused by name (C012).
+        kind: registry kind whose registered names are accepted as well; empty for a closed vocabulary.
+        import_path: whether ``module:attr`` is accepted.
+    """
+
+    built: tuple[str, ...]
+    declared: tuple[str, ...] = ()
+    kind: str = ""
+    import_path: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """What works today, in words."""
+        words = [*self.built]
+        if self.kind:
+            words.append("a registered name")
+        if self.import_path:
+            words.append("module:attr")
+        return ", ".join(words)
+
+    def problem(self, key: str, value: str) -> Problem | None:
+        """Why `value` cannot be used for `key`, or ``None``."""
+        if value in self.built:
+            return None
+        if value in self.declared:
+            return not_built(key, value, self.allowed)
+        if self.import_path and is_import_path(value):
+            return None
+        registered = registered_names(self.kind) if self.kind else frozenset()
+        if value in registered:
+            return None
+        known = {*self.built, *self.declared, *registered}
+        return Problem(
+            "C010", (key,), f"{key}: '{value}' unknown", allowed=self.allowed, hint=did_you_mean(value, known)
+        )
+
+
+def not_built(key: str, value: object, works: str) -> Problem:
+    """A value that is in the vocabulary but has no code behind it yet (C012)."""
+    text = f"'{value}'" if isinstance(value, str) else str(value).lower()
+    return Problem("C012", (key,), f"{key}: {text} is not built yet", allowed=works)
+
+
+CHOICES: dict[str, Choice] = {
+    "federated_learning_schema": Choice(
+        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED), ("ClusterFederatedLearning",), kind="schema"
+    ),
+    "federated_learning_topology": Choice(
+        ("star", "ring", "line", "mesh", "custom"),
+        ("k_connected", "tree", "torus", "hypercube", "small_world", "erdos_renyi", "exponential"),
+        kind="topology",
+        import_path=True,
+    ),
+    "model_type": Choice(("mlp",), ("2nn", "cnn", "lstm", "resnet18", "logistic"), kind="model", import_path=True),
+    "dataset_type": Choice(
+        ("digits",),
+        ("breast_cancer", "mnist", "fmnist", "cifar10", "csv", "text"),
+        kind="dataset",
+        import_path=True,
+    ),
+    "data_distribution_kind": Choice(
+        ("iid", "dir"), ("20", "50", "90", "shards", "pathological", "quantity", "natural"), kind="partitioner"
+    ),
+    # What these leave out of torch.optim needs a closure (LBFGS), sparse gradients or matrices only (Muon).
+    "optimizer": Choice(
+        (
+            "SGD",
+            "Adam",
+            "AdamW",
+            "Adadelta",
+            "Adafactor",
+            "Adagrad",
+            "Adamax",
+            "ASGD",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "Rprop",
+        ),
+        ("LBFGS", "SparseAdam", "Muon"),
+    ),
+    "aggregation_strategy": Choice(
+        ("FedAvg",),
+        (
+            "FedProx",
+            "FedAvgM",
+            "FedAdagrad",
+            "FedAdam",
+            "FedYogi",
+            "FedNova",
+            "FedBuff",
+            "SCAFFOLD",
+            "Krum",
+            "MultiKrum",
+            "Bulyan",
+            "TrimmedMean",
+            "Median",
+        ),
+    ),
+    "mixing": Choice(("metropolis_hastings",), ("lazy_metropolis", "max_degree", "uniform"), kind="mixing"),
+    "assignment_strategy": Choice(("locality", "round_robin"), ("random", "metis", "louvain"), kind="assignment"),
+    "placement_group_strategy": Choice(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
+    "topology_adaptation_strategy": Choice(("static",), ("random", "similarity", "dissimilarity", "affinity")),
+    "on_cluster_loss": Choice(("fail",), ("wait", "reassign", "exclude")),
+    "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
+    "device": Choice(("cpu", "cuda"), ("mps",)),
+    "determinism": Choice(("strict", "recorded")),
+}

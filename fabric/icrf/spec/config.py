@@ -1,0 +1,264 @@
+"""One federation as its author describes it: every key of a configuration, typed, documented and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from icrf.errors import ConfigError, ConfigErrors
+from icrf.spec.checks import find_contradictions
+from icrf.spec.choices import TRADITIONAL
+from icrf.spec.complaints import problems_of
+from icrf.spec.documents import dump_yaml
+from icrf.spec.fields import (
+    DEFAULT_ROUND_DEADLINE_S,
+    UNION_TAGS,
+    ClientRole,
+    Count,
+    CountOrZero,
+    Deadline,
+    FederationId,
+    Nodes,
+    Placement,
+    Share,
+    SlotShare,
+    Template,
+    Text,
+)
+from icrf.spec.layers import Layers, canonical_key, read_layers, resolve_paths
+from icrf.spec.problems import Places, Problem, describe
+
+# Stand-ins for required keys that are wrong, so that the other keys can still be checked against each other.
+_STAND_INS = {
+    "federation_id": "x",
+    "federated_learning_schema": TRADITIONAL,
+    "federated_learning_topology": "star",
+}
+
+
+def _one_name_per_schema(value: Any) -> Any:
+    return TRADITIONAL if value == "StarFederatedLearning" else value
+
+
+class FederationConfig(BaseModel):
+    """A federation. Frozen, complete and valid; build it with :meth:`from_yaml` or :meth:`from_mapping`.
+
+    Every way of building it raises :class:`icrf.errors.ConfigErrors` with all that is wrong at once (C0xx), each with
+    its place. ``schema`` is accepted for ``federated_learning_schema``. Settings of an alternative that was not chosen
+    (``k_value`` with a ring, ``dirichlet_beta`` with iid data, ``mu`` with FedAvg) are kept and not used.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    # ---- what is federated
+    federation_id: FederationId
+    """Name of the federation; it names actors and folders. Runs of it have ids of their own."""
+    federated_learning_schema: Annotated[Text, BeforeValidator(_one_name_per_schema)]
+    """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same) or
+    ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
+    federated_learning_topology: Text
+    """The graph: ``star`` for traditional; ``ring``, ``mesh``, ``custom``, a registered name or ``module:attr``."""
+    k_value: Nodes | None = None
+    """Neighbours per node, for topologies that take it."""
+    adjacency_matrix_file_name: Text | None = None
+    """CSV file of the matrix for ``custom``, relative to the configuration's folder."""
+
+    # ---- nodes and rounds
+    number_of_clients: Nodes = 10
+    """Nodes that train, the server not counted."""
+    client_fraction: Share = 1.0
+    """Share of the clients that takes part in a round, in (0, 1]."""
+    min_nodes: Nodes | None = None
+    """Fewest nodes that make a round valid; null: all of them."""
+    client_role: ClientRole = "train-eval-test"
+    """What clients do: a dash-separated subset of ``train``, ``eval``, ``test``, ``aggregate``."""
+    client_template: Template | None = None
+    """``module:attr`` of a ``FederatedNode`` subclass for the clients; null: the built-in one."""
+    server_template: Template | None = None
+    """``module:attr`` of a ``FederatedNode`` subclass for the server; null: the built-in one."""
+    federated_learning_rounds: Count = 10
+    """Rounds to run."""
+    number_of_epochs: CountOrZero = 1
+    """Passes over the local data per round; 0 trains nothing (pure gossip)."""
+    batch_size: Count = 16
+    """Samples per optimizer step."""
+    target_accuracy: Share | None = None
+    """Stop after the evaluated round in which test accuracy first reaches this share, in (0, 1]."""
+
+    # ---- model and data
+    model_type: Text = "mlp"
+    """A built-in model or ``module:attr`` of a function that builds one."""
+    dataset_type: Text = "digits"
+    """A built-in dataset or ``module:attr`` of a function that loads one."""
+    data_dir: Text | None = None
+    """Folder of data files for datasets that need one, relative to the configuration's folder."""
+    data_distribution_kind: Text = "iid"
+    """How samples are dealt to the nodes: ``iid``, or ``dir`` (label shares drawn from a Dirichlet distribution)."""
+    dirichlet_beta: Annotated[float, Field(gt=0, le=1e6)] = 0.5
+    """Concentration of ``dir``; the smaller, the more the nodes' labels differ."""
+    shuffle: bool = True
+    """Shuffle each node's data in every epoch."""
+
+    # ---- local training
+    optimizer: Text = "SGD"
+    """A class of ``torch.optim``."""
+    learning_rate: Annotated[float, Field(ge=0, le=1e6)] = 0.05
+    """Step size of the optimizer."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum of ``SGD`` and ``RMSprop``, in [0, 1)."""
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """L2 penalty (decoupled in ``AdamW``)."""
+
+    # ---- aggregation
+    aggregation_strategy: Text = "FedAvg"
+    """How a server combines updates."""
+    mu: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Weight of the proximal term of ``FedProx``."""
+    aggregation_sample_scaling: bool = True
+    """Weight updates by the nodes' sample counts; false: every node counts the same."""
+    mixing: Text = "metropolis_hastings"
+    """How the mixing matrix of a decentralized round follows from the adjacency matrix."""
+
+    # ---- where it runs
+    assignment_strategy: Text = "locality"
+    """How nodes are spread over clusters: ``locality`` keeps neighbours together, ``round_robin`` deals them out."""
+    placement: Placement = Field(default_factory=dict)
+    """Nodes that must be somewhere: node id -> cluster name, or node id -> {label: value} that its cluster carries."""
+    placement_group_strategy: Text = "PACK"
+    """How Ray spreads a cluster's slots over its machines: ``PACK``, ``SPREAD``, ``STRICT_PACK``, ``STRICT_SPREAD``."""
+    resources: SlotShare = "uniform"
+    """What one slot takes: ``uniform`` (an equal share), or ``{num_cpus, num_gpus}``."""
+    topology_adaptation_strategy: Text = "static"
+    """How the graph changes between rounds."""
+    clustering_period: CountOrZero = 0
+    """Re-plan the assignment every so many rounds; 0: never."""
+    do_cluster: bool = False
+    """Place nodes by the similarity of their label distributions."""
+
+    # ---- policy of a round
+    round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
+    """Seconds that one attempt of a round may take; null: 600."""
+    on_cluster_loss: Text = "fail"
+    """What happens to a run whose cluster is lost: ``fail`` once its lease has ended."""
+    inter_cluster_codec: Text = "none"
+    """How payloads are compressed between clusters."""
+    evaluate_every: Count = 1
+    """Rounds between evaluations; a consensus model is made only then and at the end."""
+    checkpoint_every: CountOrZero = 0
+    """Rounds between durable checkpoints; 0: none."""
+    store_node_models: bool = False
+    """Decentralized: also keep every node's own model in the results."""
+
+    # ---- reproducibility
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """One integer that decides all randomness of the run."""
+    device: Text = "cpu"
+    """Where tensors live: ``cpu`` or ``cuda``."""
+    determinism: Text = "strict"
+    """``strict`` refuses clusters of different numeric fingerprint, ``recorded`` writes the difference down."""
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a file, with ``ICRF_<KEY>`` variables of the environment over it."""
+        return cls.from_layers(read_layers(path, cls.model_fields))
+
+    @classmethod
+    def from_layers(cls, layers: Layers) -> Self:
+        """Build from values whose origins are known; errors of reading and of checking come together."""
+        try:
+            config = cls.model_validate(layers.values, context=layers.places)
+        except ConfigErrors as invalid:
+            raise ConfigErrors([*layers.errors, *invalid.errors]) from invalid
+        if layers.errors:
+            raise ConfigErrors(layers.errors)
+        return config
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], source: str = "configuration", base_dir: str | Path = ".") -> Self:
+        """Build from plain values.
+
+        Args:
+            data: keys and values as they would stand in a file.
+            source: what errors call this mapping.
+            base_dir: folder that relative paths in it start from.
+        """
+        problems = [p for p in (_duplicate_alias(data),) if p]
+        if problems:
+            raise Places(source).errors(problems)
+        values = {canonical_key(key): value for key, value in data.items()}
+        return cls.model_validate(resolve_paths(values, Path(base_dir)), context=Places(source))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "configuration") -> Self:
+        """The inverse of :meth:`to_json`; paths are taken as they stand."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigErrors([ConfigError("C001", f"not readable as JSON: {error}", place=source)]) from error
+        if not isinstance(data, dict):
+            raise Places(source).errors([not_a_mapping(data)])
+        return cls.model_validate(data, context=Places(source))
+
+    def to_json(self) -> str:
+        """All keys, resolved, as canonical JSON: equal configurations give equal text."""
+        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def to_yaml(self) -> str:
+        """All keys, resolved, as YAML in the order of their definition."""
+        return dump_yaml(self.model_dump())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_errors_at_once(cls, data: Any, build: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        if not isinstance(data, Mapping):
+            return build(data)
+        places = info.context if isinstance(info.context, Places) else Places("")
+        values = {canonical_key(key): value for key, value in data.items() if key not in places.unreadable}
+        problems: list[Problem] = []
+        try:
+            config = build(values)
+        except ValidationError as error:
+            problems = problems_of(error, cls, UNION_TAGS)
+            wrong = {problem.path[0] for problem in problems} | places.unreadable
+            problems = [p for p in problems if p.path[0] not in places.unreadable]
+            rest = {key: value for key, value in values.items() if key not in wrong}
+            config = build({**rest, **{key: _STAND_INS[key] for key in wrong & _STAND_INS.keys()}})
+        else:
+            wrong = set(places.unreadable)
+        sound = {key: getattr(config, key) for key in cls.model_fields if key not in wrong}
+        problems += find_contradictions(sound)
+        if problems:
+            raise places.errors(problems)
+        return config
+
+
+def _duplicate_alias(data: Mapping[str, Any]) -> Problem | None:
+    keys = [key for key in data if canonical_key(key) == "federated_learning_schema"]
+    if len(keys) < 2:
+        return None
+    return Problem("C004", (keys[1],), f"duplicate key: '{keys[1]}' is the same as '{keys[0]}'")
+
+
+def not_a_mapping(value: object) -> Problem:
+    """The complaint about a configuration that is no mapping at all."""
+    return Problem("C006", (), f"expected keys and values, got {describe(value)}", allowed="key: value")

@@ -1,0 +1,132 @@
+"""Types of the configuration's fields: what a value must be by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+from icrf.registry import did_you_mean, is_import_path
+from icrf.spec.complaints import invalid
+from icrf.spec.problems import describe
+
+ROLES = ("train", "eval", "test", "aggregate")
+MAX_COUNT = 1_000_000
+MAX_TEXT = 4096
+CLUSTER_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+UNION_TAGS = frozenset({"name", "slot"})
+_FEDERATION_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _plain_text(value: str) -> str:
+    if not value.isprintable():
+        raise invalid("C007", f"{value[:80]!r} has characters that cannot be printed")
+    if len(value) > MAX_TEXT:
+        raise invalid("C007", f"{len(value)} characters", allowed=f"up to {MAX_TEXT}")
+    return value
+
+
+def _federation_id(value: str) -> str:
+    if not re.fullmatch(_FEDERATION_ID, value):
+        raise invalid(
+            "C007",
+            f"'{value[:200]}' cannot name a federation",
+            allowed="1 to 128 letters, digits, '.', '_' or '-', the first a letter or a digit",
+        )
+    return value
+
+
+def _client_role(value: str) -> str:
+    parts = value.split("-")
+    for part in parts:
+        if part not in ROLES:
+            raise invalid("C010", f"role '{part}' unknown", ", ".join(ROLES), did_you_mean(part, ROLES))
+        if parts.count(part) > 1:
+            raise invalid("C008", f"role '{part}' twice in '{value}'")
+    return value
+
+
+def _template(value: str) -> str:
+    if not is_import_path(value):
+        raise invalid("C006", f"'{value}' is no import path", allowed="module:attr or null")
+    return value
+
+
+def _placement(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise invalid("C006", f"expected a mapping from node to cluster, got {describe(value)}", "{node: cluster}")
+    return {_node_id(node): _target(node, target) for node, target in value.items()}
+
+
+def _node_id(node: Any) -> str:
+    if not isinstance(node, str) or not node or not node.isprintable():
+        raise invalid("C006", f"expected a node id, got {describe(node)}", allowed="e.g. client_0")
+    return node
+
+
+def _target(node: str, target: Any) -> str | dict[str, str]:
+    """A cluster's name, or labels that the cluster must carry."""
+    target = _number_as_text(target)
+    if isinstance(target, str):
+        if not re.fullmatch(CLUSTER_NAME, target):
+            raise invalid("C013", f"{node}: bad cluster name '{target[:80]}'", allowed=CLUSTER_NAME)
+        return target
+    labels = {k: _number_as_text(v) for k, v in target.items()} if isinstance(target, Mapping) else {}
+    if labels and all(
+        isinstance(part, str) and part and part.isprintable() for pair in labels.items() for part in pair
+    ):
+        return labels
+    raise invalid("C006", f"{node}: expected a cluster, got {describe(target)}", "a name or {label: value}")
+
+
+def _deadline(value: Any) -> Any:
+    return DEFAULT_ROUND_DEADLINE_S if value is None else value
+
+
+DEFAULT_ROUND_DEADLINE_S = 600.0
+
+
+class SlotResources(BaseModel):
+    """What one slot, a bundle of a placement group, takes of its cluster."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    num_cpus: Annotated[float, Field(gt=0, le=4096)] = 1.0
+    """CPU cores, as Ray counts them; a fraction lets several slots share a core."""
+    num_gpus: Annotated[float, Field(ge=0, le=1024)] = 0.0
+    """GPUs, as Ray counts them."""
+
+
+def _resources(value: Any) -> Any:
+    if value == "uniform" or isinstance(value, Mapping | SlotResources):
+        return value
+    raise invalid("C006", f"expected resources, got {describe(value)}", "uniform, or {num_cpus: 1, num_gpus: 0}")
+
+
+def _resource_form(value: Any) -> str:
+    return "name" if value == "uniform" else "slot"
+
+
+Text = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_plain_text)]
+FederationId = Annotated[Text, AfterValidator(_federation_id)]
+ClientRole = Annotated[Text, AfterValidator(_client_role)]
+Template = Annotated[Text, AfterValidator(_template)]
+Placement = Annotated[dict[str, str | dict[str, str]], BeforeValidator(_placement)]
+SlotShare = Annotated[
+    Annotated[Literal["uniform"], Tag("name")] | Annotated[SlotResources, Tag("slot")],
+    Discriminator(_resource_form),
+    BeforeValidator(_resources),
+]
+Deadline = Annotated[float, Field(gt=0, le=30 * 86400), BeforeValidator(_deadline)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Nodes = Annotated[int, Field(ge=1, le=100_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Share = Annotated[float, Field(gt=0, le=1)]

@@ -1,0 +1,154 @@
+"""From a configuration to a :class:`icrf.protocol.Submission`: everything is resolved on the user's machine.
+
+The mediator runs no user code, so nodes, graph, flow and the model's layout are settled here. What cannot work, such as
+a model that does not take the data, is refused here too, before anything was started anywhere.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from icrf.errors import ConfigError, TopologyError
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Submission, TensorSpec
+from icrf.spec import FederationConfig
+from icrf.spec.choices import TRADITIONAL
+from icrf.topology import HybridAdjacencyMatrix, build_topology
+
+SERVER_ID = "server"
+SERVER_ROLE = "aggregate-test"
+ROLE_PARTS = frozenset({"train", "eval", "test", "aggregate"})
+
+
+def build_submission(
+    config: FederationConfig,
+    *,
+    nodes: Sequence[NodeSpec] | None = None,
+    adjacency: HybridAdjacencyMatrix | np.ndarray[Any, Any] | None = None,
+    keep: bool = False,
+    stage: str = "run",
+    code_path: str = "",
+    client_request_id: str | None = None,
+) -> Submission:
+    """Resolve a configuration.
+
+    Args:
+        nodes: the nodes in index order; by default those of :func:`default_nodes`.
+        adjacency: the graph as a matrix over `nodes`; by default the configuration's topology.
+        keep: stay allocated after the configured rounds.
+        stage: how far to go without being asked, one of :data:`icrf.protocol.STAGES`.
+        code_path: folder of the user's own modules; on the path while ``module:attr`` names are loaded.
+        client_request_id: makes a repeated submission the same run; a fresh one by default.
+
+    Raises:
+        ConfigError: C008 for roles that the flow cannot use, C010 or C017 for names that cannot be loaded, C018 if the
+            model does not take the data.
+        TopologyError: T0xx for a graph that cannot be used.
+        WeightsError: W011 for a model with tensors that have no aggregation rule.
+    """
+    if stage not in STAGES:
+        raise ConfigError("C010", f"no such stage: {stage!r}", place="stage", allowed=", ".join(STAGES))
+    flow = flow_of(config)
+    chosen = tuple(nodes) if nodes is not None else default_nodes(config, flow)
+    check_roles(chosen, flow)
+    with on_path(code_path):
+        graph = _graph(config, chosen, adjacency)
+        layout = resolve_layout(config)
+    return Submission(
+        client_request_id=client_request_id or uuid.uuid4().hex,
+        config_json=config.to_json(),
+        flow=flow,
+        nodes=chosen,
+        graph=graph,
+        layout=layout,
+        keep=keep,
+        stage=stage,
+        code_path=code_path,
+    )
+
+
+def flow_of(config: FederationConfig) -> str:
+    """``centralized`` for the traditional schema, where one node aggregates; ``decentralized`` for all others."""
+    return CENTRALIZED if config.federated_learning_schema == TRADITIONAL else DECENTRALIZED
+
+
+def default_nodes(config: FederationConfig, flow: str) -> tuple[NodeSpec, ...]:
+    """The server at index 0 if centralized, then ``client_0``, ``client_1``, ..."""
+    clients = tuple(NodeSpec(f"client_{i}", config.client_role) for i in range(config.number_of_clients))
+    return (NodeSpec(SERVER_ID, SERVER_ROLE), *clients) if flow == CENTRALIZED else clients
+
+
+def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
+    """Raise C008 unless ids are unique, roles are made of known parts and fit the flow."""
+    seen: set[str] = set()
+    for index, node in enumerate(nodes):
+        place = f"nodes[{index}]"
+        if not node.id or node.id in seen:
+            raise ConfigError("C008", f"node id {node.id!r} is {'used twice' if node.id else 'empty'}", place=place)
+        seen.add(node.id)
+        unknown = [part for part in node.role.split("-") if part not in ROLE_PARTS]
+        if unknown:
+            raise ConfigError(
+                "C010",
+                f"node {node.id}: no such role: {unknown[0]!r}",
+                place=f"{place}.role",
+                value=node.role,
+                allowed="dash-separated parts of " + ", ".join(sorted(ROLE_PARTS)),
+            )
+    aggregating = [n.id for n in nodes if "aggregate" in n.role.split("-")]
+    if flow == CENTRALIZED and len(aggregating) != 1:
+        raise ConfigError(
+            "C008",
+            f"a centralized federation needs exactly one node with the role aggregate, not {len(aggregating)}",
+            place="nodes",
+            value=", ".join(aggregating[:5]) or None,
+        )
+    if not any("train" in n.role.split("-") for n in nodes):
+        raise ConfigError(
+            "C008", "no node trains", place="nodes", hint="give at least one node a role such as train-eval"
+        )
+
+
+def _graph(
+    config: FederationConfig, nodes: Sequence[NodeSpec], adjacency: HybridAdjacencyMatrix | np.ndarray[Any, Any] | None
+) -> Graph:
+    if adjacency is None:
+        parameters: Mapping[str, Any] = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
+        matrix = build_topology(config.federated_learning_topology, len(nodes), parameters)
+    elif isinstance(adjacency, HybridAdjacencyMatrix):
+        matrix = adjacency
+    else:
+        matrix = HybridAdjacencyMatrix.from_dense(np.asarray(adjacency))
+    if matrix.num_nodes != len(nodes):
+        raise TopologyError(
+            "T010", f"matrix {matrix.num_nodes}×{matrix.num_nodes} for {len(nodes)} nodes", place="adjacency"
+        )
+    return matrix.to_graph()
+
+
+def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
+    """Build model and data once, refuse them with C018 if they do not fit, and return the model's tensors."""
+    from icrf.learning import Layout, build_model, check_fit, load_dataset  # noqa: PLC0415 - torch takes seconds
+
+    dataset = load_dataset(config.dataset_type, config.data_dir or "")
+    module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
+    check_fit(module, dataset)
+    return Layout.of_module(module).tensors
+
+
+@contextmanager
+def on_path(folder: str) -> Iterator[None]:
+    """`folder` first on ``sys.path`` for the duration; nothing for an empty name."""
+    if not folder:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

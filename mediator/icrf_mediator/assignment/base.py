@@ -1,0 +1,153 @@
+"""What every assignment strategy shares: the result, the port, fair shares and pins."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from icrf.errors import ConfigError, ConfigErrors
+from icrf.protocol import ClusterInfo
+from icrf.registry import Registry, did_you_mean
+from icrf.topology import HybridAdjacencyMatrix
+
+Pins = Mapping[int, Collection[int]]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where nodes live.
+
+    Attributes:
+        clusters: cluster index per node.
+        explanation: one sentence per node that says why it lives there.
+    """
+
+    clusters: tuple[int, ...]
+    explanation: tuple[str, ...]
+
+
+class AssignmentStrategy(Protocol):
+    """Decides where nodes live. Pure: equal arguments give an equal result, and nothing is kept between calls."""
+
+    def assign(self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins) -> Assignment:
+        """Assign every node to one cluster.
+
+        Args:
+            clusters: at least one; their order defines the cluster indices.
+            pins: node index -> indices of the clusters that may host it; nodes not named may live anywhere.
+        """
+
+
+ASSIGNMENTS: Registry[type[AssignmentStrategy]] = Registry("assignment")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many nodes each cluster takes: at least `low`, at most `high`, ideally `target` (sums to the node count)."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+def fair_shares(num_nodes: int, slots: Sequence[int], pinned: Sequence[int]) -> Shares:
+    """Shares of nodes in proportion to slots, by largest remainder; ties go to the cluster that comes first.
+
+    A cluster on which more nodes are pinned than its share takes just those, and the rest is shared by the others.
+
+    Args:
+        slots: slots per cluster; if all are 0, clusters count as equal.
+        pinned: nodes per cluster that have to live there.
+    """
+    weights = [max(0, s) for s in slots]
+    if not any(weights):
+        weights = [1] * len(weights)
+    full: set[int] = set()
+    while True:
+        others = [c for c in range(len(weights)) if c not in full]
+        rest = num_nodes - sum(pinned[c] for c in full)
+        total = max(1, sum(weights[c] for c in others))
+        # Within the rounding of a share, pins do no harm.
+        crowded = {c for c in others if pinned[c] > -(-rest * weights[c] // total)}
+        if not crowded:
+            break
+        full |= crowded
+    low, high, target = list(pinned), list(pinned), list(pinned)
+    for c in others:
+        low[c] = target[c] = rest * weights[c] // total
+        high[c] = -(-rest * weights[c] // total)
+    by_remainder = sorted(others, key=lambda c: (-(rest * weights[c] % total), c))
+    for c in by_remainder[: rest - sum(low[c] for c in others)]:
+        target[c] += 1
+    return Shares(tuple(low), tuple(high), tuple(target))
+
+
+def cluster_slots(clusters: Sequence[ClusterInfo]) -> list[int]:
+    """Slots that count for a share: those of clusters that are alive, or of all while none is."""
+    none_alive = not any(cluster.alive for cluster in clusters)
+    return [cluster.capacity.num_slots if cluster.alive or none_alive else 0 for cluster in clusters]
+
+
+def place_pinned(pins: Pins, num_nodes: int, slots: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Put pinned nodes first, the least free ones before the others.
+
+    Returns:
+        (cluster per node with -1 for a node without pin, pinned nodes per cluster). A node with several allowed
+        clusters goes to the one with most share left.
+    """
+    clusters = [-1] * num_nodes
+    counts = [0] * len(slots)
+    shares = fair_shares(num_nodes, slots, counts)
+    for node in sorted(pins, key=lambda node: (len(pins[node]), node)):
+        allowed = sorted(pins[node])
+        best = max(allowed, key=lambda c: (shares.target[c] - counts[c], -c))
+        clusters[node] = best
+        counts[best] += 1
+    return clusters, counts
+
+
+def resolve_pins(
+    placement: Mapping[str, str | Mapping[str, str]], node_ids: Sequence[str], clusters: Sequence[ClusterInfo]
+) -> dict[int, frozenset[int]]:
+    """Turn the configured placement into pins.
+
+    Args:
+        placement: node id -> cluster name, or label selector whose every pair a cluster's labels must have.
+
+    Returns:
+        node index -> indices of the allowed clusters.
+
+    Raises:
+        ConfigErrors: every C014: an unknown node, an unknown cluster, a selector that matches no cluster.
+    """
+    index = {node_id: i for i, node_id in enumerate(node_ids)}
+    by_name = {cluster.name: i for i, cluster in enumerate(clusters)}
+    pins: dict[int, frozenset[int]] = {}
+    errors: list[ConfigError] = []
+    for node_id, where in placement.items():
+        place = f"placement.{node_id}"
+        if node_id not in index:
+            hint = did_you_mean(node_id, node_ids)
+            errors.append(ConfigError("C014", f"node '{node_id}' does not exist", place=place, hint=hint))
+            continue
+        if isinstance(where, str):
+            allowed = frozenset({by_name[where]}) if where in by_name else frozenset()
+            problem = f"cluster '{where}' not in fabric"
+            known, hint = ", ".join(sorted(by_name)), did_you_mean(where, by_name)
+        else:
+            wanted = set(where.items())
+            allowed = frozenset(i for i, cluster in enumerate(clusters) if wanted <= set(cluster.labels.items()))
+            problem = f"no cluster has the labels {_labels(where)}"
+            known, hint = "; ".join(f"{c.name}: {_labels(c.labels) or 'none'}" for c in clusters), ""
+        if allowed:
+            pins[index[node_id]] = allowed
+        else:
+            errors.append(ConfigError("C014", f"node {node_id}: {problem}", place=place, allowed=known, hint=hint))
+    if errors:
+        raise ConfigErrors(errors)
+    return pins
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(labels.items()))

@@ -1,0 +1,181 @@
+"""Local refinement of a partition into clusters, after Fiduccia and Mattheyses (DAC 1982), for k parts.
+
+A pass moves every node at most once, always the move with the best gain, even if it is negative, and in the end keeps
+the best prefix. Sizes may leave their bounds by one node within a pass, so a swap is just two moves in a row.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from icrf_mediator.assignment.base import Pins
+
+MAX_PASSES = 12
+# A pass over a large graph gives up after this share of its nodes moved without a new best.
+_PATIENCE_SHARE = 0.02
+_MIN_PATIENCE = 400
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """An undirected graph as CSR lists; plain lists, because the loops below read single entries."""
+
+    indptr: list[int]
+    indices: list[int]
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.indptr) - 1
+
+    def of(self, node: int) -> list[int]:
+        return self.indices[self.indptr[node] : self.indptr[node + 1]]
+
+
+def refine(
+    graph: Neighbours,
+    clusters: list[int],
+    low: Sequence[int],
+    high: Sequence[int],
+    pins: Pins,
+    passes: int = MAX_PASSES,
+) -> list[int]:
+    """Move nodes between clusters while that cuts fewer edges.
+
+    Args:
+        clusters: cluster per node to start from; not changed.
+        low: fewest nodes per cluster; a start below it is kept from shrinking further.
+        high: most nodes per cluster; a start above it is kept from growing further.
+        pins: node -> allowed clusters.
+
+    Returns:
+        cluster per node, cutting at most as many edges as the start.
+    """
+    sizes = np.bincount(clusters, minlength=len(low)).tolist()
+    low = [min(a, b) for a, b in zip(low, sizes, strict=True)]
+    high = [max(a, b) for a, b in zip(high, sizes, strict=True)]
+    for _ in range(passes):
+        one = _Pass(graph, clusters, low, high, pins)
+        improved = one.run()
+        if improved <= 0:
+            break
+        clusters = one.best()
+    return clusters
+
+
+class _Pass:
+    """One pass. `connections[v * k + c]` counts the neighbours of v in cluster c."""
+
+    def __init__(
+        self, graph: Neighbours, clusters: Sequence[int], low: Sequence[int], high: Sequence[int], pins: Pins
+    ) -> None:
+        self._graph = graph
+        self._clusters = list(clusters)
+        self._low, self._high, self._pins = low, high, pins
+        self._k = len(low)
+        self._sizes: list[int] = np.bincount(self._clusters, minlength=self._k).tolist()
+        rows = np.repeat(np.arange(graph.num_nodes), np.diff(graph.indptr))
+        owners = np.array(self._clusters)[graph.indices] if graph.indices else np.array([], dtype=np.int64)
+        counted = np.bincount(rows * self._k + owners, minlength=graph.num_nodes * self._k)
+        self._connections: list[int] = counted.tolist()
+        self._locked = bytearray(graph.num_nodes)
+        for node, allowed in pins.items():
+            self._locked[node] = len(allowed) == 1
+        self._heaps: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._moves: list[tuple[int, int]] = []
+        self._kept = 0
+        # Only nodes at a border can gain; the others join when a neighbour moves.
+        own = np.array(self._clusters)[rows] if len(rows) else rows
+        for node in np.unique(rows[own != owners]).tolist():
+            self._push(node)
+
+    def run(self) -> int:
+        """Make the moves; returns how many edges fewer the best prefix cuts."""
+        gained, best = 0, 0
+        patience = max(_MIN_PATIENCE, int(_PATIENCE_SHARE * self._graph.num_nodes))
+        while len(self._moves) - self._kept < patience:
+            move = self._pop()
+            if move is None:
+                break
+            gain, node, target = move
+            self._moves.append((node, self._clusters[node]))
+            self._apply(node, target)
+            gained += gain
+            if gained > best and self._violation() == 0:
+                best, self._kept = gained, len(self._moves)
+        return best
+
+    def best(self) -> list[int]:
+        """The clusters after the best prefix of the moves."""
+        result = list(self._clusters)
+        for node, source in reversed(self._moves[self._kept :]):
+            result[node] = source
+        return result
+
+    def _gain(self, node: int, target: int) -> int:
+        base = node * self._k
+        return self._connections[base + target] - self._connections[base + self._clusters[node]]
+
+    def _push(self, node: int) -> None:
+        source, base = self._clusters[node], node * self._k
+        internal = self._connections[base + source]
+        allowed = self._pins.get(node)
+        for target in range(self._k):
+            external = self._connections[base + target]
+            if target != source and external and (allowed is None or target in allowed):
+                heapq.heappush(self._heaps.setdefault((source, target), []), (internal - external, node))
+
+    def _pop(self) -> tuple[int, int, int] | None:
+        """The best move that the sizes allow: (gain, node, target). Stale heap entries are dropped on the way."""
+        best: tuple[int, int, int, int] | None = None
+        for (source, target), heap in self._heaps.items():
+            if heap and self._fits(source, target):
+                while heap and self._stale(source, target, heap[0]):
+                    heapq.heappop(heap)
+                if heap:
+                    cost, node = heap[0]
+                    candidate = (cost, node, source, target)
+                    best = candidate if best is None or candidate < best else best
+        if best is None:
+            return None
+        cost, node, source, target = best
+        heapq.heappop(self._heaps[source, target])
+        return -cost, node, target
+
+    def _stale(self, source: int, target: int, entry: tuple[int, int]) -> bool:
+        cost, node = entry
+        return bool(self._locked[node]) or self._clusters[node] != source or self._gain(node, target) != -cost
+
+    def _fits(self, source: int, target: int) -> bool:
+        """Whether a move keeps sizes within one of their bounds, and mends rather than worsens what is outside."""
+        after_source, after_target = self._sizes[source] - 1, self._sizes[target] + 1
+        if after_source < self._low[source] - 1 or after_target > self._high[target] + 1:
+            return False
+        outside = self._violation()
+        if outside == 0:
+            return True
+        change = self._outside(source, after_source) + self._outside(target, after_target)
+        change -= self._outside(source, self._sizes[source]) + self._outside(target, self._sizes[target])
+        return change < 0 or (change == 0 and outside <= 2)
+
+    def _outside(self, cluster: int, size: int) -> int:
+        return max(0, self._low[cluster] - size) + max(0, size - self._high[cluster])
+
+    def _violation(self) -> int:
+        return sum(self._outside(cluster, size) for cluster, size in enumerate(self._sizes))
+
+    def _apply(self, node: int, target: int) -> None:
+        source = self._clusters[node]
+        self._clusters[node] = target
+        self._sizes[source] -= 1
+        self._sizes[target] += 1
+        self._locked[node] = 1
+        for neighbour in self._graph.of(node):
+            base = neighbour * self._k
+            self._connections[base + source] -= 1
+            self._connections[base + target] += 1
+            if not self._locked[neighbour]:
+                self._push(neighbour)

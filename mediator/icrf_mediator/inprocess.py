@@ -1,0 +1,146 @@
+"""Adapters of the mediator for callers in the same process: no sockets, the same contracts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+from icrf.protocol import (
+    ClusterInfo,
+    Instruction,
+    Plan,
+    Register,
+    Reject,
+    Report,
+    RunEvent,
+    RunInfo,
+    Submission,
+)
+from icrf_mediator.service import MediatorService
+
+T = TypeVar("T")
+
+
+class InProcessLink:
+    """:class:`icrf.ports.AgentLink` of an agent on the mediator's own loop."""
+
+    def __init__(self, service: MediatorService) -> None:
+        self._service = service
+        self._instructions: asyncio.Queue[Instruction | None] = asyncio.Queue()
+        self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
+        self._session = ""
+        self._pump: asyncio.Task[None] | None = None
+
+    def send(self, instruction: Instruction) -> None:
+        """The mediator's side (:class:`icrf.ports.AgentPort`)."""
+        self._instructions.put_nowait(instruction)
+
+    def disconnect(self) -> None:
+        self._instructions.put_nowait(None)
+
+    async def run(self, register: Callable[[], Report], deliver: Callable[[Instruction], None]) -> None:
+        request = register()
+        assert isinstance(request, Register)
+        self._session = await self._service.agent_connected(request, self, "this process")
+        self._pump = asyncio.create_task(self._forward())
+        while (instruction := await self._instructions.get()) is not None:
+            deliver(instruction)
+            if isinstance(instruction, Reject):
+                return
+
+    def report(self, report: Report) -> None:
+        self._reports.put_nowait(report)
+
+    async def upload(self, run_id: str, artifact: str, chunks: Iterator[bytes]) -> str:
+        writer = self._service.upload_writer(run_id, artifact)
+        try:
+            for chunk in chunks:
+                await asyncio.to_thread(writer.write, chunk)
+            return await asyncio.to_thread(writer.commit)
+        except BaseException:
+            writer.abort()
+            raise
+
+    async def close(self) -> None:
+        self._reports.put_nowait(None)
+        if self._pump is not None:
+            await self._pump
+            self._pump = None
+            await self._service.agent_disconnected(self._session)
+        self._instructions.put_nowait(None)
+
+    async def _forward(self) -> None:
+        while (report := await self._reports.get()) is not None:
+            await self._service.agent_report(self._session, report)
+
+
+class InProcessMediator:
+    """:class:`icrf.ports.MediatorPort` for threads other than the mediator's loop.
+
+    Args:
+        service: the mediator.
+        loop: the running loop that owns it.
+    """
+
+    def __init__(self, service: MediatorService, loop: asyncio.AbstractEventLoop) -> None:
+        self._service, self._loop = service, loop
+
+    def submit(self, submission: Submission) -> RunInfo:
+        return self._wait(self._service.submit(submission))
+
+    def plan(self, submission: Submission) -> Plan:
+        return self._wait(self._service.plan(submission))
+
+    def get(self, run_id: str) -> RunInfo:
+        return self._wait(self._service.get(run_id))
+
+    def list_runs(self) -> list[RunInfo]:
+        return self._wait(self._service.list_runs())
+
+    def clusters(self) -> list[ClusterInfo]:
+        return self._wait(self._service.clusters())
+
+    def watch(self, run_id: str, after_seq: int = 0) -> Iterator[RunEvent]:
+        events = self._service.watch(run_id, after_seq)
+        try:
+            while (event := self._wait(_next(events))) is not None:
+                yield event
+        finally:
+            self._wait(_close(events))
+
+    def cancel(self, run_id: str) -> RunInfo:
+        return self._wait(self._service.cancel(run_id))
+
+    def advance(self, run_id: str, stage: str, rounds: int = 0) -> RunInfo:
+        return self._wait(self._service.advance(run_id, stage, rounds))
+
+    def finish(self, run_id: str) -> RunInfo:
+        return self._wait(self._service.finish(run_id))
+
+    def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes:
+        return self._wait(self._service.call_node(run_id, node_id, method, arguments))
+
+    def send_message(self, run_id: str, recipients: Sequence[str], message: bytes) -> None:
+        self._wait(self._service.send_message(run_id, recipients, message))
+
+    def fetch(self, run_id: str, artifact: str) -> Iterator[bytes]:
+        return self._wait(_call(self._service.fetch, run_id, artifact))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _next(events: AsyncIterator[RunEvent]) -> RunEvent | None:
+    return await anext(events, None)
+
+
+async def _close(events: AsyncIterator[RunEvent]) -> None:
+    await events.aclose()  # type: ignore[attr-defined]
+
+
+async def _call(work: Callable[..., T], *arguments: Any) -> T:
+    return work(*arguments)

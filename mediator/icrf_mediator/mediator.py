@@ -1,0 +1,379 @@
+"""The core of the mediator: membership, assignment and the order of rounds. Pure: events in, effects out.
+
+It has no sockets, no database, no threads and no clock: every call brings the time, and returns
+:class:`~icrf_mediator.effects.Effects` for the shell (``service.py``) to carry out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from icrf.errors import IcrfError, ResourceError, RunError, make_error
+from icrf.ports import Write
+from icrf.protocol import (
+    QUEUED,
+    TERMINAL,
+    Activated,
+    CallDone,
+    CallNode,
+    ClusterInfo,
+    Goodbye,
+    Heartbeat,
+    Lease,
+    ModelStored,
+    PeerAddress,
+    Plan,
+    Register,
+    Reject,
+    Released,
+    Report,
+    Reserved,
+    RoundReport,
+    RoundResult,
+    RunEvent,
+    RunInfo,
+    SendMessage,
+    Submission,
+    Warned,
+)
+from icrf_mediator.assignment import Assignment
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.membership import Membership
+from icrf_mediator.planning import make_plan, slot_resources
+from icrf_mediator.runs import RunMachine
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Times of the membership protocol, in seconds."""
+
+    lease_ttl_s: float = 20.0
+    heartbeat_s: float = 5.0
+    reserve_s: float = 60.0
+    activate_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Archived:
+    """A run of an earlier life of the mediator: only its record is left."""
+
+    info: RunInfo
+    events: tuple[RunEvent, ...]
+
+
+class FederationMediator:
+    """Decides what happens to federations and clusters.
+
+    Args:
+        policy: times of leases and deadlines.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
+        self._members = Membership(self.policy.lease_ttl_s)
+        self._runs: dict[str, RunMachine] = {}
+        self._archive: dict[str, Archived] = {}
+        self._requests: dict[str, str] = {}
+        self._calls: dict[str, tuple[str, str]] = {}
+
+    # ------------------------------------------------------------ restoring
+
+    def restore(self, tables: dict[str, list[Write]], now: Now) -> Effects:
+        """Take over the journal of an earlier life; runs that were not finished are marked failed (F007)."""
+        effects = Effects()
+        events: dict[str, list[RunEvent]] = {}
+        for write in tables.get("events", []):
+            events.setdefault(str(write.key[0]), []).append(_event_of(write))
+        for write in tables.get("submissions", []):
+            self._requests[str(write.row["client_request_id"])] = str(write.key[0])
+        for write in tables.get("runs", []):
+            info = RunInfo(**{**write.row, "clusters": tuple(write.row["clusters"])})
+            past = events.get(info.run_id, [])
+            if info.status not in TERMINAL:
+                error = RunError("F007", "the mediator was restarted during the run", hint="submit it again")
+                info = replace(
+                    info, status="FAILED", finished_at=now.wall_s, error_json=error.to_json(), waiting_for=""
+                )
+                past = _close(past, info, now, str(error))
+                effects.writes.append(Write("runs", (info.run_id,), asdict(info)))
+                effects.writes += [Write("events", (e.run_id, e.seq), asdict(e)) for e in past[-2:]]
+            self._archive[info.run_id] = Archived(info, tuple(past))
+        return effects
+
+    # ------------------------------------------------------------ SDK
+
+    def submit(self, submission: Submission, run_id: str, now: Now) -> tuple[RunInfo, Effects]:
+        """Accept a federation under `run_id`, or return the run that the same request id made before."""
+        effects = Effects()
+        known = self._requests.get(submission.client_request_id)
+        if known is not None:
+            return self.get(known), effects
+        clusters = self._members.clusters()
+        if clusters:
+            _refuse_infeasible(make_plan(submission, clusters)[0])
+        run = RunMachine(
+            run_id, submission, now, reserve_s=self.policy.reserve_s, activate_s=self.policy.activate_s
+        )
+        self._requests[submission.client_request_id] = run_id
+        self._runs[run_id] = run
+        run.submitted(effects, now)
+        self._admit(effects, now)
+        return run.info, effects
+
+    def get(self, run_id: str) -> RunInfo:
+        """One run by its id or a unique prefix of it."""
+        return self._find(run_id).info
+
+    def list_runs(self) -> list[RunInfo]:
+        infos = [r.info for r in self._runs.values()] + [a.info for a in self._archive.values()]
+        return sorted(infos, key=lambda info: (-info.created_at, info.run_id))
+
+    def clusters(self) -> list[ClusterInfo]:
+        return self._members.clusters()
+
+    def events(self, run_id: str) -> tuple[str, Sequence[RunEvent]]:
+        """The full id of a run and its events so far (the live list)."""
+        run = self._find(run_id)
+        return run.info.run_id, run.events
+
+    def cancel(self, run_id: str, now: Now) -> tuple[RunInfo, Effects]:
+        effects = Effects()
+        run = self._find(run_id)
+        if isinstance(run, RunMachine):
+            run.cancel(effects, now)
+            self._admit(effects, now)
+        return run.info, effects
+
+    def advance(self, run_id: str, stage: str, rounds: int, now: Now) -> tuple[RunInfo, Effects]:
+        effects = Effects()
+        run = self._live(run_id)
+        run.advance(effects, now, stage, rounds)
+        return run.info, effects
+
+    def finish(self, run_id: str, now: Now) -> tuple[RunInfo, Effects]:
+        effects = Effects()
+        run = self._find(run_id)
+        if isinstance(run, RunMachine):
+            run.finish(effects, now)
+        return run.info, effects
+
+    def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes, call_id: str) -> Effects:
+        """Route a call to the cluster of a node; answered through ``Effects.answers``."""
+        effects = Effects()
+        run = self._active(run_id)
+        cluster = run.cluster_of(run.node_index(node_id))
+        self._calls[call_id] = (run.run_id, cluster)
+        effects.send(cluster, CallNode(run.run_id, run.generation, call_id, node_id, method, arguments))
+        return effects
+
+    def send_message(
+        self, run_id: str, recipients: Sequence[str], message: bytes, call_ids: Sequence[str]
+    ) -> tuple[list[str], Effects]:
+        """Route a supervisor's message to the clusters of its recipients; the call ids that will be answered."""
+        effects = Effects()
+        run = self._active(run_id)
+        by_cluster: dict[str, list[int]] = {}
+        for node_id in recipients:
+            index = run.node_index(node_id)
+            by_cluster.setdefault(run.cluster_of(index), []).append(index)
+        used = []
+        for call_id, (cluster, nodes) in zip(call_ids, sorted(by_cluster.items()), strict=False):
+            self._calls[call_id] = (run.run_id, cluster)
+            used.append(call_id)
+            effects.send(cluster, SendMessage(run.run_id, run.generation, call_id, tuple(nodes), message))
+        return used, effects
+
+    # ------------------------------------------------------------ agents
+
+    def register(self, request: Register, peer: str, now: Now) -> tuple[IcrfError | None, Effects]:
+        """An agent asks to serve a cluster."""
+        effects = Effects()
+        refusal = self._members.register(request, peer, now.monotonic_s)
+        if refusal:
+            return refusal, effects
+        effects.send(request.cluster, Lease(self.policy.lease_ttl_s, self.policy.heartbeat_s))
+        self._admit(effects, now)
+        return None, effects
+
+    def report(self, cluster: str, incarnation: str, report: Report, now: Now) -> Effects:
+        """Something an agent says. Only the incarnation that holds the cluster is listened to."""
+        effects = Effects()
+        if not self._members.owns(cluster, incarnation):
+            error = make_error("A002", f"cluster {cluster}: lease of {incarnation[:8]} is lost", hint="start again")
+            effects.send(cluster, Reject(error.to_json()))
+            return effects
+        if isinstance(report, Heartbeat):
+            self._members.heartbeat(cluster, incarnation, now.monotonic_s)
+            effects.send(cluster, Lease(self.policy.lease_ttl_s, self.policy.heartbeat_s))
+        elif isinstance(report, Goodbye):
+            self._members.leave(cluster, incarnation)
+            effects.dropped.append(cluster)
+            self._lost(effects, now, cluster)
+        elif isinstance(report, CallDone):
+            if self._calls.pop(report.call_id, None):
+                effects.answers.append(report)
+        elif not isinstance(report, Register):
+            self._run_report(effects, now, cluster, report)
+        return effects
+
+    def _run_report(
+        self,
+        effects: Effects,
+        now: Now,
+        cluster: str,
+        report: Reserved | Activated | RoundReport | ModelStored | Released | Warned,
+    ) -> None:
+        run = self._runs.get(report.run_id)
+        if run is None:
+            return
+        if isinstance(report, Reserved):
+            run.reserved(effects, now, cluster, report)
+        elif isinstance(report, Activated):
+            run.activated(effects, now, cluster, report)
+        elif isinstance(report, RoundReport):
+            run.round_report(effects, now, cluster, report)
+        elif isinstance(report, ModelStored):
+            run.model_stored(effects, now, report)
+        elif isinstance(report, Warned):
+            run.warned(effects, now, f"{cluster}: {report.text}")
+        else:
+            self._members.give_back(report.run_id, cluster)
+            run.released(effects, now, cluster)
+        if run.terminal:
+            self._admit(effects, now)
+
+    def disconnected(self, cluster: str, incarnation: str) -> None:
+        """The control stream of an agent ended; its lease runs on."""
+        self._members.disconnected(cluster, incarnation)
+
+    def tick(self, now: Now) -> Effects:
+        """Let time pass: leases and deadlines."""
+        effects = Effects()
+        for cluster in self._members.expire(now.monotonic_s):
+            effects.dropped.append(cluster)
+            self._lost(effects, now, cluster)
+        for run in list(self._runs.values()):
+            run.tick(effects, now)
+        return effects
+
+    def commit_took(self, run_id: str, number: int, seconds: float) -> None:
+        """How long a commit took to become durable; shown in the round's result."""
+        self._runs[run_id].commit_took(number, seconds)
+
+    # ------------------------------------------------------------ inside
+
+    def _lost(self, effects: Effects, now: Now, cluster: str) -> None:
+        for run in list(self._runs.values()):
+            run.cluster_lost(effects, now, cluster)
+        error = make_error("A003", f"cluster {cluster} was lost during the call")
+        for call_id, (run_id, where) in list(self._calls.items()):
+            if where == cluster:
+                del self._calls[call_id]
+                effects.answers.append(CallDone(run_id, call_id, error_json=error.to_json()))
+        self._admit(effects, now)
+
+    def _admit(self, effects: Effects, now: Now) -> None:
+        """Start queued runs in the order of their submission, as far as slots are free."""
+        for run in list(self._runs.values()):
+            if run.info.status != QUEUED:
+                continue
+            clusters = self._members.clusters()
+            if not clusters:
+                run.queued(effects, now, "a cluster to register (start a fabric-agent)")
+                return
+            try:
+                plan, assignment = make_plan(run.submission, clusters)
+                _refuse_infeasible(plan)
+            except IcrfError as error:
+                run.fail(effects, now, error)
+                continue
+            lacking = self._members.lacking(plan.slots)
+            if lacking:
+                run.queued(effects, now, lacking)
+                return
+            self._start(effects, now, run, plan, assignment, clusters)
+
+    def _start(
+        self,
+        effects: Effects,
+        now: Now,
+        run: RunMachine,
+        plan: Plan,
+        assignment: Assignment,
+        clusters: Sequence[ClusterInfo],
+    ) -> None:
+        by_name = {c.name: c for c in clusters}
+        used = sorted({clusters[c].name for c in assignment.clusters})
+        plan = replace(plan, clusters=tuple(used), slots={name: plan.slots[name] for name in used})
+        position = {name: k for k, name in enumerate(used)}
+        where = tuple(position[clusters[c].name] for c in assignment.clusters)
+        self._members.take(run.run_id, plan.slots)
+        run.start(
+            effects,
+            now,
+            plan=plan,
+            assignment=where,
+            peers=tuple(PeerAddress(name, by_name[name].address) for name in plan.clusters),
+            resources={n: slot_resources(run.config, by_name[n], plan.slots[n]) for n in plan.clusters},
+        )
+
+    def _find(self, run_id: str) -> RunMachine | Archived:
+        everything: dict[str, RunMachine | Archived] = {**self._archive, **self._runs}
+        if run_id in everything:
+            return everything[run_id]
+        found = [key for key in everything if run_id and key.startswith(run_id)]
+        if len(found) > 1:
+            raise RunError("F004", f"run id '{run_id}' is ambiguous", allowed=", ".join(k[:12] for k in found[:5]))
+        if not found:
+            raise RunError("F001", f"no federation '{run_id}'", hint="`fabric list` shows them")
+        return everything[found[0]]
+
+    def _live(self, run_id: str) -> RunMachine:
+        run = self._find(run_id)
+        if not isinstance(run, RunMachine):
+            raise RunError("F005", f"run {run.info.run_id[:8]} is {run.info.status}")
+        return run
+
+    def _active(self, run_id: str) -> RunMachine:
+        run = self._live(run_id)
+        if run.terminal or not run.is_activated:
+            raise RunError(
+                "F005",
+                f"run {run.run_id[:8]} is {run.info.status}: its nodes are not live",
+                hint="call materialize_all() or train() first",
+            )
+        return run
+
+
+def _refuse_infeasible(plan: Plan) -> None:
+    if plan.feasible:
+        return
+    if any("fingerprint" in problem for problem in plan.problems):
+        raise ResourceError(
+            "R004",
+            "; ".join(plan.problems),
+            place="determinism",
+            hint="use clusters with equal software and processors, or set determinism: recorded",
+        )
+    raise ResourceError(
+        "R001", "; ".join(plan.problems), place="resources", hint="`fabric plan` shows what each cluster would hold"
+    )
+
+
+
+
+def _event_of(write: Write) -> RunEvent:
+    row = dict(write.row)
+    if row.get("round"):
+        row["round"] = RoundResult(**row["round"])
+    return RunEvent(**row)
+
+
+def _close(past: list[RunEvent], info: RunInfo, now: Now, text: str) -> list[RunEvent]:
+    last = past[-1].seq if past else 0
+    return [
+        *past,
+        RunEvent(info.run_id, last + 1, now.wall_s, "status", text, info.status),
+        RunEvent(info.run_id, last + 2, now.wall_s, "end", text, info.status),
+    ]

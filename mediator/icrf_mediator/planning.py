@@ -1,0 +1,253 @@
+"""The plan of a federation: placement, traffic, mixing, memory and feasibility, before anything runs.
+
+Pure: the same submission and clusters give the same plan on every mediator. All that is wrong with the resources comes
+back as sentences in the plan; only what is wrong with the submission itself is raised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from icrf.errors import ConfigError
+from icrf.exchange import ExchangePlan, compile_exchange
+from icrf.protocol import CENTRALIZED, ClusterInfo, Fingerprint, LinkBytes, Plan, Resources, Submission
+from icrf.topology import MIXINGS, HybridAdjacencyMatrix, rounds_to_consensus, spectrum
+from icrf_mediator.assignment import Assignment, assign, resolve_pins
+
+# A host with torch imported and one optimizer step made (measured), before any model.
+HOST_BYTES = 360 * 1_000_000
+
+# Ray counts resources in units of 1/10,000; more digits would round up and no longer fit.
+_RAY_UNITS = 10_000
+
+_FLOAT32, _FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The keys of the resolved configuration that a plan depends on."""
+
+    federation_id: str
+    rounds: int
+    evaluate_every: int
+    assignment_strategy: str
+    placement: Mapping[str, str | Mapping[str, str]]
+    placement_group_strategy: str
+    mixing: str
+    device: str
+    determinism: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> _Settings:
+        return cls(
+            federation_id=config.get("federation_id", ""),
+            rounds=config.get("federated_learning_rounds", 1),
+            evaluate_every=config.get("evaluate_every", 1),
+            assignment_strategy=config.get("assignment_strategy") or "locality",
+            placement=config.get("placement") or {},
+            placement_group_strategy=config.get("placement_group_strategy") or "PACK",
+            mixing=config.get("mixing") or "metropolis_hastings",
+            device=config.get("device") or "cpu",
+            determinism=config.get("determinism") or "strict",
+        )
+
+    @property
+    def num_evaluations(self) -> int:
+        """Every `evaluate_every` rounds and after the last one."""
+        if self.evaluate_every < 1:
+            return min(1, self.rounds)
+        return -(-self.rounds // self.evaluate_every)
+
+
+def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
+    """Plan a federation on these clusters.
+
+    The assignment's cluster indices are positions in `clusters` and in ``plan.clusters``.
+
+    Raises:
+        ConfigErrors: C014 for every pin that names no node or no cluster.
+        ConfigError: C001 unreadable configuration, C008 not one aggregator, C010 unknown strategy or mixing rule.
+        RoutingError: P011 a participant without edges to the aggregator.
+        TopologyError: T004 a decentralized graph that is directed, T0xx a malformed graph.
+    """
+    config = _parse(submission.config_json)
+    settings = _Settings.from_config(config)
+    adjacency = HybridAdjacencyMatrix.from_graph(submission.graph)
+    node_ids = [node.id for node in submission.nodes]
+    if clusters:
+        pins = resolve_pins(settings.placement, node_ids, clusters)
+        assignment = assign(settings.assignment_strategy, adjacency, clusters, pins)
+    else:
+        assignment = Assignment((), ())
+    # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
+    owners = assignment.clusters or (0,) * adjacency.num_nodes
+    exchange = compile_exchange(submission.flow, adjacency, [node.role for node in submission.nodes], owners)
+    slots = _slots(assignment, clusters)
+    num_parameters = sum(math.prod(tensor.shape) for tensor in submission.layout)
+    per_evaluation = exchange.evaluation_bytes(num_parameters)
+    links = exchange.links(num_parameters, _itemsize(submission))
+    per_round = sum(links.values())
+    slem, slem_kind = (-1.0, "none") if submission.flow == CENTRALIZED else spectrum(_mix(settings, adjacency))
+    problems = _problems(settings, config, clusters, slots)
+    plan = Plan(
+        federation=settings.federation_id,
+        flow=submission.flow,
+        clusters=tuple(cluster.name for cluster in clusters),
+        assignment={i: clusters[c].name for i, c in zip(node_ids, assignment.clusters, strict=False)},
+        num_edges=adjacency.cut_edges(np.arange(adjacency.num_nodes)),
+        cut_edges=adjacency.cut_edges(owners),
+        links=tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
+        bytes_inter_cluster_per_round=per_round,
+        bytes_inter_cluster_per_evaluation=per_evaluation,
+        bytes_inter_cluster_total=per_round * settings.rounds + per_evaluation * settings.num_evaluations,
+        slem=slem,
+        slem_kind=slem_kind,
+        rounds_to_consensus=rounds_to_consensus(slem),
+        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters),
+        slots=slots,
+        feasible=not problems,
+        problems=problems,
+        num_parameters=num_parameters,
+        strategy=settings.assignment_strategy,
+        explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
+    )
+    return plan, assignment
+
+
+def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: int) -> Resources:
+    """What one of `num_slots` slots takes on this cluster.
+
+    ``resources: uniform`` shares the cluster: at most one CPU a slot and, with ``device: cuda``, an equal part of one
+    GPU, small enough that whole slots fit on each GPU. Otherwise the configured numbers are taken as they are.
+
+    Args:
+        config: the resolved configuration; its keys ``resources`` and ``device`` are read.
+    """
+    wanted: Any = config.get("resources") or "uniform"
+    if isinstance(wanted, Mapping):
+        return Resources(float(wanted.get("num_cpus", 1.0)), float(wanted.get("num_gpus", 0.0)))
+    slots = max(1, num_slots)
+    num_gpus = 0.0
+    if config.get("device") == "cuda" and cluster.capacity.num_gpus > 0:
+        # Three GPUs among four slots are two slots a GPU: 3/4 of a GPU each would leave the fourth slot without.
+        slots_per_gpu = math.ceil(slots / cluster.capacity.num_gpus)
+        num_gpus = _ray_floor(min(1.0 / slots_per_gpu, cluster.capacity.num_gpus / slots))
+    return Resources(_ray_floor(min(1.0, cluster.capacity.num_cpus / slots)), num_gpus)
+
+
+# ---------------------------------------------------------------- parts of the plan
+
+
+def _parse(config_json: str) -> Mapping[str, Any]:
+    try:
+        config = json.loads(config_json)
+    except json.JSONDecodeError as error:
+        raise ConfigError("C001", f"configuration is not JSON: {error}", place="config_json") from error
+    if not isinstance(config, dict):
+        raise ConfigError("C006", "configuration is not a mapping", place="config_json", value=type(config).__name__)
+    return config
+
+
+def _mix(settings: _Settings, adjacency: HybridAdjacencyMatrix) -> Any:
+    return MIXINGS.get(settings.mixing)(adjacency)
+
+
+def _itemsize(submission: Submission) -> int:
+    return max((np.dtype(tensor.dtype).itemsize for tensor in submission.layout), default=_FLOAT32)
+
+
+def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str, int]:
+    """Slots per cluster that hosts a node: as many as it allows, no more than it has nodes, at least one."""
+    counts = Counter(assignment.clusters)
+    return {clusters[c].name: max(1, min(clusters[c].capacity.num_slots, counts[c])) for c in sorted(counts)}
+
+
+def _peak_memory_bytes(
+    exchange: ExchangePlan, slots: Mapping[str, int], clusters: Sequence[ClusterInfo], num_parameters: int
+) -> int:
+    """An estimate of the largest memory that one cluster needs, Ray itself and the data sets not counted.
+
+    Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
+    copy, plus its partial sum (8 bytes). Centralized adds on the coordinator the global model, the sum and one
+    partial of each other cluster. Decentralized adds the committed and the next state of every local node and the
+    payloads that arrive from other clusters in a round.
+    """
+    model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters
+    arriving: Counter[int] = Counter()
+    for transfer in exchange.transfers + exchange.evaluation:
+        arriving[transfer.target] += partial if transfer.sender < 0 else model
+    peak = 0
+    for index, cluster in enumerate(clusters):
+        if cluster.name not in slots:
+            continue
+        needed = slots[cluster.name] * (HOST_BYTES + 3 * model + partial) + arriving[index]
+        if exchange.flow == CENTRALIZED:
+            needed += model + partial if index == exchange.coordinator else 0
+        else:
+            needed += 2 * model * len(exchange.local_nodes(index))
+        peak = max(peak, needed)
+    return peak
+
+
+def _ray_floor(amount: float) -> float:
+    return math.floor(amount * _RAY_UNITS + 1e-6) / _RAY_UNITS
+
+
+# ---------------------------------------------------------------- feasibility
+
+
+def _problems(
+    settings: _Settings, config: Mapping[str, Any], clusters: Sequence[ClusterInfo], slots: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Why the federation cannot run on these clusters, one sentence each."""
+    if not clusters:
+        return ("no cluster is registered: start a fabric-agent",)
+    used = [cluster for cluster in clusters if cluster.name in slots]
+    found = [problem for cluster in used for problem in _lacks(settings, config, cluster, slots[cluster.name])]
+    if settings.determinism == "strict":
+        found += _fingerprints(used)
+    return tuple(found)
+
+
+def _lacks(settings: _Settings, config: Mapping[str, Any], cluster: ClusterInfo, num_slots: int) -> list[str]:
+    capacity, name = cluster.capacity, cluster.name
+    each = slot_resources(config, cluster, num_slots)
+    found = []
+    if capacity.num_slots < 1:
+        found.append(f"cluster {name}: 1 slot needed, 0 slots in total")
+    for per_slot, total, unit in ((each.num_cpus, capacity.num_cpus, "CPU"), (each.num_gpus, capacity.num_gpus, "GPU")):
+        needed = num_slots * per_slot
+        if needed > total + 1e-9:
+            found.append(
+                f"cluster {name}: {num_slots} slots x {per_slot:g} {unit} = {needed:g} {unit} needed, "
+                f"{total:g} {unit} in total"
+            )
+    if settings.device == "cuda" and capacity.num_gpus <= 0:
+        found.append(f"cluster {name}: device cuda needs a GPU, 0 GPU in total")
+    if settings.placement_group_strategy == "STRICT_SPREAD" and num_slots > capacity.num_ray_nodes:
+        found.append(
+            f"cluster {name}: STRICT_SPREAD needs {num_slots} Ray nodes for {num_slots} slots, "
+            f"{capacity.num_ray_nodes} in total"
+        )
+    return found
+
+
+def _fingerprints(used: Sequence[ClusterInfo]) -> list[str]:
+    """What makes the arithmetic of two clusters differ, against the first one."""
+    found = []
+    for other in used[1:]:
+        for field in fields(Fingerprint):
+            here, there = (getattr(c.fingerprint, field.name) for c in (used[0], other))
+            if here != there:
+                found.append(
+                    f"clusters {used[0].name} and {other.name}: numeric fingerprint differs in {field.name}, "
+                    f"{here} against {there}; determinism strict needs it equal"
+                )
+    return found

@@ -1,0 +1,291 @@
+"""The relay: payloads between clusters that cannot dial each other, cut through the mediator.
+
+One transfer, from the call of the sending gateway to its answer::
+
+    sender                        relay                               receiver
+      |                             | <------------- Attach(cluster) ---- |   once, long-lived
+      | --- Send: opening --------> | ---- RelayOffer(transfer id) -----> |
+      |                             | <------- Receive(transfer id) ----- |   one stream per transfer
+      | --- Send: chunks ---------> | ---- the same frames -------------> |
+      |                             | <---- Done(transfer id, error) ---- |
+      | <-- Ack ------------------- |                                     |
+
+A stream of its own gives each transfer gRPC's flow control, so transfers to one receiver do not block each other. The
+relay holds at most `queue_frames` frames of a transfer (and what gRPC keeps in its windows), never a payload; it reads
+the opening frame to learn the target and passes every frame on unchanged. Whatever breaks on the way ends the
+sender's call with UNAVAILABLE, and the sender tries again: delivery is *at least once* until it is answered.
+
+Identity is what a gateway says it is; nothing is authenticated here yet, so the relay belongs on loopback. The latest
+gateway that attaches under a name gets what is sent to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+
+from icrf.errors import IcrfError, ProtocolError
+from icrf.wire._generated.icrf.v1 import gateway_pb2
+from icrf.wire.codec import parse
+from icrf.wire.frames import read_opening
+from icrf.wire.gateway_rpc import ATTACH, DONE, RECEIVE, RELAY_SERVICE, SEND, encode_ack
+from icrf.wire.status import to_status
+
+log = logging.getLogger(__name__)
+
+QUEUE_FRAMES = 4
+MAX_QUEUE_FRAMES = 16
+# A sender without a deadline of its own may hold its call this long.
+DEFAULT_TIMEOUT_S = 60.0
+# The answer to a sender whose target never came must arrive before the sender's own deadline.
+ANSWER_MARGIN_S = 0.1
+
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class _Gone(Exception):
+    """The other side of a transfer went away; the sender may try again."""
+
+
+@dataclass(frozen=True)
+class RelayStats:
+    """What the relay holds right now.
+
+    Attributes:
+        attached: names of the clusters that can be sent to.
+        waiting: senders whose target is not attached.
+        transfers: transfers between their offer and their answer.
+        queued_frames: frames held over all transfers.
+        peak_queued_frames: most frames ever held for one transfer.
+    """
+
+    attached: tuple[str, ...]
+    waiting: int
+    transfers: int
+    queued_frames: int
+    peak_queued_frames: int
+
+
+@dataclass(eq=False)
+class _Attachment:
+    """A gateway that listens for offers; None in the queue ends its stream."""
+
+    cluster: str
+    incarnation: str
+    offers: asyncio.Queue[gateway_pb2.RelayOffer | None] = field(default_factory=asyncio.Queue)
+
+
+class _Transfer:
+    """The frames between one Send and one Receive, and the receiver's verdict."""
+
+    def __init__(self, transfer_id: str, to: _Attachment, queue_frames: int) -> None:
+        self.transfer_id = transfer_id
+        self.to = to
+        self.taken = False
+        self.peak = 0
+        # None: the sender sent all. _Gone: it went away.
+        self.frames: asyncio.Queue[bytes | _Gone | None] = asyncio.Queue(queue_frames)
+        self.verdict: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def put(self, frame: bytes | None) -> None:
+        await self.frames.put(frame)
+        self.peak = max(self.peak, self.frames.qsize())
+
+    def fail(self, reason: str) -> None:
+        """End the sender's call, unless it has its answer."""
+        if not self.verdict.done():
+            self.verdict.set_exception(_Gone(reason))
+
+    def settle(self, ack: bytes) -> None:
+        if not self.verdict.done():
+            self.verdict.set_result(ack)
+
+    def break_off(self) -> None:
+        """End the receiver's stream; what is queued is dropped. The pump must not run any more."""
+        while not self.frames.empty():
+            self.frames.get_nowait()
+        self.frames.put_nowait(_Gone("the sender went away"))
+        if self.verdict.done() and not self.verdict.cancelled():
+            self.verdict.exception()  # retrieved: asyncio would report it as lost otherwise
+        self.verdict.cancel()
+
+
+class RelayServicer:
+    """The relay's handlers. Belongs to one event loop; only :meth:`stats` may be called from elsewhere.
+
+    Args:
+        queue_frames: frames of about 1 MiB held per transfer, 1 to 16.
+    """
+
+    def __init__(self, queue_frames: int = QUEUE_FRAMES) -> None:
+        if not 1 <= queue_frames <= MAX_QUEUE_FRAMES:
+            raise ValueError(f"queue_frames {queue_frames} is not in 1 to {MAX_QUEUE_FRAMES}")
+        self._queue_frames = queue_frames
+        self._attached: dict[str, _Attachment] = {}
+        self._changed = asyncio.Condition()
+        self._transfers: dict[str, _Transfer] = {}
+        self._numbers = itertools.count(1)
+        self._waiting = 0
+        self._peak = 0
+        self._closed = False
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the relay's handlers to `server`, which is not started yet."""
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            ATTACH: grpc.unary_stream_rpc_method_handler(self._attach),
+            SEND: grpc.stream_unary_rpc_method_handler(self._send),
+            RECEIVE: grpc.unary_stream_rpc_method_handler(self._receive),
+            DONE: grpc.unary_unary_rpc_method_handler(self._done),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(RELAY_SERVICE, handlers),))
+
+    def stats(self) -> RelayStats:
+        """What the relay holds; safe from any thread."""
+        transfers = list(self._transfers.values())
+        return RelayStats(
+            attached=tuple(sorted(self._attached)),
+            waiting=self._waiting,
+            transfers=len(transfers),
+            queued_frames=sum(t.frames.qsize() for t in transfers),
+            peak_queued_frames=max((self._peak, *(t.peak for t in transfers))),
+        )
+
+    def close(self) -> None:
+        """Let all attachments end, so that the server's grace is for transfers only; harmless when called twice."""
+        self._closed = True
+        for attachment in list(self._attached.values()):
+            attachment.offers.put_nowait(None)
+
+    # ------------------------------------------------------------ handlers
+
+    async def _attach(self, request: bytes, context: _Context) -> None:
+        asked = await _parse(request, gateway_pb2.RelayAttach, context)
+        if self._closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the relay is closing")
+        attachment = _Attachment(asked.cluster, asked.incarnation)
+        # The offer without an id says: attached.
+        attachment.offers.put_nowait(gateway_pb2.RelayOffer())
+        async with self._changed:
+            earlier = self._attached.get(asked.cluster)
+            if earlier is not None:
+                log.info("cluster %r: gateway %r takes over", asked.cluster, asked.incarnation)
+                self._detach(earlier, "another gateway attached under its name")
+            self._attached[asked.cluster] = attachment
+            self._changed.notify_all()
+        try:
+            while (offer := await attachment.offers.get()) is not None:
+                await context.write(offer.SerializeToString())
+        finally:
+            self._detach(attachment, "its gateway went away")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the relay is closing or another gateway attached")
+
+    async def _send(self, frames: AsyncIterator[bytes], context: _Context) -> bytes:
+        first = await anext(aiter(frames), b"")
+        try:
+            header = read_opening(first).header
+        except IcrfError as error:
+            return encode_ack(error)
+        remaining_s = context.time_remaining()
+        wait_s = max(0.0, (DEFAULT_TIMEOUT_S if remaining_s is None else remaining_s) - ANSWER_MARGIN_S)
+        target = await self._find(header.target, wait_s)
+        if target is None:
+            await _abort(context, _not_attached(header.target, wait_s))
+        transfer = _Transfer(f"t{next(self._numbers)}", target, self._queue_frames)
+        self._transfers[transfer.transfer_id] = transfer
+        pump = asyncio.create_task(self._pump(first, frames, transfer))
+        target.offers.put_nowait(gateway_pb2.RelayOffer(transfer_id=transfer.transfer_id, source=header.source))
+        try:
+            ends: set[asyncio.Future[Any]] = {pump, transfer.verdict}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+            return await transfer.verdict
+        except _Gone as gone:
+            await _abort(
+                context, ProtocolError("P030", f"cluster {header.target!r}: {gone}", place="relay", hint="Try again")
+            )
+        finally:
+            del self._transfers[transfer.transfer_id]
+            self._peak = max(self._peak, transfer.peak)
+            pump.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+            transfer.break_off()
+
+    async def _receive(self, request: bytes, context: _Context) -> None:
+        asked = await _parse(request, gateway_pb2.RelayReceive, context)
+        transfer = self._transfers.get(asked.transfer_id)
+        if transfer is None or transfer.taken or transfer.to.incarnation != asked.incarnation:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no transfer {asked.transfer_id} for this gateway")
+        transfer.taken = True
+        whole = False
+        try:
+            while isinstance(frame := await transfer.frames.get(), bytes):
+                await context.write(frame)
+            whole = frame is None
+        finally:
+            if not whole:
+                transfer.fail("the receiver ended the transfer")
+        if not whole:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the sender ended the transfer")
+
+    async def _done(self, request: bytes, context: _Context) -> bytes:
+        said = await _parse(request, gateway_pb2.RelayDone, context)
+        transfer = self._transfers.get(said.transfer_id)
+        if transfer is None or transfer.to.incarnation != said.incarnation:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no transfer {said.transfer_id} for this gateway")
+        transfer.settle(said.ack)
+        return encode_ack(None)
+
+    # ------------------------------------------------------------ inside
+
+    async def _pump(self, first: bytes, frames: AsyncIterator[bytes], transfer: _Transfer) -> None:
+        await transfer.put(first)
+        async for frame in frames:
+            await transfer.put(frame)
+        await transfer.put(None)
+
+    async def _find(self, cluster: str, wait_s: float) -> _Attachment | None:
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(wait_s), self._changed:
+                await self._changed.wait_for(lambda: cluster in self._attached)
+                return self._attached[cluster]
+        except TimeoutError:
+            return None
+        finally:
+            self._waiting -= 1
+
+    def _detach(self, attachment: _Attachment, reason: str) -> None:
+        if self._attached.get(attachment.cluster) is attachment:
+            del self._attached[attachment.cluster]
+        attachment.offers.put_nowait(None)
+        for transfer in self._transfers.values():
+            if transfer.to is attachment:
+                transfer.fail(reason)
+
+
+async def _parse(raw: bytes, message_class: type[Any], context: _Context) -> Any:
+    try:
+        return parse(raw, message_class)
+    except ProtocolError as error:
+        await _abort(context, error)
+
+
+async def _abort(context: _Context, error: IcrfError) -> NoReturn:
+    status = to_status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def _not_attached(cluster: str, wait_s: float) -> ProtocolError:
+    return ProtocolError(
+        "P030",
+        f"cluster {cluster!r} did not attach to the relay within {wait_s:.3g} s",
+        place="relay",
+        hint="Check that its agent runs and can reach the mediator",
+    )

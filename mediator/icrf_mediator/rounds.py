@@ -1,0 +1,184 @@
+"""One round as a transaction: open an attempt, collect one report per cluster, commit or try again. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from icrf.protocol import CENTRALIZED, RoundReport, StartRound
+from icrf.update import choose_grid, merkle_root, metric_mean
+
+MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The outcome of a round: what its commit row says."""
+
+    round: int
+    attempt: int
+    participants: bytes
+    num_participants: int
+    model_hash: str
+    parent_hash: str
+    consensus_hash: str
+    metrics: dict[str, float]
+    absmax: tuple[float, ...]
+    bytes_inter_cluster: int
+    bytes_intra_cluster: int
+    bytes_by_cluster: dict[str, int]
+    train_s: float
+    exchange_s: float
+
+
+@dataclass
+class Attempt:
+    """The open attempt of a round and what has been reported for it."""
+
+    start: StartRound
+    clusters: tuple[str, ...]
+    opened_s: float
+    reports: dict[str, RoundReport] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        return [c for c in self.clusters if c not in self.reports]
+
+
+class RoundLedger:
+    """The chain of committed states of one run and the attempt that is open.
+
+    Args:
+        flow: ``centralized`` or ``decentralized``.
+        clusters: names of the clusters that take part, in assignment order.
+        members: node indices per cluster, ascending, in the order of the cluster's state hashes.
+        coordinator: the cluster that makes the global or consensus model.
+    """
+
+    def __init__(
+        self, flow: str, clusters: tuple[str, ...], members: dict[str, tuple[int, ...]], coordinator: str
+    ) -> None:
+        self.flow = flow
+        self.clusters = clusters
+        self.members = members
+        self.coordinator = coordinator
+        self.round = 0
+        self.head_hash = ""
+        self.absmax: tuple[float, ...] = ()
+        self.total_weight = 0
+        self.open: Attempt | None = None
+        self._escalation: list[int] = []
+
+    def begin(self, absmax: Sequence[Sequence[float]], head_hash: str, total_weight: int) -> None:
+        """Set the state before the first round: initial maxima per cluster, hash, and the sum of sample counts."""
+        self.absmax = _elementwise_max(absmax)
+        self.head_hash = head_hash
+        self.total_weight = total_weight
+
+    def open_round(self, run_id: str, generation: int, evaluate: bool, now_s: float) -> StartRound:
+        """Open the first attempt of the next round."""
+        self._escalation = [0] * len(self.absmax)
+        return self._open(run_id, generation, self.round + 1, 1, evaluate, now_s)
+
+    def _open(self, run_id: str, generation: int, number: int, attempt: int, evaluate: bool, now_s: float) -> StartRound:
+        start = StartRound(
+            run_id=run_id,
+            generation=generation,
+            round=number,
+            attempt=attempt,
+            parent_hash=self.head_hash,
+            grid=choose_grid(self.absmax, self.total_weight, self._escalation),
+            total_weight=self.total_weight,
+            evaluate=evaluate,
+        )
+        self.open = Attempt(start, self.clusters, now_s)
+        return start
+
+    def accepts(self, report: RoundReport) -> bool:
+        """Whether a report belongs to the open attempt; everything else is stale and dropped."""
+        return self.open is not None and (report.round, report.attempt) == (
+            self.open.start.round,
+            self.open.start.attempt,
+        )
+
+    def retry_coarser(self, overflow: Sequence[int], now_s: float) -> StartRound | None:
+        """Run the open round again with a coarser grid for the tensors that left it; None when there is no coarser.
+
+        Only tensors that really overflowed are coarsened, so the grid that finally holds is the finest that can,
+        whichever cluster reported first: the bits do not depend on the number of clusters.
+        """
+        assert self.open is not None
+        for tensor in overflow:
+            self._escalation[tensor] += 1
+            if self._escalation[tensor] > MAX_ESCALATION:
+                return None
+        old = self.open.start
+        return self._open(old.run_id, old.generation, old.round, old.attempt + 1, old.evaluate, now_s)
+
+    def collect(self, cluster: str, report: RoundReport) -> Commit | None:
+        """Take one cluster's report; the commit once all are there."""
+        assert self.open is not None
+        self.open.reports[cluster] = report
+        return None if self.open.missing else self._commit(self.open)
+
+    def _commit(self, attempt: Attempt) -> Commit:
+        reports = attempt.reports
+        coordinator = reports[self.coordinator]
+        participants = _union([r.participants for r in reports.values()])
+        if self.flow == CENTRALIZED:
+            model_hash, absmax = coordinator.model_hash, coordinator.absmax
+        else:
+            model_hash = self.root(self.leaves({c: r.state_hashes for c, r in reports.items()}))
+            absmax = _elementwise_max([r.absmax for r in reports.values()])
+        commit = Commit(
+            round=attempt.start.round,
+            attempt=attempt.start.attempt,
+            participants=participants,
+            num_participants=sum(b.bit_count() for b in participants),
+            model_hash=model_hash,
+            parent_hash=attempt.start.parent_hash,
+            consensus_hash=coordinator.model_hash,
+            metrics={**_metric_means(list(reports.values())), **coordinator.metrics},
+            absmax=absmax,
+            bytes_inter_cluster=sum(r.bytes_inter_cluster for r in reports.values()),
+            bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports.values()),
+            bytes_by_cluster={c: reports[c].bytes_inter_cluster for c in self.clusters},
+            train_s=max(r.train_s for r in reports.values()),
+            exchange_s=max(r.exchange_s for r in reports.values()),
+        )
+        self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
+        return commit
+
+    @staticmethod
+    def root(leaves: list[bytes]) -> str:
+        """The hash of a decentralized state: the Merkle root over (index, node-state hash)."""
+        return merkle_root(leaves)
+
+    def leaves(self, hashes: dict[str, bytes]) -> list[bytes]:
+        """State hashes of all nodes in node-index order, from the clusters' packed hashes."""
+        by_node: dict[int, bytes] = {}
+        for cluster, packed in hashes.items():
+            for k, node in enumerate(self.members[cluster]):
+                by_node[node] = packed[32 * k : 32 * k + 32]
+        return [by_node[node] for node in sorted(by_node)]
+
+
+def _elementwise_max(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(max(column) for column in zip(*[r for r in rows if r], strict=True))
+
+
+def _union(bitmaps: Sequence[bytes]) -> bytes:
+    out = bytearray(max((len(b) for b in bitmaps), default=0))
+    for bitmap in bitmaps:
+        for i, byte in enumerate(bitmap):
+            out[i] |= byte
+    return bytes(out)
+
+
+def _metric_means(reports: Sequence[RoundReport]) -> dict[str, float]:
+    totals: dict[str, tuple[int, int]] = {}
+    for report in reports:
+        for name, part in report.metric_sums.items():
+            numerator, weight = totals.get(name, (0, 0))
+            totals[name] = (numerator + int(part.numerator), weight + part.weight)
+    return {name: metric_mean(*total) for name, total in sorted(totals.items())}

@@ -1,0 +1,517 @@
+"""The life of one run, as a state machine: events in, effects out. Pure.
+
+::
+
+    QUEUED ─ start ─> RESERVING ─> RESERVED ─> ACTIVATING ─> READY ─> RUNNING ─┬─> IDLE (kept) ─ finish ─┐
+                          │            │            │          │         │     └──────────────────────────┴─> COMPLETED
+                          └────────────┴────────────┴──────────┴─────────┴─> FAILED, CANCELLED
+
+A run stops in RESERVED and READY when it was submitted with a stage, and goes on when asked to `advance`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+from icrf.errors import AgentError, IcrfError, InternalError, RunError, error_from_json, make_error
+from icrf.ports import Write
+from icrf.protocol import (
+    ACTIVATING,
+    CANCELLED,
+    CENTRALIZED,
+    COMPLETED,
+    FAILED,
+    IDLE,
+    QUEUED,
+    READY,
+    RESERVED,
+    RESERVING,
+    RUNNING,
+    STAGES,
+    TERMINAL,
+    AbortAttempt,
+    Activate,
+    Activated,
+    ModelStored,
+    PeerAddress,
+    Plan,
+    Release,
+    Reserve,
+    Resources,
+    Reserved,
+    RoundReport,
+    RoundResult,
+    RunEvent,
+    RunInfo,
+    StoreModel,
+    Submission,
+)
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.rounds import Commit, RoundLedger
+
+MODEL_ARTIFACT = "model.safetensors"
+
+
+class RunMachine:
+    """One run from submission to its end.
+
+    Args:
+        run_id: identity of the run.
+        submission: what was submitted.
+        now: time of submission.
+        reserve_s: how long clusters may take to reserve.
+        activate_s: how long they may take to set up their nodes.
+    """
+
+    def __init__(
+        self, run_id: str, submission: Submission, now: Now, *, reserve_s: float = 60.0, activate_s: float = 300.0
+    ) -> None:
+        self.run_id = run_id
+        self.submission = submission
+        self.config = json.loads(submission.config_json)
+        self._reserve_s = reserve_s
+        self._activate_s = activate_s
+        self.info = RunInfo(
+            run_id=run_id,
+            federation=self.config["federation_id"],
+            status=QUEUED,
+            flow=submission.flow,
+            rounds_done=0,
+            rounds_planned=int(self.config["federated_learning_rounds"]),
+            clusters=(),
+            created_at=now.wall_s,
+            config_json=submission.config_json,
+        )
+        self.events: list[RunEvent] = []
+        self.generation = 0
+        self.plan: Plan | None = None
+        self.ledger: RoundLedger | None = None
+        self._stage = submission.stage
+        self._rounds_wanted = self.info.rounds_planned
+        self._finishing = not submission.keep
+        self._assignment: tuple[int, ...] = ()
+        self._peers: tuple[PeerAddress, ...] = ()
+        self._resources: dict[str, Resources] = {}
+        self._pending: set[str] = set()
+        self._held: set[str] = set()
+        self._samples: dict[int, int] = {}
+        self._absmax: dict[str, tuple[float, ...]] = {}
+        self._hashes: dict[str, bytes] = {}
+        self._model_hash = ""
+        self._deadline_s = float("inf")
+        self._opened_wall_s = 0.0
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def terminal(self) -> bool:
+        return self.info.status in TERMINAL
+
+    @property
+    def ended(self) -> bool:
+        """Terminal, and every cluster has released what it held."""
+        return self.terminal and not self._held
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether its nodes are live on their hosts."""
+        return self.info.status in (READY, RUNNING, IDLE)
+
+    @property
+    def slots(self) -> dict[str, int]:
+        return dict(self.plan.slots) if self.plan else {}
+
+    @property
+    def _clusters(self) -> tuple[str, ...]:
+        assert self.plan is not None
+        return self.plan.clusters
+
+    def cluster_of(self, node: int) -> str:
+        return self._clusters[self._assignment[node]]
+
+    def node_index(self, node_id: str) -> int:
+        """Index of a node; P012 with the known ids when there is none."""
+        for index, node in enumerate(self.submission.nodes):
+            if node.id == node_id:
+                return index
+        known = ", ".join(n.id for n in self.submission.nodes[:6])
+        raise make_error("P012", f"no node '{node_id}' in {self.info.federation}", allowed=f"{known}, ...")
+
+    # ------------------------------------------------------------ events from the SDK
+
+    def submitted(self, effects: Effects, now: Now) -> None:
+        """Journal the submission."""
+        effects.writes.append(Write("submissions", (self.run_id,), asdict(self.submission)))
+        self._status(effects, now, QUEUED)
+
+    def queued(self, effects: Effects, now: Now, waiting_for: str) -> None:
+        """Say what a queued run waits for, once per reason."""
+        self._wait(effects, now, waiting_for)
+
+    def start(
+        self,
+        effects: Effects,
+        now: Now,
+        *,
+        plan: Plan,
+        assignment: tuple[int, ...],
+        peers: tuple[PeerAddress, ...],
+        resources: dict[str, Resources],
+    ) -> None:
+        """Leave the queue: reserve on every cluster that the assignment names."""
+        self.generation += 1
+        self.plan, self._assignment, self._peers, self._resources = plan, assignment, peers, resources
+        members: dict[str, list[int]] = {c: [] for c in plan.clusters}
+        for node, cluster in enumerate(assignment):
+            members[plan.clusters[cluster]].append(node)
+        self.ledger = RoundLedger(
+            self.submission.flow,
+            plan.clusters,
+            {c: tuple(nodes) for c, nodes in members.items()},
+            plan.clusters[self._coordinator()],
+        )
+        effects.writes.append(
+            Write(
+                "assignments",
+                (self.run_id, self.generation),
+                {"clusters": list(plan.clusters), "assignment": list(assignment), "plan": asdict(plan)},
+            )
+        )
+        self.info = replace(self.info, clusters=plan.clusters)
+        self._expect(plan.clusters, now, self._reserve_s + 30.0)
+        self._held = set(plan.clusters)
+        self._status(effects, now, RESERVING, f"reservations on {', '.join(plan.clusters)}")
+        for cluster in plan.clusters:
+            effects.send(
+                cluster,
+                Reserve(
+                    self.run_id,
+                    self.generation,
+                    self.info.federation,
+                    plan.slots[cluster],
+                    resources[cluster],
+                    self.config["placement_group_strategy"],
+                    self._reserve_s,
+                ),
+            )
+
+    def _coordinator(self) -> int:
+        if self.submission.flow == CENTRALIZED:
+            for node, spec in enumerate(self.submission.nodes):
+                if "aggregate" in spec.role.split("-"):
+                    return self._assignment[node]
+        return self._assignment[0]
+
+    def advance(self, effects: Effects, now: Now, stage: str, rounds: int) -> None:
+        """Go on to `stage`; for ``run``, `rounds` is the total to reach (0: as configured). Asking twice is harmless."""
+        if stage not in STAGES:
+            raise RunError("F005", f"unknown stage '{stage}'", allowed=", ".join(STAGES))
+        if self.terminal:
+            raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}, it cannot go on")
+        if STAGES.index(stage) >= STAGES.index(self._stage):
+            self._stage = stage
+        if stage == "run" and rounds > self._rounds_wanted:
+            self._rounds_wanted = rounds
+            self.info = replace(self.info, rounds_planned=max(self.info.rounds_planned, rounds))
+        if self.info.status != RUNNING:
+            self._go_on(effects, now)
+
+    def finish(self, effects: Effects, now: Now) -> None:
+        """End a kept run in order: now when idle, else after its rounds."""
+        if self.terminal:
+            return
+        self._finishing = True
+        if self.info.status == IDLE:
+            self._go_on(effects, now)
+        elif self.info.status != RUNNING:
+            self._end(effects, now, CANCELLED, RunError("F003", "finished before its first round"))
+
+    def cancel(self, effects: Effects, now: Now) -> None:
+        """End the run whatever it is doing; nothing of it is accepted afterwards."""
+        if not self.terminal:
+            self._end(effects, now, CANCELLED, RunError("F003", f"run {self.run_id[:8]} was cancelled"))
+
+    # ------------------------------------------------------------ events from agents and the clock
+
+    def reserved(self, effects: Effects, now: Now, cluster: str, report: Reserved) -> None:
+        """One cluster's reservation; all or nothing."""
+        if self.info.status != RESERVING or report.generation != self.generation:
+            return
+        if report.error_json:
+            return self.fail(effects, now, error_from_json(report.error_json))
+        if self._arrived(cluster):
+            self._status(effects, now, RESERVED)
+            self._go_on(effects, now)
+
+    def activated(self, effects: Effects, now: Now, cluster: str, report: Activated) -> None:
+        """One cluster has set up its nodes."""
+        if self.info.status != ACTIVATING or report.generation != self.generation or cluster not in self._pending:
+            return
+        if report.error_json:
+            return self.fail(effects, now, error_from_json(report.error_json))
+        self._samples.update(report.num_samples)
+        self._absmax[cluster] = report.absmax
+        self._hashes[cluster] = report.state_hashes
+        self._model_hash = report.model_hash or self._model_hash
+        if self._arrived(cluster):
+            self._ready(effects, now)
+
+    def _ready(self, effects: Effects, now: Now) -> None:
+        assert self.ledger is not None
+        trains = [i for i, n in enumerate(self.submission.nodes) if "train" in n.role.split("-")]
+        missing = [self.submission.nodes[i].id for i in trains if self._samples.get(i, 0) < 1]
+        if missing:
+            error = InternalError("X001", f"no sample count for {', '.join(missing[:5])}")
+            return self.fail(effects, now, error)
+        if self.submission.flow == CENTRALIZED:
+            head = self._model_hash
+        else:
+            head = RoundLedger.root(self.ledger.leaves(self._hashes))
+        self.ledger.begin(list(self._absmax.values()), head, sum(self._samples[i] for i in trains))
+        self._status(effects, now, READY)
+        self._go_on(effects, now)
+
+    def round_report(self, effects: Effects, now: Now, cluster: str, report: RoundReport) -> None:
+        """One cluster's part of an attempt; stale ones are dropped."""
+        ledger = self.ledger
+        if self.info.status != RUNNING or ledger is None or report.generation != self.generation:
+            return
+        if not ledger.accepts(report) or cluster not in ledger.clusters:
+            return
+        if report.error_json:
+            return self.fail(effects, now, error_from_json(report.error_json))
+        if report.overflow:
+            return self._retry(effects, now, report.overflow)
+        effects.writes.append(
+            Write("attempts", (self.run_id, report.round, report.attempt, cluster), _attempt_row(report))
+        )
+        commit = ledger.collect(cluster, report)
+        self._pending = set(ledger.open.missing) if ledger.open else set()
+        if commit:
+            self._committed(effects, now, commit)
+        else:
+            self._wait(effects, now, f"round {report.round} on {', '.join(sorted(self._pending))}", quiet=True)
+
+    def _retry(self, effects: Effects, now: Now, overflow: tuple[int, ...]) -> None:
+        assert self.ledger is not None and self.ledger.open is not None
+        old = self.ledger.open.start
+        start = self.ledger.retry_coarser(overflow, now.monotonic_s)
+        names = ", ".join(self.submission.layout[t].name for t in overflow[:4])
+        if start is None:
+            error = make_error("W021", f"round {old.round}: values of {names} keep growing")
+            return self.fail(effects, now, error)
+        self._event(
+            effects,
+            now,
+            "warning",
+            f"round {old.round}: values of {names} left the exact grid; attempt {start.attempt} uses a coarser one",
+        )
+        for cluster in self._clusters:
+            effects.send(cluster, AbortAttempt(self.run_id, old.round, old.attempt))
+            effects.send(cluster, start)
+        self._expect(self._clusters, now, float(self.config["round_deadline_s"]))
+
+    def _committed(self, effects: Effects, now: Now, commit: Commit) -> None:
+        result = RoundResult(
+            number=commit.round,
+            attempt=commit.attempt,
+            generation=self.generation,
+            wall_s=max(0.0, now.wall_s - self._opened_wall_s),
+            train_s=commit.train_s,
+            exchange_s=commit.exchange_s,
+            commit_s=0.0,
+            metrics=commit.metrics,
+            bytes_inter_cluster=commit.bytes_inter_cluster,
+            bytes_intra_cluster=commit.bytes_intra_cluster,
+            participants=commit.num_participants,
+            model_sha256=commit.model_hash,
+            parent_sha256=commit.parent_hash,
+            consensus_sha256=commit.consensus_hash,
+            bytes_by_cluster=commit.bytes_by_cluster,
+        )
+        row = {**asdict(result), "participants_bitmap": commit.participants.hex(), "absmax": list(commit.absmax)}
+        effects.writes.append(Write("commits", (self.run_id, commit.round), row))
+        accuracy = commit.metrics.get("accuracy", self.info.accuracy)
+        target = self.config.get("target_accuracy")
+        reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target
+        self.info = replace(
+            self.info,
+            rounds_done=commit.round,
+            accuracy=accuracy,
+            bytes_inter_cluster=self.info.bytes_inter_cluster + commit.bytes_inter_cluster,
+            rounds_to_target=self.info.rounds_to_target or (commit.round if reached else 0),
+        )
+        self._event(effects, now, "round", round_result=result)
+        if reached:
+            self._rounds_wanted = commit.round
+        self._go_on(effects, now)
+
+    def model_stored(self, effects: Effects, now: Now, report: ModelStored) -> None:
+        """The final model is in the blob store: the run is complete."""
+        if self.terminal or report.generation != self.generation or not self._finishing:
+            return
+        if report.error_json:
+            return self.fail(effects, now, error_from_json(report.error_json))
+        self.info = replace(self.info, model_sha256=report.sha256)
+        self._end(effects, now, COMPLETED, None)
+
+    def released(self, effects: Effects, now: Now, cluster: str) -> bool:
+        """A cluster freed what it held; True when it was the last one."""
+        self._held.discard(cluster)
+        return self.ended
+
+    def cluster_lost(self, effects: Effects, now: Now, cluster: str) -> None:
+        """The lease of a cluster ran out."""
+        self._held.discard(cluster)
+        if not self.terminal and self.plan and cluster in self.plan.clusters and self.info.status != QUEUED:
+            error = AgentError(
+                "A003",
+                f"cluster {cluster} was lost in {self._doing()}",
+                hint="start its fabric-agent again and submit once more",
+            )
+            self.fail(effects, now, error)
+
+    def warned(self, effects: Effects, now: Now, text: str) -> None:
+        """Pass on what an agent wants the user to see."""
+        if not self.terminal:
+            self._event(effects, now, "warning", text)
+
+    def tick(self, effects: Effects, now: Now) -> None:
+        """Check the deadline of what the run waits for."""
+        if self.terminal or now.monotonic_s < self._deadline_s:
+            return
+        late = ", ".join(sorted(self._pending))
+        error = RunError("F002", f"{self._doing()} took too long on {late}", hint="raise round_deadline_s")
+        self.fail(effects, now, error)
+
+    def fail(self, effects: Effects, now: Now, error: IcrfError) -> None:
+        """End the run with an error."""
+        self._end(effects, now, FAILED, error)
+
+    def commit_took(self, number: int, seconds: float) -> None:
+        """The shell tells how long the commit of a round took to become durable; for display only."""
+        for k in range(len(self.events) - 1, -1, -1):
+            result = self.events[k].round
+            if result is not None and result.number == number:
+                self.events[k] = replace(self.events[k], round=replace(result, commit_s=seconds))
+                return
+
+    # ------------------------------------------------------------ inside
+
+    def _go_on(self, effects: Effects, now: Now) -> None:
+        status, wanted = self.info.status, STAGES.index(self._stage)
+        if status == RESERVED and wanted >= STAGES.index("activate"):
+            self._activate(effects, now)
+        elif status == READY and wanted >= STAGES.index("run"):
+            self._status(effects, now, RUNNING)
+            self._next_round(effects, now)
+        elif status in (RUNNING, IDLE) and self.info.rounds_done < self._rounds_wanted:
+            if status == IDLE:
+                self._status(effects, now, RUNNING)
+            self._next_round(effects, now)
+        elif status in (RUNNING, IDLE) and self._finishing:
+            self._store(effects, now)
+        elif status == RUNNING:
+            self._deadline_s = float("inf")
+            self._status(effects, now, IDLE)
+
+    def _activate(self, effects: Effects, now: Now) -> None:
+        self._expect(self._clusters, now, self._activate_s)
+        self._status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self._clusters)}")
+        for cluster in self._clusters:
+            effects.send(
+                cluster,
+                Activate(
+                    run_id=self.run_id,
+                    generation=self.generation,
+                    federation=self.info.federation,
+                    config_json=self.submission.config_json,
+                    flow=self.submission.flow,
+                    nodes=self.submission.nodes,
+                    graph=self.submission.graph,
+                    layout=self.submission.layout,
+                    clusters=self._clusters,
+                    assignment=self._assignment,
+                    coordinator=self._coordinator(),
+                    peers=self._peers,
+                    num_slots=self.slots[cluster],
+                    code_path=self.submission.code_path,
+                ),
+            )
+
+    def _next_round(self, effects: Effects, now: Now) -> None:
+        assert self.ledger is not None
+        number = self.ledger.round + 1
+        every = int(self.config["evaluate_every"])
+        evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
+        start = self.ledger.open_round(self.run_id, self.generation, evaluate, now.monotonic_s)
+        self._opened_wall_s = now.wall_s
+        self._expect(self._clusters, now, float(self.config["round_deadline_s"]))
+        for cluster in self._clusters:
+            effects.send(cluster, start)
+
+    def _store(self, effects: Effects, now: Now) -> None:
+        assert self.ledger is not None
+        self._expect((self.ledger.coordinator,), now, self._activate_s)
+        self._wait(effects, now, f"the model from {self.ledger.coordinator}", quiet=True)
+        effects.send(self.ledger.coordinator, StoreModel(self.run_id, self.generation, self.ledger.round))
+
+    def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
+        open_attempt = self.ledger.open if self.ledger else None
+        for cluster in sorted(self._held):
+            if open_attempt:
+                start = open_attempt.start
+                effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
+            effects.send(cluster, Release(self.run_id, self.generation))
+        self._deadline_s = float("inf")
+        self.info = replace(
+            self.info, finished_at=now.wall_s, error_json=error.to_json() if error else "", waiting_for=""
+        )
+        self._status(effects, now, status, text=str(error) if error else "")
+        self._event(effects, now, "end", str(error) if error else "")
+
+    def _expect(self, clusters: tuple[str, ...], now: Now, within_s: float) -> None:
+        self._pending = set(clusters)
+        self._deadline_s = now.monotonic_s + within_s
+
+    def _arrived(self, cluster: str) -> bool:
+        self._pending.discard(cluster)
+        return not self._pending
+
+    def _doing(self) -> str:
+        if self.ledger and self.ledger.open:
+            return f"round {self.ledger.open.start.round}"
+        return self.info.status.lower()
+
+    def _status(self, effects: Effects, now: Now, status: str, waiting_for: str = "", text: str = "") -> None:
+        self.info = replace(self.info, status=status, waiting_for=waiting_for)
+        effects.writes.append(Write("runs", (self.run_id,), asdict(self.info)))
+        self._event(effects, now, "status", text or waiting_for)
+
+    def _wait(self, effects: Effects, now: Now, waiting_for: str, quiet: bool = False) -> None:
+        if waiting_for == self.info.waiting_for:
+            return
+        self.info = replace(self.info, waiting_for=waiting_for)
+        if not quiet:
+            self._event(effects, now, "waiting", waiting_for)
+
+    def _event(
+        self, effects: Effects, now: Now, kind: str, text: str = "", round_result: RoundResult | None = None
+    ) -> None:
+        event = RunEvent(
+            self.run_id, len(self.events) + 1, now.wall_s, kind, text, self.info.status, round_result
+        )
+        self.events.append(event)
+        effects.events.append(event)
+        effects.writes.append(Write("events", (self.run_id, event.seq), asdict(event)))
+
+
+def _attempt_row(report: RoundReport) -> dict[str, object]:
+    return {
+        "generation": report.generation,
+        "participants": report.participants.hex(),
+        "model_hash": report.model_hash,
+        "state_hashes": report.state_hashes.hex(),
+        "bytes_inter_cluster": report.bytes_inter_cluster,
+    }

@@ -1,0 +1,255 @@
+"""The shell around the mediator's core: it brings the time, carries out effects, and keeps watchers informed.
+
+Everything here runs on one asyncio loop; the core is called synchronously, so decisions never interleave. Effects
+are carried out in the order writes, instructions, answers, events: what is told is already durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+from icrf.errors import IcrfError, RunError, error_from_json
+from icrf.ports import AgentPort, BlobStore, BlobWriter, Clock, FederationStore
+from icrf.protocol import (
+    CallDone,
+    ClusterInfo,
+    Plan,
+    Register,
+    Reject,
+    Report,
+    RunEvent,
+    RunInfo,
+    Submission,
+)
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.mediator import FederationMediator, Policy
+from icrf_mediator.planning import make_plan
+
+log = logging.getLogger("icrf.mediator")
+
+TICK_S = 0.5
+CALL_TIMEOUT_S = 600.0
+_TABLES = ("submissions", "runs", "events")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One control stream of an agent."""
+
+    cluster: str
+    incarnation: str
+    port: AgentPort
+
+
+class MediatorService:
+    """What the servicers and the in-process adapters call.
+
+    Args:
+        store: the journal.
+        blobs: models and results of node calls.
+        clock: time.
+        policy: times of leases and deadlines.
+    """
+
+    def __init__(self, store: FederationStore, blobs: BlobStore, clock: Clock, policy: Policy | None = None) -> None:
+        self._core = FederationMediator(policy)
+        self._store, self._blobs, self._clock = store, blobs, clock
+        self._sessions: dict[str, Session] = {}
+        self._by_cluster: dict[str, str] = {}
+        self._calls: dict[str, asyncio.Future[CallDone]] = {}
+        self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Replay the journal and let time pass."""
+        tables = {name: self._store.rows(name) for name in _TABLES}
+        self._carry_out(self._core.restore(tables, self._now()))
+        self._ticker = asyncio.create_task(self._tick())
+
+    async def stop(self) -> None:
+        """Stop the clock and end every agent's stream; harmless when called twice."""
+        if self._ticker:
+            self._ticker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticker
+            self._ticker = None
+        for session in list(self._sessions.values()):
+            session.port.disconnect()
+        self._sessions.clear()
+
+    # ------------------------------------------------------------ SDK
+
+    async def submit(self, submission: Submission) -> RunInfo:
+        info, effects = self._core.submit(submission, uuid.uuid4().hex, self._now())
+        self._carry_out(effects)
+        return info
+
+    async def plan(self, submission: Submission) -> Plan:
+        plan, _ = await asyncio.to_thread(make_plan, submission, self._core.clusters())
+        return plan
+
+    async def get(self, run_id: str) -> RunInfo:
+        return self._core.get(run_id)
+
+    async def list_runs(self) -> list[RunInfo]:
+        return self._core.list_runs()
+
+    async def clusters(self) -> list[ClusterInfo]:
+        return self._core.clusters()
+
+    async def watch(self, run_id: str, after_seq: int = 0) -> AsyncIterator[RunEvent]:
+        """Past events after `after_seq`, then live ones; ends with the ``end`` event."""
+        full_id, _ = self._core.events(run_id)
+        changed = asyncio.Event()
+        watchers = self._watchers.setdefault(full_id, set())
+        watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                _, events = self._core.events(full_id)
+                for event in list(events[after_seq:]):
+                    after_seq = event.seq
+                    yield event
+                    if event.kind == "end":
+                        return
+                if len(self._core.events(full_id)[1]) == after_seq:
+                    await changed.wait()
+        finally:
+            watchers.discard(changed)
+
+    async def cancel(self, run_id: str) -> RunInfo:
+        return self._outcome(*self._core.cancel(run_id, self._now()))
+
+    async def advance(self, run_id: str, stage: str, rounds: int) -> RunInfo:
+        return self._outcome(*self._core.advance(run_id, stage, rounds, self._now()))
+
+    async def finish(self, run_id: str) -> RunInfo:
+        return self._outcome(*self._core.finish(run_id, self._now()))
+
+    async def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes:
+        """Call a node's method on whatever cluster it lives; blocks this task until its result is here."""
+        call_id = uuid.uuid4().hex
+        future = self._expect(call_id)
+        self._carry_out(self._core.call_node(run_id, node_id, method, arguments, call_id))
+        done = await self._answer(call_id, future)
+        return b"".join(await asyncio.to_thread(self._take_result, done)) if done.artifact else b""
+
+    async def send_message(self, run_id: str, recipients: Sequence[str], message: bytes) -> None:
+        """Deliver a supervisor's message; returns when every recipient's mailbox has it."""
+        call_ids = [uuid.uuid4().hex for _ in recipients]
+        futures = {call_id: self._expect(call_id) for call_id in call_ids}
+        used, effects = self._core.send_message(run_id, recipients, message, call_ids)
+        self._carry_out(effects)
+        for call_id in set(call_ids) - set(used):
+            del self._calls[call_id]
+        for call_id in used:
+            await self._answer(call_id, futures[call_id])
+
+    def fetch(self, run_id: str, artifact: str) -> Iterator[bytes]:
+        """The bytes of an artifact in chunks; F006 at once when there is none."""
+        return self._blobs.read(self._core.get(run_id).run_id, artifact)
+
+    # ------------------------------------------------------------ agents
+
+    async def agent_connected(self, register: Register, port: AgentPort, peer: str) -> str:
+        """Admit an agent's stream; a refused one gets a Reject through its port. Returns the session id."""
+        session_id = uuid.uuid4().hex
+        refusal, effects = self._core.register(register, peer, self._now())
+        self._sessions[session_id] = Session(register.cluster, register.incarnation, port)
+        if refusal:
+            log.warning("refused an agent: %s", refusal)
+            port.send(Reject(refusal.to_json()))
+            return session_id
+        self._by_cluster[register.cluster] = session_id
+        log.info("cluster %s registered from %s", register.cluster, peer)
+        self._carry_out(effects)
+        return session_id
+
+    async def agent_report(self, session: str, report: Report) -> None:
+        """Something an agent says over its stream."""
+        who = self._sessions.get(session)
+        if who is not None:
+            self._carry_out(self._core.report(who.cluster, who.incarnation, report, self._now()), who)
+
+    async def agent_disconnected(self, session: str) -> None:
+        """The stream of an agent ended."""
+        who = self._sessions.pop(session, None)
+        if who is not None and self._by_cluster.get(who.cluster) == session:
+            del self._by_cluster[who.cluster]
+            self._core.disconnected(who.cluster, who.incarnation)
+
+    def upload_writer(self, run_id: str, artifact: str) -> BlobWriter:
+        """A sink for an artifact of a run."""
+        return self._blobs.writer(self._core.get(run_id).run_id, artifact)
+
+    # ------------------------------------------------------------ inside
+
+    def _now(self) -> Now:
+        return Now(self._clock.monotonic_s(), self._clock.wall_s())
+
+    def _outcome(self, info: RunInfo, effects: Effects) -> RunInfo:
+        self._carry_out(effects)
+        return info
+
+    def _carry_out(self, effects: Effects, reporter: Session | None = None) -> None:
+        """Carry out one decision. A refused reporter (one that lost its lease) is answered on its own stream."""
+        if effects.writes:
+            began = time.perf_counter()
+            self._store.apply(effects.writes)
+            took = time.perf_counter() - began
+            for event in effects.events:
+                if event.round is not None:
+                    self._core.commit_took(event.run_id, event.round.number, took)
+        for cluster, instruction in effects.sends:
+            session = self._sessions.get(self._by_cluster.get(cluster, ""))
+            if isinstance(instruction, Reject) and reporter is not None:
+                reporter.port.send(instruction)
+            elif session is not None:
+                session.port.send(instruction)
+        for answer in effects.answers:
+            future = self._calls.get(answer.call_id)
+            if future is not None and not future.done():
+                future.set_result(answer)
+        for cluster in effects.dropped:
+            session = self._sessions.get(self._by_cluster.get(cluster, ""))
+            if session is not None:
+                session.port.disconnect()
+        for run_id in {event.run_id for event in effects.events}:
+            for changed in self._watchers.get(run_id, ()):
+                changed.set()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self._carry_out(self._core.tick(self._now()))
+            except IcrfError as error:
+                log.error("the clock stopped: %s", error)
+                raise
+
+    def _expect(self, call_id: str) -> asyncio.Future[CallDone]:
+        future: asyncio.Future[CallDone] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        return future
+
+    async def _answer(self, call_id: str, future: asyncio.Future[CallDone]) -> CallDone:
+        try:
+            done = await asyncio.wait_for(future, CALL_TIMEOUT_S)
+        except TimeoutError as error:
+            raise RunError("F002", f"the call was not answered within {CALL_TIMEOUT_S:.0f} s") from error
+        finally:
+            self._calls.pop(call_id, None)
+        if done.error_json:
+            raise error_from_json(done.error_json)
+        return done
+
+    def _take_result(self, done: CallDone) -> list[bytes]:
+        chunks = list(self._blobs.read(done.run_id, done.artifact))
+        self._blobs.delete_run(done.run_id, done.artifact)
+        return chunks

@@ -1,0 +1,112 @@
+"""What every test gets: a quiet, private environment, the slow tier, and guards against leaked work.
+
+Nothing a test starts may outlive it. Threads are checked after each test; processes at the end of the session:
+children of pytest by their parentage, and those that left it (keepers, daemons) by a mark in their environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARK = "ICRF_TEST_SESSION"
+PROCESS_GRACE_S = 20.0
+THREAD_GRACE_S = 5.0
+KILL_GRACE_S = 5.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", default=False, help="run the tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before any test module imports torch or Ray; they read it when they are loaded."""
+    # Short on purpose: sockets lie below it, and a Unix socket's path has at most 107 bytes.
+    state = tempfile.mkdtemp(prefix="icrf-")
+    settings = {
+        MARK: uuid.uuid4().hex,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "OMP_NUM_THREADS": "1",
+        "XDG_STATE_HOME": state,
+    }
+    patch = pytest.MonkeyPatch()
+    for name, value in settings.items():
+        patch.setenv(name, value)
+    # A mediator that happens to run on this machine is none of the tests' business.
+    patch.delenv("ICRF_MEDIATOR", raising=False)
+    config.add_cleanup(patch.undo)
+    config.add_cleanup(lambda: shutil.rmtree(state, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: only with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        return "<ended>"
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    """Processes that carry the mark in the environment they were started with, wherever they hang in the tree."""
+    needle = f"{MARK}={mark}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if needle in environ.read_bytes().split(b"\0"):
+                yield psutil.Process(int(environ.parent.name))
+        except (OSError, psutil.NoSuchProcess):
+            continue  # it ended meanwhile, or it is another user's
+
+
+def _leaked_processes(mark: str) -> list[psutil.Process]:
+    me = psutil.Process()
+    found = {*me.children(recursive=True), *_marked(mark)} - {me}
+    # The standard library's own helper of multiprocessing; it ends with the interpreter and not before.
+    return [p for p in found if "multiprocessing.resource_tracker" not in _command_line(p)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_outlives_the_session() -> Iterator[None]:
+    mark = os.environ[MARK]
+    yield
+    _, alive = psutil.wait_procs(_leaked_processes(mark), timeout=PROCESS_GRACE_S)
+    # Asked again: one that was waited for may have started another.
+    alive = list({*alive, *_leaked_processes(mark)})
+    if not alive:
+        return
+    text = "\n".join(f"  pid {p.pid}: {_command_line(p)[:300]}" for p in alive)
+    for process in alive:
+        try:
+            process.kill()  # ours by parentage or mark, and a leak must not disturb the next run
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=KILL_GRACE_S)
+    pytest.fail(f"{len(alive)} processes outlive the tests (killed now):\n{text}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_outlives_its_test() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    started = [t for t in threading.enumerate() if t not in before and not t.daemon]
+    for thread in started:
+        thread.join(THREAD_GRACE_S)
+    alive = [t.name for t in started if t.is_alive()]
+    if alive:
+        pytest.fail(f"threads outlive the test: {', '.join(alive)}", pytrace=False)

@@ -1,0 +1,260 @@
+"""Thin but true learning: identities, splits, determinism, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from icrf.errors import ConfigError
+from icrf.learning.datasets import Dataset, load_dataset
+from icrf.learning.fingerprint import numeric_fingerprint
+from icrf.learning.layout import FlatModule
+from icrf.learning.models import build_model, check_fit, mlp
+from icrf.learning.partition import partition
+from icrf.learning.rng import derive_seed, numpy_generator, torch_generator
+from icrf.learning.training import LocalTrainer, evaluate
+from icrf.update import ExactSum, choose_grid
+
+DIGITS = load_dataset("digits", "")
+SGD = {"optimizer": "SGD", "learning_rate": 0.1, "epochs": 1, "batch_size": 16, "shuffle": True}
+
+
+def digits_module(seed: int = 1) -> FlatModule:
+    return FlatModule(build_model("mlp", DIGITS.input_shape, DIGITS.num_classes, seed))
+
+
+def fedavg_round(
+    module: FlatModule, model: np.ndarray, parts: list[np.ndarray], round_number: int, **options: object
+) -> np.ndarray:
+    """One round of federated averaging, as a host does it."""
+    total = sum(map(len, parts))
+    layout = module.layout
+    exact = ExactSum(layout.sizes, choose_grid(layout.absmax(model), total), total, layout.names)
+    for index, part in enumerate(parts):
+        module.load(model)
+        generator = torch_generator(1, index, round_number, "train")
+        LocalTrainer().train(module, DIGITS.train_x[part], DIGITS.train_y[part], generator=generator, **options)
+        assert exact.add(module.flat, len(part)) == ()
+    return exact.mean(layout.dtype)
+
+
+# ---------------------------------------------------------------- identities
+
+
+def test_fedavg_of_full_batches_is_gradient_descent() -> None:
+    """McMahan et al. 2017, section 2: E=1, B=inf, C=1 is FedSGD, whatever the split."""
+    module = digits_module()
+    reference = copy.deepcopy(module.module)
+    model = module.snapshot()
+    parts = partition("dir", DIGITS.train_y, 7, seed=3, beta=0.5)
+    x, y = torch.from_numpy(DIGITS.train_x), torch.from_numpy(DIGITS.train_y)
+    for round_number in range(1, 4):
+        model = fedavg_round(module, model, parts, round_number, **{**SGD, "batch_size": 0})
+        reference.zero_grad()
+        functional.cross_entropy(reference(x), y).backward()
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter -= 0.1 * parameter.grad
+    np.testing.assert_allclose(model, FlatModule(reference).flat, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 1e-3), (0.9, 1e-3)])
+def test_plain_sgd_equals_torch_bit_for_bit(momentum: float, weight_decay: float) -> None:
+    module = digits_module()
+    reference = copy.deepcopy(module.module)
+    x, y = DIGITS.train_x[:100], DIGITS.train_y[:100]
+    options = {**SGD, "shuffle": False, "epochs": 2, "momentum": momentum, "weight_decay": weight_decay}
+    loss, seen = LocalTrainer().train(module, x, y, generator=torch_generator(1, 0, 1, "train"), **options)
+    assert seen == 200
+
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    losses = []
+    for start in [*range(0, 100, 16)] * 2:
+        batch = slice(start, start + 16)
+        optimizer.zero_grad()
+        batch_loss = functional.cross_entropy(reference(torch.tensor(x[batch])), torch.tensor(y[batch]))
+        batch_loss.backward()
+        optimizer.step()
+        losses.append(batch_loss.item() * len(y[batch]))
+    assert module.flat.tobytes() == FlatModule(reference).flat.tobytes()
+    assert loss == pytest.approx(sum(losses) / 200, rel=1e-9)
+
+
+def test_digits_are_learnt_in_a_few_rounds() -> None:
+    module = digits_module()
+    model = module.snapshot()
+    parts = partition("iid", DIGITS.train_y, 10, seed=1)
+    for round_number in range(1, 6):
+        model = fedavg_round(module, model, parts, round_number, **{**SGD, "momentum": 0.9, "epochs": 5})
+    module.load(model)
+    assert evaluate(module.module, DIGITS.test_x, DIGITS.test_y)["accuracy"] > 0.9
+
+
+# ---------------------------------------------------------------- determinism
+
+
+def trained_bits(options: dict[str, object], node: int = 0, factory: object = None) -> bytes:
+    module = digits_module() if factory is None else FlatModule(build_with_dropout())
+    generator = torch_generator(7, node, 1, "train")
+    LocalTrainer().train(module, DIGITS.train_x[:200], DIGITS.train_y[:200], generator=generator, **options)
+    return module.flat.tobytes()
+
+
+def build_with_dropout() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_training_is_a_function_of_its_seed(optimizer: str) -> None:
+    options = {**SGD, "optimizer": optimizer, "learning_rate": 0.01}
+    assert trained_bits(options) == trained_bits(options)
+    assert trained_bits(options) != trained_bits(options, node=1)
+
+
+def test_dropout_follows_the_seed_too_and_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = trained_bits(SGD, factory=build_with_dropout)
+    torch.manual_seed(2)
+    assert trained_bits(SGD, factory=build_with_dropout) == first
+    torch.manual_seed(1)
+    digits_module()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_blocks_of_the_permuted_copy_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained_bits(SGD)
+    monkeypatch.setattr("icrf.learning.training._BLOCK_BYTES", 10_000)
+    assert trained_bits(SGD) == whole
+
+
+def test_no_epochs_train_nothing() -> None:
+    module = digits_module()
+    before = module.snapshot()
+    result = LocalTrainer().train(
+        module, DIGITS.train_x, DIGITS.train_y, generator=torch_generator(1, 0, 1, "train"), **{**SGD, "epochs": 0}
+    )
+    assert result == (0.0, 0)
+    assert module.flat.tobytes() == before.tobytes()
+
+
+def test_seeds_are_independent() -> None:
+    values = list(itertools.product((0, 1), (0, 1, 2), (0, 1, 2), ("train", "init")))
+    seeds = {derive_seed(*value) for value in values}
+    assert len(seeds) == len(values)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(1, 2, 3, "train") == 3962110769039873701
+    assert numpy_generator(1, 0, 1, "a").random() != numpy_generator(1, 0, 1, "b").random()
+
+
+def test_evaluate_does_not_depend_on_torch_state_and_keeps_the_mode() -> None:
+    module = build_with_dropout()
+    first = evaluate(module, DIGITS.test_x, DIGITS.test_y)
+    assert first == evaluate(module, DIGITS.test_x, DIGITS.test_y)
+    assert set(first) == {"accuracy", "loss"} and module.training
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "code"), [("SGDD", 0.0, "C010"), ("Adam", 0.9, "C008"), ("LBFGS", 0.0, "C010")]
+)
+def test_unusable_optimizers_are_refused(name: str, momentum: float, code: str) -> None:
+    with pytest.raises(ConfigError, match=code):
+        trained_bits({**SGD, "optimizer": name, "momentum": momentum})
+
+
+def test_fingerprint_names_what_decides_bits() -> None:
+    found = numeric_fingerprint("cpu", 1)
+    assert found == numeric_fingerprint("cpu", 1)
+    assert found != numeric_fingerprint("cpu", 2)
+    assert found.torch_version == torch.__version__
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_digits_split_is_fixed() -> None:
+    assert DIGITS.train_x.shape == (1437, 64) and DIGITS.test_x.shape == (360, 64)
+    assert DIGITS.train_x.dtype == np.float32 and DIGITS.train_x.min() >= 0 and DIGITS.train_x.max() <= 1
+    assert load_dataset("digits", "") is DIGITS
+
+
+@pytest.mark.parametrize("kind", ["iid", "dir"])
+@pytest.mark.parametrize("num_parts", [1, 2, 10, 50])
+def test_partitions_are_disjoint_covering_and_reproducible(kind: str, num_parts: int) -> None:
+    labels = DIGITS.train_y
+    parts = partition(kind, labels, num_parts, seed=5, beta=0.5)
+    assert len(parts) == num_parts
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+    assert min(map(len, parts)) >= min(10, len(labels) / num_parts / 2)
+    again = partition(kind, labels, num_parts, seed=5, beta=0.5)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    if num_parts > 1:
+        other = partition(kind, labels, num_parts, seed=6, beta=0.5)
+        assert any(not np.array_equal(a, b) for a, b in zip(parts, other, strict=True))
+
+
+def test_smaller_beta_means_more_skew() -> None:
+    def classes_per_node(beta: float) -> float:
+        parts = partition("dir", DIGITS.train_y, 10, seed=1, beta=beta)
+        return float(np.mean([len(np.unique(DIGITS.train_y[p])) for p in parts]))
+
+    assert classes_per_node(0.1) < classes_per_node(0.5) < classes_per_node(100.0) == 10
+
+
+def test_impossible_splits_are_refused() -> None:
+    with pytest.raises(ConfigError, match="C008 number_of_clients"):
+        partition("iid", np.zeros(3, np.int64), 4, seed=0)
+    with pytest.raises(ConfigError, match=r"C008 dirichlet_beta.*Raise dirichlet_beta"):
+        partition("dir", np.repeat([0, 1], 200), 20, seed=0, beta=1e-3)
+    with pytest.raises(ConfigError, match="C010"):
+        partition("iidd", np.zeros(3, np.int64), 2, seed=0)
+
+
+def test_data_that_is_no_classification_task_is_refused() -> None:
+    x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1])
+    for broken in (
+        (x, y[:3], x, y),
+        (x, y + 1, x, y),
+        (x.astype(int), y, x, y),
+        (x + np.nan, y, x, y),
+        (x, y * 0.5, x, y),
+    ):
+        with pytest.raises(ConfigError, match="C018 dataset_type mine"):
+            Dataset(*broken, num_classes=2, name="mine")
+    assert Dataset(x.astype(np.float64), y, x, y, 2, "mine").train_x.dtype == np.float32
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_models_depend_on_their_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = digits_module(3).flat.tobytes()
+    torch.manual_seed(2)
+    assert digits_module(3).flat.tobytes() == first
+    assert digits_module(4).flat.tobytes() != first
+
+
+def test_a_model_that_does_not_fit_the_data_names_the_shapes() -> None:
+    check_fit(build_model("mlp", DIGITS.input_shape, 10, 0), DIGITS)
+    with pytest.raises(ConfigError, match=r"C018.*\(2, 64\).*\(2, 4\).*\(2, 10\)"):
+        check_fit(mlp((64,), 4), DIGITS)
+    with pytest.raises(ConfigError, match=r"C018.*cannot take input of shape \(2, 64\)"):
+        check_fit(mlp((32,), 10), DIGITS)
+
+
+def test_user_factories_are_called_with_what_they_accept() -> None:
+    module = build_model("torch.nn:Identity", (64,), 10, 0)
+    with pytest.raises(ConfigError, match=r"C018.*\(2, 64\)"):
+        check_fit(module, DIGITS)
+    with pytest.raises(ConfigError, match="C017 model_type: model factory raised TypeError"):
+        build_model("torch.nn:Linear", (64,), 10, 0)
+    with pytest.raises(ConfigError, match="C018 model_type"):
+        build_model("builtins:dict", (64,), 10, 0)

@@ -1,0 +1,180 @@
+"""The plan of a federation before anything runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from icrf.errors import ConfigError, ConfigErrors, RoutingError
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    Capacity,
+    ClusterInfo,
+    Fingerprint,
+    LinkBytes,
+    NodeSpec,
+    Submission,
+    TensorSpec,
+)
+from icrf.topology import build_topology
+from icrf_mediator.planning import HOST_BYTES, make_plan, slot_resources
+
+AVX2 = Fingerprint("2.13", "AVX2", "on", 1, "cpu")
+AVX512 = Fingerprint("2.13", "AVX512", "on", 1, "cpu")
+
+
+def cluster(
+    name: str, slots: int = 2, cpus: float = 2.0, gpus: float = 0.0, ray_nodes: int = 1, like: Fingerprint = AVX2
+) -> ClusterInfo:
+    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, ray_nodes), like)
+
+
+def submission(topology: str, num_nodes: int, flow: str = DECENTRALIZED, **config: Any) -> Submission:
+    roles = ["train-eval"] * num_nodes
+    ids = [f"client_{i}" for i in range(num_nodes)]
+    if flow == CENTRALIZED:
+        roles[0], ids = "aggregate", ["server", *ids[:-1]]
+    return Submission(
+        client_request_id="1",
+        config_json=json.dumps({"federation_id": "fed", "federated_learning_rounds": 10, **config}),
+        flow=flow,
+        nodes=tuple(NodeSpec(i, role) for i, role in zip(ids, roles, strict=True)),
+        graph=build_topology(topology, num_nodes, {}).to_graph(),
+        layout=(TensorSpec("b", (10,), "float32"), TensorSpec("w", (9, 10), "float32")),
+    )
+
+
+def test_a_ring_over_two_clusters() -> None:
+    plan, assignment = make_plan(submission("ring", 8, evaluate_every=3), [cluster("eu"), cluster("us")])
+    assert plan.federation == "fed" and plan.flow == DECENTRALIZED and plan.strategy == "locality"
+    assert plan.clusters == ("eu", "us") and assignment.clusters == (0, 0, 0, 0, 1, 1, 1, 1)
+    assert plan.assignment == {f"client_{i}": "eu" if i < 4 else "us" for i in range(8)}
+    assert (plan.num_edges, plan.cut_edges) == (8, 2)
+    assert plan.links == (LinkBytes("eu", "us", 800), LinkBytes("us", "eu", 800))
+    assert plan.num_parameters == 100
+    assert plan.bytes_inter_cluster_per_round == 4 * 400
+    assert plan.bytes_inter_cluster_per_evaluation == 800
+    # Rounds 3, 6, 9 and the last one are evaluated.
+    assert plan.bytes_inter_cluster_total == 10 * 1600 + 4 * 800
+    assert plan.slem == pytest.approx(0.804738, abs=1e-6) and plan.slem_kind == "exact"
+    assert plan.rounds_to_consensus == 64
+    assert plan.slots == {"eu": 2, "us": 2}
+    assert plan.feasible and plan.problems == ()
+    assert set(plan.explanation) == set(plan.assignment)
+    assert plan.peak_memory_bytes > 2 * HOST_BYTES
+
+
+def test_a_star_over_three_clusters() -> None:
+    plan, _ = make_plan(submission("star", 7, CENTRALIZED), [cluster("a"), cluster("b"), cluster("c")])
+    assert plan.bytes_inter_cluster_per_round == 3 * 2 * 400
+    assert plan.bytes_inter_cluster_per_evaluation == 0 and plan.bytes_inter_cluster_total == 24_000
+    assert (plan.slem, plan.slem_kind, plan.rounds_to_consensus) == (-1.0, "none", -1)
+
+
+@pytest.mark.parametrize(("rounds", "every", "evaluations"), [(10, 1, 10), (10, 5, 2), (10, 99, 1), (0, 1, 0)])
+def test_evaluated_rounds(rounds: int, every: int, evaluations: int) -> None:
+    sent = submission("ring", 4, federated_learning_rounds=rounds, evaluate_every=every)
+    plan, _ = make_plan(sent, [cluster("a"), cluster("b")])
+    assert plan.bytes_inter_cluster_total == rounds * 1600 + evaluations * 800
+
+
+def test_equal_input_gives_an_equal_plan() -> None:
+    clusters = [cluster("a"), cluster("b"), cluster("c")]
+    assert make_plan(submission("ring", 16), clusters) == make_plan(submission("ring", 16), clusters)
+
+
+def test_slots_are_no_more_than_nodes_and_only_where_nodes_are() -> None:
+    clusters = [cluster("a", slots=8), cluster("b", slots=8)]
+    placement = {f"client_{i}": "b" for i in range(3)}
+    plan, _ = make_plan(submission("ring", 3, placement=placement), clusters)
+    assert plan.slots == {"b": 3} and plan.links == ()
+    assert plan.explanation["client_0"] == "pinned to b"
+
+
+def test_without_a_cluster() -> None:
+    plan, assignment = make_plan(submission("ring", 4, placement={"client_0": "eu"}), [])
+    assert not plan.feasible and plan.problems == ("no cluster is registered: start a fabric-agent",)
+    assert assignment.clusters == () and plan.assignment == {} and plan.slots == {}
+    assert plan.num_edges == 4 and plan.cut_edges == 0 and plan.slem > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "clusters", "problem"),
+    [
+        (
+            {"resources": {"num_cpus": 64}},
+            [cluster("us-east")],
+            "cluster us-east: 2 slots x 64 CPU = 128 CPU needed, 2 CPU in total",
+        ),
+        (
+            {"resources": {"num_cpus": 1, "num_gpus": 0.5}},
+            [cluster("a")],
+            "cluster a: 2 slots x 0.5 GPU = 1 GPU needed, 0 GPU in total",
+        ),
+        (
+            {"placement_group_strategy": "STRICT_SPREAD"},
+            [cluster("a", slots=4, cpus=4, ray_nodes=3)],
+            "cluster a: STRICT_SPREAD needs 4 Ray nodes for 4 slots, 3 in total",
+        ),
+        ({"device": "cuda"}, [cluster("a")], "cluster a: device cuda needs a GPU, 0 GPU in total"),
+        ({}, [cluster("a", slots=0)], "cluster a: 1 slot needed, 0 slots in total"),
+        (
+            {},
+            [cluster("a"), cluster("b", like=AVX512)],
+            "clusters a and b: numeric fingerprint differs in cpu_capability, AVX2 against AVX512; "
+            "determinism strict needs it equal",
+        ),
+    ],
+)
+def test_what_is_lacking_is_said_with_numbers(
+    config: dict[str, Any], clusters: list[ClusterInfo], problem: str
+) -> None:
+    plan, _ = make_plan(submission("ring", 8, **config), clusters)
+    assert plan.problems == (problem,) and not plan.feasible
+
+
+def test_mixed_fingerprints_matter_only_where_nodes_live_and_when_strict() -> None:
+    clusters = [cluster("a"), cluster("b", like=AVX512)]
+    assert make_plan(submission("ring", 4, determinism="recorded"), clusters)[0].feasible
+    placement = {f"client_{i}": "a" for i in range(4)}
+    assert make_plan(submission("ring", 4, placement=placement), clusters)[0].feasible
+
+
+@pytest.mark.parametrize(
+    ("config", "capacity", "num_slots", "expected"),
+    [
+        ({}, cluster("a", cpus=8), 2, (1.0, 0.0)),
+        ({}, cluster("a", cpus=2), 3, (0.6666, 0.0)),
+        ({"device": "cuda"}, cluster("a", cpus=8, gpus=1), 3, (1.0, 0.3333)),
+        ({"device": "cuda"}, cluster("a", cpus=8, gpus=3), 4, (1.0, 0.5)),
+        ({"device": "cuda"}, cluster("a", cpus=8, gpus=4), 2, (1.0, 1.0)),
+        ({"device": "cpu"}, cluster("a", cpus=8, gpus=4), 2, (1.0, 0.0)),
+        ({"resources": {"num_cpus": 3.0, "num_gpus": 0.25}}, cluster("a"), 2, (3.0, 0.25)),
+    ],
+)
+def test_slot_resources(
+    config: dict[str, Any], capacity: ClusterInfo, num_slots: int, expected: tuple[float, float]
+) -> None:
+    found = slot_resources(config, capacity, num_slots)
+    assert (found.num_cpus, found.num_gpus) == pytest.approx(expected, abs=1e-12)
+
+
+def test_memory_counts_the_coordinators_model_and_local_states() -> None:
+    clusters = [cluster("a", slots=2)]
+    star, _ = make_plan(submission("star", 5, CENTRALIZED), clusters)
+    assert star.peak_memory_bytes == 2 * (HOST_BYTES + 3 * 400 + 800) + 400 + 800
+    ring, _ = make_plan(submission("ring", 5), clusters)
+    assert ring.peak_memory_bytes == 2 * (HOST_BYTES + 3 * 400 + 800) + 5 * 2 * 400
+
+
+def test_what_is_wrong_with_the_submission_is_raised() -> None:
+    with pytest.raises(ConfigErrors, match="C014"):
+        make_plan(submission("ring", 4, placement={"client_0": "mars", "client_9": "a"}), [cluster("a")])
+    with pytest.raises(ConfigError) as caught:
+        make_plan(submission("ring", 4, assignment_strategy="nearest"), [cluster("a")])
+    assert caught.value.code == "C010"
+    with pytest.raises(RoutingError):
+        make_plan(submission("line", 4, CENTRALIZED), [cluster("a")])

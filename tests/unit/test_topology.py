@@ -1,0 +1,179 @@
+"""Adjacency matrices and named topologies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icrf.errors import ConfigError, TopologyError
+from icrf.protocol import Graph
+from icrf.topology import TOPOLOGIES, HybridAdjacencyMatrix, build_topology, register_topology, require_connected
+
+
+def test_dense_csr_and_graph_are_the_same_matrix() -> None:
+    dense = np.array([[0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    matrix = HybridAdjacencyMatrix.from_dense(dense)
+    assert matrix.num_nodes == 3 and matrix.num_edges == 3
+    assert matrix.to_graph() == Graph(3, (0, 2, 2, 3), (1, 2, 0))
+    assert HybridAdjacencyMatrix.from_graph(matrix.to_graph()) == matrix
+    assert (matrix.to_dense() == dense).all()
+    assert matrix.degree.tolist() == [2, 0, 1]
+    assert matrix.out_neighbors(0).tolist() == [1, 2]
+    assert matrix.in_neighbors(0).tolist() == [2]
+    assert matrix.has_edge(0, 1) and not matrix.has_edge(1, 0) and not matrix.has_edge(0, 99)
+    assert not matrix.is_symmetric() and matrix.one_way_edges() == [(0, 1)]
+
+
+@given(st.integers(1, 12), st.data())
+@settings(deadline=None)
+def test_every_question_agrees_with_the_dense_matrix(num_nodes: int, data: st.DataObject) -> None:
+    bits = data.draw(st.lists(st.booleans(), min_size=num_nodes**2, max_size=num_nodes**2))
+    dense = np.array(bits, dtype=np.int8).reshape(num_nodes, num_nodes)
+    np.fill_diagonal(dense, 0)
+    matrix = HybridAdjacencyMatrix.from_dense(dense)
+    owners = data.draw(st.lists(st.integers(0, 2), min_size=num_nodes, max_size=num_nodes))
+    assert (matrix.to_dense() == dense).all()
+    assert matrix.is_symmetric() == bool((dense == dense.T).all())
+    assert HybridAdjacencyMatrix.from_edges(num_nodes, np.argwhere(dense), symmetric=False) == matrix
+    pairs = [(i, j) for i in range(num_nodes) for j in range(i) if dense[i, j] or dense[j, i]]
+    assert matrix.cut_edges(owners) == sum(owners[i] != owners[j] for i, j in pairs)
+    for i in range(num_nodes):
+        assert matrix.out_neighbors(i).tolist() == np.flatnonzero(dense[i]).tolist()
+        assert matrix.in_neighbors(i).tolist() == np.flatnonzero(dense[:, i]).tolist()
+        assert [matrix.has_edge(i, j) for j in range(num_nodes)] == dense[i].astype(bool).tolist()
+
+
+def test_the_arrays_cannot_be_written() -> None:
+    matrix = build_topology("ring", 4, {})
+    with pytest.raises(ValueError, match="read-only"):
+        matrix.indices[0] = 3
+    with pytest.raises(ValueError, match="read-only"):
+        matrix.out_neighbors(0)[0] = 3
+
+
+@pytest.mark.parametrize(
+    ("dense", "code"),
+    [
+        (np.zeros((2, 3)), "T001"),
+        (np.zeros(4), "T001"),
+        (np.array([[0, 2], [1, 0]]), "T002"),
+        (np.array([[0, np.nan], [1, 0]]), "T002"),
+        (np.array([[1, 1], [1, 0]]), "T005"),
+    ],
+)
+def test_bad_dense_matrices_are_refused(dense: np.ndarray, code: str) -> None:
+    with pytest.raises(TopologyError) as caught:
+        HybridAdjacencyMatrix.from_dense(dense)
+    assert caught.value.code == code
+
+
+def test_bad_edges_and_graphs_are_refused() -> None:
+    for pairs, code in (([(0, 3)], "T010"), ([(-1, 0)], "T010"), ([(1, 1)], "T005")):
+        with pytest.raises(TopologyError) as caught:
+            HybridAdjacencyMatrix.from_edges(3, pairs)
+        assert caught.value.code == code
+    for graph in (Graph(2, (0, 1), (1,)), Graph(2, (0, 1, 1), (5,)), Graph(3, (0, 2, 2, 2), (2, 1))):
+        with pytest.raises(TopologyError) as caught:
+            HybridAdjacencyMatrix.from_graph(graph)
+        assert caught.value.code == "T010"
+
+
+def test_a_dense_matrix_of_too_many_nodes_is_refused() -> None:
+    with pytest.raises(TopologyError) as caught:
+        build_topology("ring", 20_001, {}).to_dense()
+    assert caught.value.code == "T008"
+
+
+def test_components_and_channels() -> None:
+    matrix = HybridAdjacencyMatrix.from_edges(5, [(0, 3), (1, 4)])
+    assert matrix.components() == [[0, 3], [1, 4], [2]]
+    assert matrix.channel(0, 3, [0, 0, 0, 0, 1]) == "INTRA_CLUSTER"
+    assert matrix.channel(1, 4, [0, 0, 0, 0, 1]) == "INTER_CLUSTER"
+    with pytest.raises(TopologyError, match=r"T006 3 components: \{0,3\} \{1,4\} \{2\}"):
+        require_connected(matrix)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "edges"),
+    [
+        ("star", 1, 0),
+        ("star", 5, 4),
+        ("ring", 1, 0),
+        ("ring", 2, 1),
+        ("ring", 3, 3),
+        ("ring", 8, 8),
+        ("line", 8, 7),
+        ("mesh", 1, 0),
+        ("mesh", 6, 15),
+    ],
+)
+def test_built_in_topologies(name: str, num_nodes: int, edges: int) -> None:
+    matrix = build_topology(name, num_nodes, {"seed": 0})
+    assert matrix.num_edges == 2 * edges and matrix.is_symmetric() and len(matrix.components()) == 1
+
+
+def test_the_hub_of_a_star_is_node_0() -> None:
+    assert build_topology("star", 4, {}).degree.tolist() == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("num_nodes", "k_value"), [(16, 4), (16, 5), (7, 6), (4, 3)])
+def test_k_connected_gives_every_node_k_neighbours(num_nodes: int, k_value: int) -> None:
+    assert set(build_topology("k_connected", num_nodes, {"k_value": k_value}).degree.tolist()) == {k_value}
+
+
+@pytest.mark.parametrize(("num_nodes", "k_value"), [(5, 3), (4, 4), (4, 0)])
+def test_k_connected_without_a_solution_is_refused(num_nodes: int, k_value: int) -> None:
+    with pytest.raises(TopologyError) as caught:
+        build_topology("k_connected", num_nodes, {"k_value": k_value})
+    assert caught.value.code == "T011"
+
+
+@pytest.fixture
+def forget():
+    """Unregisters what a test registered."""
+    before = dict(TOPOLOGIES._objects)
+    yield
+    TOPOLOGIES._objects.clear()
+    TOPOLOGIES._objects.update(before)
+
+
+def test_a_registered_builder_gets_its_parameters_by_name(forget: None) -> None:
+    @register_topology("test_seeded")
+    def seeded(num_nodes: int, seed: int, learning_rate: float, extra: int = 7) -> np.ndarray:
+        assert (seed, learning_rate, extra) == (3, 0.1, 7)
+        return np.ones((num_nodes, num_nodes), dtype=int) - np.eye(num_nodes, dtype=int)
+
+    assert build_topology("test_seeded", 3, {"seed": 3, "learning_rate": 0.1}).num_edges == 6
+
+
+def test_builders_that_cannot_be_called_or_return_nonsense(forget: None) -> None:
+    @register_topology("test_unknown_parameter")
+    def unknown(num_nodes: int, no_such_key: int) -> np.ndarray:
+        raise AssertionError("never called")
+
+    @register_topology("test_wrong_size")
+    def wrong(num_nodes: int) -> np.ndarray:
+        return np.zeros((2, 2))
+
+    @register_topology("test_disconnected")
+    def disconnected(num_nodes: int) -> HybridAdjacencyMatrix:
+        return HybridAdjacencyMatrix.from_edges(num_nodes, [])
+
+    for name, code in (("test_unknown_parameter", "C017"), ("custom", "C016"), ("no_such_topology", "C010")):
+        with pytest.raises(ConfigError) as config_error:
+            build_topology(name, 3, {"seed": 1})
+        assert config_error.value.code == code
+    for name, code in (("test_wrong_size", "T010"), ("test_disconnected", "T006")):
+        with pytest.raises(TopologyError) as topology_error:
+            build_topology(name, 100, {})
+        assert topology_error.value.code == code
+    assert len(str(topology_error.value)) < 300
+    assert build_topology("test_disconnected", 3, {}, connected=False).num_edges == 0
+
+
+def test_a_custom_topology_comes_from_its_file(tmp_path) -> None:
+    (tmp_path / "ring.csv").write_text("0,1,1\n1,0,1\n1,1,0\n")
+    parameters = {"adjacency_matrix_file_name": str(tmp_path / "ring.csv")}
+    assert build_topology("custom", 3, parameters) == build_topology("ring", 3, {})
