@@ -44,7 +44,8 @@ PORT_FLAGS = (
 
 # Ray appends about 64 characters for its unix sockets, whose paths end at 107.
 MAX_TEMP_DIR_CHARACTERS = 40
-TERM_GRACE_S = 3.0
+# Enough for workers; the agents beside a raylet would hang for longer once it is gone.
+TERM_GRACE_S = 1.0
 KILL_GRACE_S = 10.0
 POLL_S = 0.2
 LOG_TAIL_LINES = 15
@@ -81,7 +82,7 @@ def session_members(session_id: int) -> list[int]:
 
 
 def end_session(session_id: int, spare: int = 0) -> bool:
-    """End every process of a session but `spare`: SIGTERM, after 3 s SIGKILL. Whether none is left."""
+    """End every process of a session but `spare`: SIGTERM, after a second SIGKILL. Whether none is left."""
 
     def others() -> list[int]:
         return [pid for pid in session_members(session_id) if pid != spare]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,16 +161,10 @@ class LocalRay:
         return in_session and os.fsencode(self._state_dir) in arguments and any(b"keeper" in a for a in arguments)
 
     def _owns_session(self, state: KeeperState) -> bool:
-        """Whether a session id still means our cluster: some process of it carries our token in its environment."""
-        mark = os.fsencode(f"RAY_AUTH_TOKEN_PATH={state.token_path}")
-        for pid in keeper.session_members(state.session_id):
-            try:
-                environment = Path("/proc", str(pid), "environ").read_bytes()
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            if mark in environment.split(b"\0") or (pid == state.pid and self._is_keeper(state)):
-                return True
-        return False
+        """Whether a session id still means our cluster, and not a later session that got the same id."""
+        if self._is_keeper(state):
+            return True
+        return any(_belongs(pid, state) for pid in keeper.session_members(state.session_id))
 
     def _spawn(self, lock: Path, settings: tuple[int, ...], orphan_grace_s: float) -> None:
         num_cpus, num_gpus, object_store_bytes = settings
@@ -223,3 +218,24 @@ class LocalRay:
         shutil.rmtree(state.temp_dir, ignore_errors=True)
         Path(state.token_path).unlink(missing_ok=True)
         (self._state_dir / keeper.STATE_NAME).unlink(missing_ok=True)
+
+
+def _belongs(pid: int, state: KeeperState) -> bool:
+    """Whether a process was started with the cluster's token or has a file of its temp folder open.
+
+    Some of Ray's processes overwrite their environment with their title; all of them have a log open.
+    """
+    try:
+        environment = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False  # it ended meanwhile, or it is another user's
+    marked = os.fsencode(f"RAY_AUTH_TOKEN_PATH={state.token_path}") in environment
+    return marked or any(path.startswith(os.path.join(state.temp_dir, "")) for path in _open_files(pid))
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    for fd in list(Path("/proc", str(pid), "fd").glob("*")):
+        try:
+            yield os.readlink(fd)
+        except FileNotFoundError:
+            continue  # closed meanwhile

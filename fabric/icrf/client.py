@@ -6,6 +6,8 @@ The same objects work on an embedded fabric and on a remote mediator: what diffe
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from icrf.console.format import short_id
-from icrf.errors import IcrfError, LocalError, RunError, error_from_dict
+from icrf.errors import IcrfError, LocalError, ResourceError, RunError, error_from_dict
 from icrf.model_file import ARTIFACT, receive_model, write_file
 from icrf.ports import MediatorPort
 from icrf.protocol import (
@@ -87,7 +89,7 @@ def connect(
     if open_local is None:
         raise LocalError("L009", "no address and no way to open an embedded fabric", hint="use icrf.connect()")
     handle = open_local(clusters, state_dir=state_dir, on_progress=on_progress)
-    return Fabric(handle.port, on_close=handle.close)
+    return Fabric(handle.port, on_close=handle.close, code_path=_own_folder())
 
 
 class Fabric:
@@ -96,10 +98,12 @@ class Fabric:
     Args:
         port: the mediator; closed with this object.
         on_close: called after the port was closed, to end an embedded fabric.
+        code_path: folder of the user's own modules, for configurations submitted without one.
     """
 
-    def __init__(self, port: MediatorPort, *, on_close: Callable[[], None] | None = None) -> None:
+    def __init__(self, port: MediatorPort, *, on_close: Callable[[], None] | None = None, code_path: str = "") -> None:
         self._port = port
+        self._code_path = code_path
         self._on_close = on_close
 
     @property
@@ -122,12 +126,19 @@ class Fabric:
             federation: a configuration, or a submission that was built before.
             options: those of :func:`icrf.submission.build_submission`, for a configuration.
         """
-        submission = _resolved(federation, options)
+        submission = self._resolved(federation, options)
         return Run(self._port, self._port.submit(submission).run_id, submission)
 
     def plan(self, federation: FederationConfig | Submission, **options: Any) -> Plan:
         """Dry run on the clusters registered now: where nodes would go and what would cross. Changes nothing."""
-        return self._port.plan(_resolved(federation, options))
+        return self._port.plan(self._resolved(federation, options))
+
+    def _resolved(self, federation: FederationConfig | Submission, options: Mapping[str, Any]) -> Submission:
+        if not isinstance(federation, Submission):
+            return build_submission(federation, **{"code_path": self._code_path, **options})
+        if options:
+            raise LocalError("L009", f"a built submission takes no options: {', '.join(options)}")
+        return federation
 
     def runs(self) -> list[Run]:
         """All runs the mediator knows, newest first."""
@@ -194,12 +205,15 @@ class Run:
     def plan(self) -> Plan | None:
         """Where the nodes were placed; None if the mediator kept no plan of this run."""
         try:
-            data = b"".join(self._port.fetch(self.id, _PLAN_ARTIFACT))
+            return plan_from_dict(json.loads(b"".join(self._port.fetch(self.id, _PLAN_ARTIFACT))))
         except RunError as error:
             if error.code != "F006":
                 raise
+        try:
             return self._port.plan(self._submission) if self._submission is not None else None
-        return plan_from_dict(json.loads(data))
+        except ResourceError:
+            # The clusters it ran on are gone; a plan for others would be no plan of this run.
+            return None
 
     def wait(self, timeout_s: float | None = None) -> RunInfo:
         """Wait for the end and return the last state; after `timeout_s`, the state reached by then."""
@@ -268,7 +282,7 @@ class Run:
     def close_folder(self, folder: RunFolder) -> dict[str, Any]:
         """Write what is known only at the end, as far as the run came; returns the summary."""
         info = self.info()
-        if info.clusters and (plan := self.plan()) is not None:
+        if folder.plan is None and info.clusters and (plan := self.plan()) is not None:
             folder.write_plan(plan)
         if info.model_sha256:
             folder.write_model(self.model())
@@ -364,9 +378,7 @@ def cause_of(info: RunInfo) -> IcrfError:
     return error_from_dict(json.loads(info.error_json))
 
 
-def _resolved(federation: FederationConfig | Submission, options: Mapping[str, Any]) -> Submission:
-    if isinstance(federation, Submission):
-        if options:
-            raise LocalError("L009", f"a built submission takes no options: {', '.join(options)}")
-        return federation
-    return build_submission(federation, **options)
+def _own_folder() -> str:
+    """The folder of the running script, where its own modules lie; the working directory of an interactive session."""
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    return os.path.dirname(os.path.abspath(script)) if script else os.getcwd()

@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -174,6 +173,23 @@ def report_error(error: BaseException, *, debug: bool = False) -> int:
     return error.exit_code or EXIT_SOFTWARE
 
 
+def stop_on_signals(stop: asyncio.Event) -> None:
+    """Let SIGTERM and SIGINT set `stop`, and the next one end the process at once with exit code 130.
+
+    :func:`run_daemon` has done this already. Call it again, in the main thread's loop, after ``ray.init``: Ray puts a
+    handler of its own in front, which writes a stack trace first.
+    """
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(EXIT_ABORTED)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+
+
 def run_daemon(main: Callable[[asyncio.Event], Awaitable[int]], *, debug: bool = False) -> int:
     """Run a daemon until it ends by itself or is told to stop.
 
@@ -187,22 +203,9 @@ def run_daemon(main: Callable[[asyncio.Event], Awaitable[int]], *, debug: bool =
     """
 
     async def supervised() -> int:
-        loop = asyncio.get_running_loop()
         stop = asyncio.Event()
-
-        def on_signal() -> None:
-            if stop.is_set():
-                os._exit(EXIT_ABORTED)
-            stop.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
-        try:
-            return await main(stop)
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                with suppress(ValueError):
-                    loop.remove_signal_handler(number)
+        stop_on_signals(stop)
+        return await main(stop)
 
     try:
         return asyncio.run(supervised())

@@ -21,6 +21,7 @@ from icrf.console.format import (
     safe_text,
     short_id,
 )
+from icrf.errors import error_from_dict
 from icrf.protocol import Plan, RoundResult
 from icrf.spec.documents import dump_yaml
 
@@ -96,8 +97,7 @@ def render(data: ReportData) -> str:
         _tiles(summary),
     ]
     if summary.get("error"):
-        error = summary["error"]
-        parts.append(f'<pre class="error">{_text(error.get("code"))} {_text(error.get("message"))}</pre>')
+        parts.append(f'<pre class="error">{_text(error_from_dict(summary["error"]))}</pre>')
     parts += [_curve_section(data.rounds), _rounds_section(data.rounds)]
     if data.plan is not None:
         parts.append(_plan_section(data.plan))

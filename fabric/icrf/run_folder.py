@@ -6,8 +6,11 @@ process that watches dies. The other files are replaced in one step each.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -45,18 +48,16 @@ class RunFolder:
         self.path = path
         self._rounds: list[RoundResult] = []
         self._plan: Plan | None = None
-        try:
-            path.mkdir(parents=True, exist_ok=True)
+        require_writable(path)
+        with _writing(path):
             for name in _FILES:
                 (path / name).unlink(missing_ok=True)
             self._lines: TextIO = (path / "rounds.jsonl").open("w", encoding="utf-8")
-        except OSError as error:
-            raise LocalError(
-                "L005",
-                f"{path} cannot be written: {error.strerror}",
-                place="--out",
-                hint="name another folder with --out",
-            ) from error
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that was written, if any."""
+        return self._plan
 
     def __enter__(self) -> RunFolder:
         return self
@@ -68,35 +69,61 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """``config.yaml``: the resolved configuration, which runs again to the same bits."""
-        write_file(self.path / "config.yaml", dump_yaml(in_order(config)).encode())
+        self._replace("config.yaml", dump_yaml(in_order(config)).encode())
 
     def write_plan(self, plan: Plan) -> None:
         """``plan.json``."""
         self._plan = plan
-        write_file(self.path / "plan.json", _json_bytes(plan_to_dict(plan)))
+        self._replace("plan.json", _json_bytes(plan_to_dict(plan)))
 
     def add_round(self, result: RoundResult) -> None:
         """Append one line to ``rounds.jsonl``; it is with the operating system when this returns."""
         self._rounds.append(result)
-        self._lines.write(json.dumps(round_line(result), allow_nan=False) + "\n")
-        self._lines.flush()
+        with _writing(self.path):
+            self._lines.write(json.dumps(round_line(result), allow_nan=False) + "\n")
+            self._lines.flush()
 
     def write_model(self, data: bytes) -> None:
         """``model.safetensors``, already verified."""
-        write_file(self.path / ARTIFACT, data)
+        self._replace(ARTIFACT, data)
 
     def finish(self, info: RunInfo) -> dict[str, Any]:
         """Write ``summary.json`` and ``report.html``; returns the summary."""
         config = in_order(json.loads(info.config_json)) if info.config_json else {}
         summary = summarize(info, self._rounds)
-        write_file(self.path / "summary.json", _json_bytes(summary))
+        self._replace("summary.json", _json_bytes(summary))
         page = render(ReportData(summary, self._rounds, config, self._plan))
-        write_file(self.path / "report.html", page.encode())
+        self._replace("report.html", page.encode())
         return summary
+
+    def _replace(self, name: str, data: bytes) -> None:
+        with _writing(self.path):
+            write_file(self.path / name, data)
 
     def close(self) -> None:
         """Close the open file; harmless when called twice."""
         self._lines.close()
+
+
+def require_writable(path: Path) -> None:
+    """Create the folder if it is missing; L005 if nothing can be written there. Cheap: ask before a long start."""
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LocalError(
+            "L005",
+            f"{path} cannot be written: {error.strerror or error}",
+            place="--out",
+            hint="name another folder with --out",
+        ) from error
 
 
 def in_order(config: Mapping[str, Any]) -> dict[str, Any]:

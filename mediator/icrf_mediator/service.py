@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 import uuid
@@ -35,6 +36,7 @@ log = logging.getLogger("icrf.mediator")
 
 TICK_S = 0.5
 CALL_TIMEOUT_S = 600.0
+PLAN_ARTIFACT = "plan.json"
 _TABLES = ("submissions", "runs", "events")
 
 
@@ -152,8 +154,15 @@ class MediatorService:
             await self._answer(call_id, futures[call_id])
 
     def fetch(self, run_id: str, artifact: str) -> Iterator[bytes]:
-        """The bytes of an artifact in chunks; F006 at once when there is none."""
-        return self._blobs.read(self._core.get(run_id).run_id, artifact)
+        """The bytes of an artifact in chunks; F006 at once when there is none.
+
+        ``plan.json`` is the plan in force, out of the journal; everything else comes from the blob store.
+        """
+        full_id = self._core.get(run_id).run_id
+        rows = self._store.rows("assignments", (full_id,)) if artifact == PLAN_ARTIFACT else []
+        if rows:
+            return iter([json.dumps(rows[-1].row["plan"]).encode()])
+        return self._blobs.read(full_id, artifact)
 
     # ------------------------------------------------------------ agents
 

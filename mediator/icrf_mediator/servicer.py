@@ -97,7 +97,7 @@ class FederationServicer:
 
     def __init__(self, service: MediatorService) -> None:
         self._service = service
-        self._running: set[asyncio.Task[Any]] = set()
+        self._carry_through = CarryThrough()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server registers."""
@@ -105,7 +105,7 @@ class FederationServicer:
 
     async def submit(self, request: Any, context: Any) -> Any:
         """Accept a federation."""
-        return to_proto(await self._complete(self._service.submit(from_proto(request, Submission))))
+        return to_proto(await self._carry_through(self._service.submit(from_proto(request, Submission))))
 
     async def plan(self, request: Any, context: Any) -> Any:
         """Dry run."""
@@ -138,16 +138,16 @@ class FederationServicer:
 
     async def cancel(self, request: Any, context: Any) -> Any:
         """Ask for the end of a run."""
-        return to_proto(await self._complete(self._service.cancel(request.run_id)))
+        return to_proto(await self._carry_through(self._service.cancel(request.run_id)))
 
     async def advance(self, request: Any, context: Any) -> Any:
         """Let a held run go on."""
         advanced = self._service.advance(request.run_id, request.stage, request.rounds)
-        return to_proto(await self._complete(advanced))
+        return to_proto(await self._carry_through(advanced))
 
     async def finish(self, request: Any, context: Any) -> Any:
         """End a kept run."""
-        return to_proto(await self._complete(self._service.finish(request.run_id)))
+        return to_proto(await self._carry_through(self._service.finish(request.run_id)))
 
     async def call_node(self, request: Any, context: Any) -> None:
         """Call a node's method; the value leaves in chunks."""
@@ -165,25 +165,13 @@ class FederationServicer:
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             await _write_chunks(context, chunk)
 
-    async def _complete(self, call: Coroutine[Any, Any, T]) -> T:
-        """Carry a change through even if the caller vanishes meanwhile: half a decision is worse than one unseen."""
-        task = asyncio.create_task(call)
-        self._running.add(task)
-        task.add_done_callback(self._finished)
-        return await asyncio.shield(task)
-
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        # Also when the caller is gone and nobody else would say it.
-        if not task.cancelled() and not isinstance(task.exception(), (IcrfError, type(None))):
-            log.error("a change failed", exc_info=task.exception())
-
 
 class ClusterServicer:
     """``icrf.v1.Cluster``: the control stream and the uploads of agents."""
 
     def __init__(self, service: MediatorService) -> None:
         self._service = service
+        self._carry_through = CarryThrough()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server registers."""
@@ -203,9 +191,13 @@ class ClusterServicer:
             if reader.done():
                 await reader
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-            await self._service.agent_disconnected(session)
+            # The agent's hang-up cancels this handler, also here: the service must hear of the end nevertheless.
+            await self._carry_through(self._end(session, reader))
+
+    async def _end(self, session: str, reader: asyncio.Task[None]) -> None:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        await self._service.agent_disconnected(session)
 
     async def _read_reports(self, session: str, requests: AsyncIterator[bytes], port: StreamPort) -> None:
         try:
@@ -234,6 +226,26 @@ class ClusterServicer:
         except BaseException:
             await asyncio.to_thread(writer.abort)
             raise
+
+
+class CarryThrough:
+    """Runs calls to their end even if the caller vanishes meanwhile: half a decision is worse than one unseen."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, call: Coroutine[Any, Any, T]) -> T:
+        """The result of `call`; a cancelled caller leaves it running."""
+        task = asyncio.create_task(call)
+        self._running.add(task)
+        task.add_done_callback(self._finished)
+        return await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        # Also when the caller is gone and nobody else would say it.
+        if not task.cancelled() and not isinstance(task.exception(), (IcrfError, type(None))):
+            log.error("a change failed", exc_info=task.exception())
 
 
 class StreamPort:

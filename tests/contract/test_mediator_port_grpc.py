@@ -124,7 +124,7 @@ def test_a_defect_of_the_mediator_shows_a_reference_and_no_secret(
     assert caught.value.code == "X001"
     assert "secret" not in str(caught.value)
     reference = caught.value.message.split()[-1]
-    (record,) = caplog.records
+    (record,) = [one for one in caplog.records if one.name == "icrf.mediator.wire"]
     assert reference in record.getMessage()
     assert record.exc_info is not None and "secret" in str(record.exc_info[1])
 

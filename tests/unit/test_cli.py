@@ -220,6 +220,23 @@ def test_submit_with_watch_leaves_the_folder(fabric: Command) -> None:
     assert fabric.port.closed == 1
 
 
+def test_no_folder_of_this_machine_is_sent_to_a_fabric(fabric: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    submit = fabric.port.submit
+    monkeypatch.setattr(fabric.port, "submit", lambda s: (sent.append(s.code_path), submit(s))[1])
+    assert fabric("submit", "fed.yaml").exit_code == 0
+    assert fabric("run", "fed.yaml").exit_code == 0
+    assert sent == ["", str(fabric.folder)]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_starts(fabric: Command) -> None:
+    (fabric.folder / "file").write_text("")
+    result = fabric("run", "fed.yaml", "--out", "file/run")
+    assert result.exit_code == 73
+    assert "error L005 --out" in result.stderr
+    assert fabric.asked == []
+
+
 def test_the_environment_names_the_mediator(fabric: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICRF_MEDIATOR", "10.1.1.1:1")
     assert fabric("list").exit_code == 0
@@ -322,7 +339,7 @@ def test_validate_tells_where_each_value_comes_from(fabric: Command) -> None:
 def test_the_demo_explains_what_it_did(fabric: Command) -> None:
     result = fabric("demo", "--out", "out")
     assert result.exit_code == 0, result.output
-    for text in ("cluster us-east ready", "a flat star would send", "Try next", "fabric run out/config.yaml"):
+    for text in ("cluster us-east ready", "flat star     would send", "Try next", "fabric run out/config.yaml"):
         assert text in result.stdout
 
 

@@ -102,7 +102,9 @@ def test_a_failed_run_leaves_its_rounds_and_its_error_but_no_model(tmp_path: Pat
     assert (summary["status"], summary["error"]["code"]) == ("FAILED", "U001")
     assert len((folder / "rounds.jsonl").read_text().splitlines()) == 2
     assert not (folder / "model.safetensors").exists()
-    assert "task.py:3" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "task.py:3" in page
+    assert "client_1 on us-east" in page
 
 
 def test_a_folder_never_mixes_two_runs(tmp_path: Path) -> None:

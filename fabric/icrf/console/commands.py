@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from icrf.client import Fabric, Run, cause_of
-from icrf.console.format import format_bytes, format_count, format_metric, safe_text, short_id
+from icrf.console.format import format_bytes, format_count, safe_text, short_id
 from icrf.console.live import RunView, Steps, open_view
 from icrf.console.plan_view import nodes_by_cluster
 from icrf.console.runs_view import show_summary
 from icrf.console.terminal import Terminal
 from icrf.errors import IcrfError, RunError
 from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, TERMINAL, Plan, RunInfo, Submission
-from icrf.run_folder import RunFolder, default_folder, summarize
+from icrf.run_folder import RunFolder, default_folder, require_writable, summarize
 
 if TYPE_CHECKING:
     from icrf.cli import Doors
@@ -36,6 +37,7 @@ DEMO = "digits-star.yaml"
 
 def run_here(terminal: Terminal, doors: Doors, submission: Submission, clusters: int, out: Path | None) -> Outcome:
     """``fabric run``: an embedded fabric for one federation."""
+    require_writable(out or Path("runs"))
     with _embedded(terminal, doors, clusters) as fabric:
         run, folder, _ = _start(terminal, fabric, submission, out)
         with folder:
@@ -46,6 +48,7 @@ def run_demo(terminal: Terminal, doors: Doors, submission: Submission, clusters:
     """``fabric demo``: the packaged example, explained."""
     terminal.line(Text.assemble(("ICRF demo", "bold"), "  one federation over ", format_count(clusters, "Ray cluster")))
     terminal.line()
+    require_writable(out or Path("runs"))
     with _embedded(terminal, doors, clusters) as fabric:
         run, folder, plan = _start(terminal, fabric, submission, out)
         with folder:
@@ -57,7 +60,10 @@ def run_demo(terminal: Terminal, doors: Doors, submission: Submission, clusters:
 
 def submit_there(terminal: Terminal, fabric: Fabric, submission: Submission, follow: bool, out: Path | None) -> Outcome:
     """``fabric submit``: hand a federation to a mediator, and follow it if asked to."""
-    run = fabric.submit(submission)
+    if follow:
+        require_writable(out or Path("runs"))
+    # Folders of this machine mean nothing there: a cluster runs user code that its own agent allows and finds.
+    run = fabric.submit(replace(submission, code_path=""))
     if not follow:
         info = run.info()
         terminal.line(Text.assemble("submitted ", (short_id(run.id), "bold"), f"  {safe_text(info.federation)}"))
@@ -214,26 +220,17 @@ def flat_bytes(plan: Plan, rounds: int) -> int:
 
 def _explain_demo(terminal: Terminal, plan: Plan, summary: dict[str, Any], folder: Path) -> None:
     crossed = int(summary["bytes_inter_cluster"])
-    facts: list[tuple[str, str | Text]] = []
     if plan.flow == CENTRALIZED and crossed:
         flat = flat_bytes(plan, int(summary["rounds"]))
-        text = (
-            f"{format_bytes(crossed)}; a flat star would send {format_bytes(flat)}, {flat / crossed:.1f} times as much"
-        )
-        facts.append(("inter-cluster", text))
-    terminal.line()
-    terminal.line(Text("What you saw", style="bold"))
-    accuracy = format_metric(summary["accuracy"])
-    placed = ", ".join(f"{len(nodes):,} on {name}" for name, nodes in nodes_by_cluster(plan).items() if nodes)
-    terminal.facts([("nodes", placed), ("accuracy", f"{accuracy} on held-out data"), *facts])
+        terminal.facts([("flat star", f"would send {format_bytes(flat)}, {flat / crossed:.1f} times as much")])
     terminal.line()
     terminal.line(Text("Try next", style="bold"))
     config = folder / "config.yaml"
     terminal.facts(
         [
-            ("same bits", f"fabric run {config} --clusters 1"),
-            ("see the plan", f"fabric plan {config} --clusters 3"),
-            ("change a value", f"fabric run {config} -o federated_learning_rounds=20"),
-            ("the report", f"open {folder / 'report.html'}"),
+            ("same sha256", f"fabric run {config} --clusters 1"),
+            ("a plan", f"fabric plan {config} --clusters 3"),
+            ("another seed", f"fabric run {config} -o seed=1"),
+            ("all the keys", f"fabric validate {config}"),
         ]
     )

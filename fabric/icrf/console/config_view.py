@@ -23,7 +23,7 @@ def show_sources(terminal: Terminal, file: Path, config: FederationConfig, sourc
     rest = [key for key in values if key not in given]
     rows: list[tuple[str | Text, ...]] = [(Text(key, style="bold"), _value(values[key]), sources[key]) for key in given]
     rows += [tuple(Text(text, style="dim") for text in (key, _value(values[key]), _DEFAULT)) for key in rest]
-    terminal.table(("key", "value", "from"), rows)
+    terminal.table(("key", "value", "from"), rows, wrap=("value",))
     terminal.line()
     mark = "  ✓ " if terminal.live else ""
     verdict = f"{safe_text(str(file))} is valid: {format_count(config.number_of_clients, 'client')}, "

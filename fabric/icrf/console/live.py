@@ -133,15 +133,15 @@ class PlainView:
         """Nothing is held."""
 
     def show(self, event: RunEvent) -> None:
-        """Rounds and warnings; a status or a wait changes nothing that a log would need."""
+        """Rounds, warnings and waits; a change of status says nothing that a log would need."""
         repeated = self._out_of_contact
         self._out_of_contact = event.seq == 0
         if repeated and self._out_of_contact:
             return  # events without a number say over and over that the mediator is out of reach
         if event.round is not None:
             self._terminal.line(plain_round(event.round, self._planned))
-        elif event.kind == "warning":
-            self._terminal.line(f"warning  {event.text}")
+        elif event.kind in ("warning", "waiting"):
+            self._terminal.line(f"{event.kind}  {event.text}")
 
     def waiting(self, what: str) -> None:
         """A log keeps what happened, not what is waited for."""

@@ -43,7 +43,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
         )
         for name, nodes in nodes_by_cluster(plan).items()
     ]
-    terminal.table(("cluster", "nodes", "slots", "which"), rows, right=("nodes", "slots"))
+    terminal.table(("cluster", "nodes", "slots", "which"), rows, right=("nodes", "slots"), wrap=("which",))
     terminal.line()
     if plan.links:
         links = [(link.source, link.target, format_bytes(link.bytes_per_round)) for link in plan.links]
@@ -55,7 +55,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     facts: list[tuple[str, str | Text]] = [
         ("parameters", f"{plan.num_parameters:,}"),
         ("cut edges", cut),
-        ("inter-cluster", f"{format_bytes(plan.bytes_inter_cluster_per_round)} per round"),
+        ("traffic", f"{format_bytes(plan.bytes_inter_cluster_per_round)} per round between clusters"),
     ]
     if plan.bytes_inter_cluster_per_evaluation:
         facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_evaluation)} more per evaluation"))

@@ -62,14 +62,13 @@ def show_runs(terminal: Terminal, runs: Sequence[RunInfo], now: float) -> None:
             status_text(run.status),
             f"{run.rounds_done}/{run.rounds_planned}",
             format_metric(run.accuracy if run.accuracy >= 0 else None),
-            format_bytes(run.bytes_inter_cluster),
-            ", ".join(run.clusters) or MISSING,
             format_age(now - run.created_at),
+            ", ".join(run.clusters) or MISSING,
         )
         for run in runs
     ]
-    columns = ("run", "federation", "status", "rounds", "accuracy", "inter-cluster", "clusters", "created")
-    terminal.table(columns, rows, right=("rounds", "accuracy", "inter-cluster"))
+    columns = ("run", "federation", "status", "rounds", "accuracy", "created", "clusters")
+    terminal.table(columns, rows, right=("rounds", "accuracy"))
 
 
 def show_run(terminal: Terminal, info: RunInfo, rounds: Sequence[RoundResult], now: float) -> None:
@@ -81,8 +80,9 @@ def show_run(terminal: Terminal, info: RunInfo, rounds: Sequence[RoundResult], n
         ("rounds", f"{info.rounds_done} of {info.rounds_planned}"),
         ("clusters", ", ".join(info.clusters) or MISSING),
         ("flow", info.flow),
-        ("created", f"{format_age(now - info.created_at)}, {format_duration(end - info.created_at)} long"),
-        ("inter-cluster", format_bytes(info.bytes_inter_cluster)),
+        ("created", format_age(now - info.created_at)),
+        ("took" if info.finished_at else "running for", format_duration(end - info.created_at)),
+        ("traffic", f"{format_bytes(info.bytes_inter_cluster)} between clusters"),
     ]
     if info.accuracy >= 0:
         facts.append(("accuracy", format_metric(info.accuracy)))
@@ -120,7 +120,7 @@ def show_summary(terminal: Terminal, summary: Mapping[str, Any], folder: Path | 
     if "rounds_to_target" in summary:
         reached = summary["rounds_to_target"]
         facts.append(("target", f"reached in round {reached}" if reached else "not reached"))
-    facts.append(("inter-cluster", format_bytes(summary["bytes_inter_cluster"])))
+    facts.append(("traffic", f"{format_bytes(summary['bytes_inter_cluster'])} between clusters"))
     if summary["model_sha256"]:
         facts.append(("sha256", str(summary["model_sha256"])))
     if folder is not None:

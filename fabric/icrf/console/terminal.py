@@ -17,7 +17,7 @@ from rich.text import Text
 from icrf.console.format import clean_json, safe_text
 from icrf.errors import ConfigErrors, IcrfError
 
-LABEL_WIDTH = 15
+LABEL_WIDTH = 14
 
 
 class Terminal:
@@ -50,26 +50,38 @@ class Terminal:
             for label, value in rows:
                 self.line(f"{label:<{LABEL_WIDTH}}{safe_text(str(value))}".rstrip())
             return
-        grid = Table.grid(padding=(0, 1))
+        grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True, min_width=LABEL_WIDTH - 2)
         grid.add_column(overflow="fold")
         for label, value in rows:
             grid.add_row(label, value if isinstance(value, Text) else Text(safe_text(value)))
         self.console.print(Padding(grid, (0, 0, 0, 2)))
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: Sequence[str] = ()) -> None:
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str | Text]],
+        *,
+        right: Sequence[str] = (),
+        wrap: Sequence[str] = (),
+    ) -> None:
         """A table with a thin rule on a terminal, aligned columns without any decoration elsewhere.
 
         Args:
-            columns: the headings; those in `right` are right-aligned.
+            columns: the headings; those in `right` are right-aligned, those in `wrap` may take several lines.
             rows: cells as text.
         """
         if not self.live:
             self._plain_table(columns, rows, right)
             return
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for name in columns:
-            table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+            table.add_column(
+                name,
+                justify="right" if name in right else "left",
+                no_wrap=name not in wrap,
+                overflow="fold" if name in wrap else "ellipsis",
+            )
         for row in rows:
             table.add_row(*(cell if isinstance(cell, Text) else Text(safe_text(cell)) for cell in row))
         self.console.print(Padding(table, (0, 0, 0, 2)))

@@ -25,12 +25,14 @@ from icrf_mediator.assignment.base import (
 )
 from icrf_mediator.assignment.refine import MAX_PASSES, Neighbours, refine
 
-# Up to here every start is tried; above, those that cost more than they bring are left out.
-_SMALL, _LARGE = 2_000, 20_000
-# Communities by modularity cost more than everything else together on dense graphs.
-_MAX_COMMUNITY_EDGES = 50_000
-# Denser graphs look alike from every node; they keep the order of their indices.
-_MAX_EDGES = 3_000_000
+# What all starts together may cost, in directed edges looked at; it keeps an assignment within seconds.
+_EDGE_BUDGET = 600_000
+# Up to here a start is refined until nothing improves.
+_REFINE_FULLY_EDGES, _FEW_PASSES = 200_000, 3
+# Communities by modularity cost more than everything else together on large graphs.
+_MAX_COMMUNITY_NODES, _MAX_COMMUNITY_EDGES = 2_000, 50_000
+# Larger graphs keep the order of their indices.
+_MAX_EDGES = 1_500_000
 
 
 @ASSIGNMENTS.register("locality")
@@ -60,7 +62,7 @@ def _best_of(
     adj: HybridAdjacencyMatrix, starts: Iterator[list[int]], shares: Shares, pins: Pins, contiguous: list[int]
 ) -> list[int]:
     graph = _undirected(adj)
-    passes = MAX_PASSES if graph.num_nodes <= _LARGE else 3
+    passes = MAX_PASSES if adj.num_edges <= _REFINE_FULLY_EDGES else _FEW_PASSES
     best, best_cut = contiguous, adj.cut_edges(contiguous)
     for start in starts:
         refined = refine(graph, start, shares.low, shares.high, pins, passes)
@@ -76,9 +78,9 @@ def _starts(
     graph = _undirected(adj)
     yield contiguous
     seeds = _seeds(adj)
-    for seed in seeds if adj.num_nodes <= _LARGE else seeds[:1]:
+    for seed in seeds[: max(1, _EDGE_BUDGET // adj.num_edges)]:
         yield _grow(graph, pinned, shares, seed)
-    if adj.num_nodes <= _SMALL and adj.num_edges <= _MAX_COMMUNITY_EDGES:
+    if adj.num_nodes <= _MAX_COMMUNITY_NODES and adj.num_edges <= _MAX_COMMUNITY_EDGES:
         yield _contiguous(pinned, shares, _community_order(adj))
 
 

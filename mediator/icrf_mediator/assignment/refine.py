@@ -7,7 +7,7 @@ the best prefix. Sizes may leave their bounds by one node within a pass, so a sw
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,8 @@ import numpy as np
 from icrf_mediator.assignment.base import Pins
 
 MAX_PASSES = 12
-# A pass over a large graph gives up after this share of its nodes moved without a new best.
-_PATIENCE_SHARE = 0.02
-_MIN_PATIENCE = 400
+# Moves without a new best after which a pass gives up.
+_MIN_PATIENCE, _PATIENCE = 100, 400
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,13 @@ class _Pass:
         self._clusters = list(clusters)
         self._low, self._high, self._pins = low, high, pins
         self._k = len(low)
+        self._all = range(self._k)
         self._sizes: list[int] = np.bincount(self._clusters, minlength=self._k).tolist()
         rows = np.repeat(np.arange(graph.num_nodes), np.diff(graph.indptr))
         owners = np.array(self._clusters)[graph.indices] if graph.indices else np.array([], dtype=np.int64)
         counted = np.bincount(rows * self._k + owners, minlength=graph.num_nodes * self._k)
         self._connections: list[int] = counted.tolist()
+        self._outside = sum(self._excess(cluster, size) for cluster, size in enumerate(self._sizes))
         self._locked = bytearray(graph.num_nodes)
         for node, allowed in pins.items():
             self._locked[node] = len(allowed) == 1
@@ -90,12 +91,13 @@ class _Pass:
         # Only nodes at a border can gain; the others join when a neighbour moves.
         own = np.array(self._clusters)[rows] if len(rows) else rows
         for node in np.unique(rows[own != owners]).tolist():
-            self._push(node)
+            self._push(node, self._all)
 
     def run(self) -> int:
         """Make the moves; returns how many edges fewer the best prefix cuts."""
         gained, best = 0, 0
-        patience = max(_MIN_PATIENCE, int(_PATIENCE_SHARE * self._graph.num_nodes))
+        n = self._graph.num_nodes
+        patience = max(_MIN_PATIENCE, min(_PATIENCE, n // 5), n // 50)
         while len(self._moves) - self._kept < patience:
             move = self._pop()
             if move is None:
@@ -104,7 +106,7 @@ class _Pass:
             self._moves.append((node, self._clusters[node]))
             self._apply(node, target)
             gained += gain
-            if gained > best and self._violation() == 0:
+            if gained > best and self._outside == 0:
                 best, self._kept = gained, len(self._moves)
         return best
 
@@ -119,56 +121,65 @@ class _Pass:
         base = node * self._k
         return self._connections[base + target] - self._connections[base + self._clusters[node]]
 
-    def _push(self, node: int) -> None:
+    def _push(self, node: int, targets: Iterable[int]) -> None:
         source, base = self._clusters[node], node * self._k
         internal = self._connections[base + source]
         allowed = self._pins.get(node)
-        for target in range(self._k):
+        for target in targets:
             external = self._connections[base + target]
             if target != source and external and (allowed is None or target in allowed):
                 heapq.heappush(self._heaps.setdefault((source, target), []), (internal - external, node))
 
     def _pop(self) -> tuple[int, int, int] | None:
-        """The best move that the sizes allow: (gain, node, target). Stale heap entries are dropped on the way."""
+        """The best move that the sizes allow: (gain, node, target)."""
         best: tuple[int, int, int, int] | None = None
         for (source, target), heap in self._heaps.items():
-            if heap and self._fits(source, target):
-                while heap and self._stale(source, target, heap[0]):
-                    heapq.heappop(heap)
-                if heap:
-                    cost, node = heap[0]
-                    candidate = (cost, node, source, target)
-                    best = candidate if best is None or candidate < best else best
+            # What stands first is at most too good, so a heap that looks worse is worse.
+            if not heap or (best is not None and heap[0] > best[:2]) or not self._fits(source, target):
+                continue
+            self._settle(source, target, heap)
+            if heap:
+                candidate = (*heap[0], source, target)
+                best = candidate if best is None or candidate < best else best
         if best is None:
             return None
         cost, node, source, target = best
         heapq.heappop(self._heaps[source, target])
         return -cost, node, target
 
-    def _stale(self, source: int, target: int, entry: tuple[int, int]) -> bool:
-        cost, node = entry
-        return bool(self._locked[node]) or self._clusters[node] != source or self._gain(node, target) != -cost
+    def _settle(self, source: int, target: int, heap: list[tuple[int, int]]) -> None:
+        """Bring a move with its present gain to the front; entries are pushed only when a gain rises."""
+        while heap:
+            cost, node = heap[0]
+            if self._locked[node] or self._clusters[node] != source or not self._connections[node * self._k + target]:
+                heapq.heappop(heap)
+                continue
+            present = -self._gain(node, target)
+            if present <= cost:
+                return
+            heapq.heapreplace(heap, (present, node))
 
     def _fits(self, source: int, target: int) -> bool:
         """Whether a move keeps sizes within one of their bounds, and mends rather than worsens what is outside."""
         after_source, after_target = self._sizes[source] - 1, self._sizes[target] + 1
         if after_source < self._low[source] - 1 or after_target > self._high[target] + 1:
             return False
-        outside = self._violation()
-        if outside == 0:
+        if self._outside == 0:
             return True
-        change = self._outside(source, after_source) + self._outside(target, after_target)
-        change -= self._outside(source, self._sizes[source]) + self._outside(target, self._sizes[target])
-        return change < 0 or (change == 0 and outside <= 2)
+        change = self._change(source, target)
+        return change < 0 or (change == 0 and self._outside <= 2)
 
-    def _outside(self, cluster: int, size: int) -> int:
-        return max(0, self._low[cluster] - size) + max(0, size - self._high[cluster])
+    def _change(self, source: int, target: int) -> int:
+        """By how much a move from source to target changes the number of nodes outside the bounds."""
+        after = self._excess(source, self._sizes[source] - 1) + self._excess(target, self._sizes[target] + 1)
+        return after - self._excess(source, self._sizes[source]) - self._excess(target, self._sizes[target])
 
-    def _violation(self) -> int:
-        return sum(self._outside(cluster, size) for cluster, size in enumerate(self._sizes))
+    def _excess(self, cluster: int, size: int) -> int:
+        return max(0, self._low[cluster] - size, size - self._high[cluster])
 
     def _apply(self, node: int, target: int) -> None:
         source = self._clusters[node]
+        self._outside += self._change(source, target)
         self._clusters[node] = target
         self._sizes[source] -= 1
         self._sizes[target] += 1
@@ -177,5 +188,8 @@ class _Pass:
             base = neighbour * self._k
             self._connections[base + source] -= 1
             self._connections[base + target] += 1
-            if not self._locked[neighbour]:
-                self._push(neighbour)
+            home = self._clusters[neighbour]
+            if self._locked[neighbour] or home == target:
+                continue
+            # Leaving a cluster that lost a neighbour became better for every target, else only joining the new one.
+            self._push(neighbour, self._all if home == source else (target,))
