@@ -48,6 +48,7 @@ class Flags:
     allow: tuple[str, ...]
     state: Path | None
     object_store_mb: int | None
+    trust_submitter: bool = False
 
 
 def parse_labels(pairs: Sequence[str]) -> dict[str, str]:
@@ -142,7 +143,7 @@ async def _serve(flags: Flags, state: StateFolder, ray_address: str, stop: async
         num_slots=flags.slots,
         labels=flags.labels,
         advertise=flags.advertise,
-        allow=flags.allow,
+        allow=None if flags.trust_submitter else flags.allow,
         state_dir=state.path,
         namespace=f"icrf-{flags.cluster}",
     )
@@ -176,6 +177,10 @@ def agent(
     die_with_parent: Annotated[
         bool, typer.Option("--die-with-parent", help="Stop when the process that started this one is gone.")
     ] = False,
+    trust_submitter: Annotated[
+        bool,
+        typer.Option("--trust-submitter", hidden=True, help="Run all code of submitters; for fabrics of one machine."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and more log.")] = False,
 ) -> None:
     """Serve one Ray cluster to the fabric until SIGTERM or Ctrl-C."""
@@ -193,6 +198,7 @@ def agent(
         allow=check_allow(allow or ()),
         state=state,
         object_store_mb=object_store_mb,
+        trust_submitter=trust_submitter,
     )
     raise typer.Exit(run_daemon(lambda stop: run_agent(flags, stop), debug=debug))
 

@@ -89,7 +89,8 @@ class HybridClusterGateway:
         if header.kind == MESSAGE:
             self._manager.deliver_letters(header, array.tobytes())
         else:
-            self._manager.deliver(header, self._references.put(array))
+            # In a list, because an actor would get the array itself in place of a bare reference.
+            self._manager.deliver(header, [self._references.put(array)])
         with self._came:
             self._arrivals.append(Arrival(header, wire_bytes))
             self._came.notify_all()

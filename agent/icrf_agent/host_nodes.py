@@ -81,9 +81,10 @@ class HostNodes:
         self.mailbox = HostMailbox(manager, activation.run_id)
         self._setup = setup
         self._specs = activation.nodes
-        if activation.code_path and activation.code_path not in sys.path:
-            sys.path.insert(0, activation.code_path)
         self._require_allowed()
+        if setup.allow is None and activation.code_path and activation.code_path not in sys.path:
+            # Only where the submitter's machine is this one: elsewhere the path would be somebody else's choice.
+            sys.path.insert(0, activation.code_path)
         dataset = load_dataset(self.config.dataset_type, self.config.data_dir or "")
         module = build_model(
             self.config.model_type,

@@ -37,7 +37,9 @@ class InlineReferences:
         return kept
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]:
-        found: np.ndarray[Any, Any] = reference[0] if isinstance(reference, list) else reference
+        while isinstance(reference, list):
+            reference = reference[0]
+        found: np.ndarray[Any, Any] = reference
         return found
 
 

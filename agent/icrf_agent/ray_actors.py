@@ -50,13 +50,15 @@ def outcome_of(work: Callable[[], Any]) -> Outcome:
 
 
 class RayReferences:
-    """The object store of the Ray cluster; references are ObjectRefs, possibly inside a list so that Ray lets them be."""
+    """The object store of the Ray cluster; references are ObjectRefs, possibly in lists so that Ray lets them be."""
 
     def put(self, array: np.ndarray[Any, Any]) -> Any:
         return ray.put(array)
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]:
-        found: np.ndarray[Any, Any] = ray.get(reference[0] if isinstance(reference, list) else reference)
+        while isinstance(reference, list):
+            reference = reference[0]
+        found: np.ndarray[Any, Any] = ray.get(reference)
         return found
 
 

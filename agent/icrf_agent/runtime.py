@@ -206,6 +206,12 @@ class HostedRuntime:
         result: bytes = await run.host_of(index).call("host_call", index, method, arguments)
         return result
 
+    def actor_of(self, run_id: str, index: int) -> tuple[Actor, bool]:
+        """The actor of a node's host, and whether the node has it alone."""
+        run = self._run(run_id)
+        host = run.host_of(index)
+        return host, len(run.nodes[run.hosts.index(host)]) == 1
+
     async def send_message(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         await self._manager.call("publish_supervisor", run_id, tuple(recipients), message)
 

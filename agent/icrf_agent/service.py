@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from icrf import __version__
+from icrf.daemon import stop_on_signals
 from icrf.errors import IcrfError, InternalError, error_from_json
 from icrf.ports import AgentLink, ClusterFacts, ClusterRuntime, PhaseReport
 from icrf.protocol import (
@@ -256,6 +257,8 @@ async def serve_agent(settings: AgentSettings, stop: asyncio.Event) -> int:
     stopping = asyncio.create_task(stop.wait())
     try:
         facts = await agent.start()
+        # Ray puts a handler of its own in front when it connects.
+        stop_on_signals(stop)
         log.info(
             "cluster %s: %d slots, %g CPUs, gateway %s",
             settings.cluster,

@@ -164,10 +164,7 @@ class _Pass:
         after_source, after_target = self._sizes[source] - 1, self._sizes[target] + 1
         if after_source < self._low[source] - 1 or after_target > self._high[target] + 1:
             return False
-        if self._outside == 0:
-            return True
-        change = self._change(source, target)
-        return change < 0 or (change == 0 and self._outside <= 2)
+        return self._outside == 0 or self._change(source, target) < 0
 
     def _change(self, source: int, target: int) -> int:
         """By how much a move from source to target changes the number of nodes outside the bounds."""
