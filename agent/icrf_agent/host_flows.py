@@ -98,7 +98,8 @@ class HostTools:
             )
         for name, value in (metrics or {}).items():
             old = sums.get(f"train_{name}", (0, 0))
-            part = self.nodes.named(index, lambda v=value: exact_metric(float(v), node.num_samples))
+            with self.nodes.blamed(index):
+                part = exact_metric(float(value), node.num_samples)
             sums[f"train_{name}"] = (old[0] + part, old[1] + node.num_samples)
         return node.context.model.flat
 
@@ -110,7 +111,8 @@ class HostTools:
         changed = self.nodes.call(index, "aggregate", state)
         if not isinstance(changed, np.ndarray):
             raise NodeError("U002", f"{node.id}.aggregate returned {type(changed).__name__}", allowed="an array")
-        self.nodes.named(index, lambda: self.layout.check(changed))
+        with self.nodes.blamed(index):
+            self.layout.check(changed)
         return changed
 
 
@@ -166,7 +168,8 @@ class CentralizedFlow:
             t.nodes.get(index).context.model.load(self._seen)
             flat = t.train_node(index, start, sums)
             weight = t.nodes.get(index).num_samples
-            overflow.update(t.nodes.named(index, lambda f=flat, w=weight: total.add(f, w)))
+            with t.nodes.blamed(index):
+                overflow.update(total.add(flat, weight))
         if not overflow:
             posting = t.posting(
                 start, PARTIAL, self._participants, total.sums, recipients=(self._aggregator,), weight=total.weight
@@ -334,7 +337,8 @@ class DecentralizedFlow:
 
     def state_of(self, index: int) -> Array:
         """The node's own newest state."""
-        return self._state.latest[self._rows[index]]
+        state: Array = self._state.latest[self._rows[index]]
+        return state
 
     def _absmax(self, state: Array) -> tuple[float, ...]:
         rows = [self._t.layout.absmax(row) for row in state]
@@ -342,8 +346,7 @@ class DecentralizedFlow:
 
     @staticmethod
     def _digest(row: Array) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(row)).digest()
+        return hashlib.sha256(row.tobytes()).digest()
 
 
 Flow = CentralizedFlow | DecentralizedFlow
-

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +112,11 @@ class HostNodes:
         except (Exception, SystemExit) as error:
             raise self._node_error(node.id, method, error) from error
 
-    def named(self, index: int, work: Callable[[], Any]) -> Any:
-        """Run `work`; an error about weights gets the node and the cluster as its place."""
+    @contextmanager
+    def blamed(self, index: int) -> Iterator[None]:
+        """An error about weights inside gets the node and the cluster as its place."""
         try:
-            return work()
+            yield
         except WeightsError as error:
             where = f"{self._nodes[index].id} on {self.cluster}"
             place = f"{where}, {error.place}" if error.place else where

@@ -42,7 +42,7 @@ def outcome_of(work: Callable[[], Any]) -> Outcome:
         return Outcome(work())
     except IcrfError as error:
         return Outcome(error_json=error.to_json())
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must reach the agent as a value
         print(traceback.format_exc(), file=sys.stderr, flush=True)  # noqa: T201 - the worker's log
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"

@@ -10,7 +10,7 @@ Centralized (the coordinator holds the global model)::
 Decentralized::
 
     train ─> send one update per (node, remote cluster) ─┐
-                                                         ├─> aggregate (mix) ─> [consensus partial ─> evaluate] ─> report
+                                                         ├─> aggregate (mix) ─> [consensus ─> evaluate] ─> report
     updates of remote neighbours ────────────────────────┘
 """
 
@@ -196,7 +196,7 @@ class RoundMachine:
                 sums[name] = (old[0] + numerator, old[1] + weight)
             metrics.update(phase.metrics)
             nodes.extend(phase.nodes)
-        last = {k: v for p in self._merged for k, v in _outcome(p).items()}
+        state = _latest_state(self._merged)
         report = RoundReport(
             run_id=self.start.run_id,
             generation=self.start.generation,
@@ -211,17 +211,23 @@ class RoundMachine:
             train_s=self._seconds.train,
             exchange_s=self._seconds.exchange,
             aggregate_s=self._seconds.aggregate,
-            absmax=last.get("absmax", ()),
-            model_hash=last.get("model_hash", ""),
-            state_hashes=last.get("state_hashes", b""),
+            absmax=state.absmax,
+            model_hash=state.model_hash,
+            state_hashes=state.state_hashes,
         )
         return [Step(REPORT, report=report)]
 
 
-def _outcome(phase: PhaseReport) -> dict[str, object]:
-    """The parts of a phase's report that describe the new state, where it has any."""
-    found = {"absmax": phase.absmax, "model_hash": phase.model_hash, "state_hashes": phase.state_hashes}
-    return {k: v for k, v in found.items() if v}
+def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:
+    """What the phases say about the new state; a later phase overrides an earlier one where it says something."""
+    found = PhaseReport()
+    for phase in phases:
+        found = PhaseReport(
+            absmax=phase.absmax or found.absmax,
+            model_hash=phase.model_hash or found.model_hash,
+            state_hashes=phase.state_hashes or found.state_hashes,
+        )
+    return found
 
 
 def bitmap(nodes: Sequence[int], num_nodes: int) -> bytes:

@@ -331,5 +331,3 @@ def _size(shape: Sequence[int]) -> int:
     for extent in shape:
         total *= extent
     return total
-
-

@@ -242,7 +242,9 @@ async def guarded(work: Callable[[], Awaitable[Any]]) -> Any:
         raise
     except Exception as error:  # the last line of defence of a daemon: nothing may end a task in silence
         log.exception("unexpected")
-        raise InternalError("X001", f"{type(error).__name__}: {error}", hint="the agent's log has the traceback") from error
+        raise InternalError(
+            "X001", f"{type(error).__name__}: {error}", hint="the agent's log has the traceback"
+        ) from error
 
 
 async def serve_agent(settings: AgentSettings, stop: asyncio.Event) -> int:

@@ -18,8 +18,8 @@ class AgentSettings:
         num_slots: how many hosts may live at once; None: as many as the cluster's CPUs allow.
         labels: what placement selectors see.
         advertise: ``HOST:PORT`` at which other clusters can dial the gateway; None: through the mediator's relay.
-        allow: user code that may run here, ``module:attr`` each; None: whatever is submitted, for a fabric whose submitter
-            owns this machine.
+        allow: user code that may run here, ``module:attr`` each; None: whatever is submitted, for a
+            fabric whose submitter owns this machine.
         state_dir: the agent's locked folder.
         namespace: the Ray namespace of what outlives the agent.
     """

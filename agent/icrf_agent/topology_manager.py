@@ -83,9 +83,7 @@ class TopologyManager:
         self._published = 0
         self._rejected = 0
 
-    def link_nodes(
-        self, node_ids: Sequence[str], topology: str | np.ndarray[Any, Any] | HybridAdjacencyMatrix
-    ) -> None:
+    def link_nodes(self, node_ids: Sequence[str], topology: str | np.ndarray[Any, Any] | HybridAdjacencyMatrix) -> None:
         """Name the nodes and connect them; `topology` is a registered name or an adjacency matrix."""
         if isinstance(topology, str):
             topology = build_topology(topology, len(node_ids), {})
@@ -350,9 +348,7 @@ class HybridTopologyManager:
             for letter, recipients in room.outbox.pop(position, []):
                 for cluster in sorted({room.activation.assignment[n] for n in recipients}):
                     there = [n for n in recipients if room.activation.assignment[n] == cluster]
-                    by_cluster.setdefault(cluster, []).append(
-                        [letter.sender, letter.sequence, there, letter.message]
-                    )
+                    by_cluster.setdefault(cluster, []).append([letter.sender, letter.sequence, there, letter.message])
             return {cluster: values.encode(letters) for cluster, letters in by_cluster.items()}
 
     def deliver_letters(self, header: PayloadHeader, bundle: bytes) -> None:

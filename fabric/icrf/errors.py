@@ -179,7 +179,6 @@ class IcrfError(Exception):
             "hint": self.hint,
         }
 
-
     def to_json(self) -> str:
         """One JSON text, for the wire and the journal; :func:`error_from_json` reads it."""
         return json.dumps(self.to_dict())

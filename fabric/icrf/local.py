@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,7 @@ def plan_local(submission: Submission, clusters: int) -> Plan:
     return make_plan(submission, infos)[0]
 
 
-def open_local(
-    clusters: int = 1, *, state_dir: Path | None = None, on_progress: Progress | None = None
-) -> LocalFabric:
+def open_local(clusters: int = 1, *, state_dir: Path | None = None, on_progress: Progress | None = None) -> LocalFabric:
     """Start an embedded fabric; `on_progress` is told each step when it is done."""
     return LocalFabric(clusters, state_dir=state_dir, on_progress=on_progress)
 
@@ -104,7 +103,7 @@ class LocalFabric:
         try:
             self._thread.call(self._service.start())
             self._clusters = (
-                _OneCluster(self._thread, self._service, self.templates)
+                _OneCluster(self._thread, self._service, self.templates, self._dir / "ray-token")
                 if clusters == 1
                 else _AgentProcesses(self._thread, self._service, clusters, self._dir)
             )
@@ -143,8 +142,8 @@ class LocalFabric:
 class _OneCluster:
     """Agent core and a Ray of this process."""
 
-    def __init__(self, thread: LoopThread, service: MediatorService, templates: dict[str, type]) -> None:
-        self._thread, self._service, self._templates = thread, service, templates
+    def __init__(self, thread: LoopThread, service: MediatorService, templates: dict[str, type], token: Path) -> None:
+        self._thread, self._service, self._templates, self._token = thread, service, templates, token
         self._agent: Any = None
         self._serving: Any = None
         self._runtime: Any = None
@@ -153,7 +152,10 @@ class _OneCluster:
     def start(self, say: Progress) -> None:
         """Start Ray unless this process has one, then the agent."""
         began = time.monotonic()
-        for key, value in _ENVIRONMENT.items():
+        self._token.write_text(secrets.token_hex(32))
+        self._token.chmod(0o600)
+        tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
+        for key, value in {**_ENVIRONMENT, **tokens}.items():
             os.environ.setdefault(key, value)
         # Ray reads its environment when it is imported, and it takes seconds: only now.
         import ray  # noqa: PLC0415
@@ -246,7 +248,11 @@ class _AgentProcesses:
         command += ["--state", str(self._folder / f"agent-{name}"), "--die-with-parent", "--trust-submitter"]
         with self._log(name).open("wb") as log:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **_ENVIRONMENT}
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_ENVIRONMENT},
             )
 
     def _log(self, name: str) -> Path:
@@ -268,7 +274,9 @@ class _AgentProcesses:
         if self._server is not None:
             self._thread.call(self._server.stop(1.0))
         if stuck:
-            raise LocalError("L008", f"agents of {', '.join(stuck)} did not end within {AGENT_STOP_S:.0f} s and were killed")
+            raise LocalError(
+                "L008", f"agents of {', '.join(stuck)} did not end within {AGENT_STOP_S:.0f} s and were killed"
+            )
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:
@@ -279,5 +287,3 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
         process.wait()
         return False
     return True
-
-

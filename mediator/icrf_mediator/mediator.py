@@ -41,6 +41,7 @@ from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.membership import Membership
 from icrf_mediator.planning import make_plan, slot_resources
+from icrf_mediator.run_record import closing_events
 from icrf_mediator.runs import RunMachine
 
 
@@ -95,9 +96,10 @@ class FederationMediator:
                 info = replace(
                     info, status="FAILED", finished_at=now.wall_s, error_json=error.to_json(), waiting_for=""
                 )
-                past = _close(past, info, now, str(error))
+                closing = closing_events(past, info, now, str(error))
+                past = [*past, *closing]
                 effects.writes.append(Write("runs", (info.run_id,), asdict(info)))
-                effects.writes += [Write("events", (e.run_id, e.seq), asdict(e)) for e in past[-2:]]
+                effects.writes += [Write("events", (e.run_id, e.seq), asdict(e)) for e in closing]
             self._archive[info.run_id] = Archived(info, tuple(past))
         return effects
 
@@ -112,9 +114,7 @@ class FederationMediator:
         clusters = self._members.clusters()
         if clusters:
             _refuse_infeasible(make_plan(submission, clusters)[0])
-        run = RunMachine(
-            run_id, submission, now, reserve_s=self.policy.reserve_s, activate_s=self.policy.activate_s
-        )
+        run = RunMachine(run_id, submission, now, reserve_s=self.policy.reserve_s, activate_s=self.policy.activate_s)
         self._requests[submission.client_request_id] = run_id
         self._runs[run_id] = run
         run.submitted(effects, now)
@@ -259,7 +259,7 @@ class FederationMediator:
 
     def commit_took(self, run_id: str, number: int, seconds: float) -> None:
         """How long a commit took to become durable; shown in the round's result."""
-        self._runs[run_id].commit_took(number, seconds)
+        self._runs[run_id].record.commit_took(number, seconds)
 
     # ------------------------------------------------------------ inside
 
@@ -361,19 +361,8 @@ def _refuse_infeasible(plan: Plan) -> None:
     )
 
 
-
-
 def _event_of(write: Write) -> RunEvent:
     row = dict(write.row)
     if row.get("round"):
         row["round"] = RoundResult(**row["round"])
     return RunEvent(**row)
-
-
-def _close(past: list[RunEvent], info: RunInfo, now: Now, text: str) -> list[RunEvent]:
-    last = past[-1].seq if past else 0
-    return [
-        *past,
-        RunEvent(info.run_id, last + 1, now.wall_s, "status", text, info.status),
-        RunEvent(info.run_id, last + 2, now.wall_s, "end", text, info.status),
-    ]

@@ -124,10 +124,7 @@ class Membership:
 
     def clusters(self) -> list[ClusterInfo]:
         """All clusters by name, with their free slots."""
-        return [
-            replace(m.info, alive=m.connected, free_slots=m.free_slots)
-            for _, m in sorted(self._members.items())
-        ]
+        return [replace(m.info, alive=m.connected, free_slots=m.free_slots) for _, m in sorted(self._members.items())]
 
     def names(self) -> set[str]:
         return set(self._members)

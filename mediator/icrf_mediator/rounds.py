@@ -80,7 +80,9 @@ class RoundLedger:
         self._escalation = [0] * len(self.absmax)
         return self._open(run_id, generation, self.round + 1, 1, evaluate, now_s)
 
-    def _open(self, run_id: str, generation: int, number: int, attempt: int, evaluate: bool, now_s: float) -> StartRound:
+    def _open(
+        self, run_id: str, generation: int, number: int, attempt: int, evaluate: bool, now_s: float
+    ) -> StartRound:
         start = StartRound(
             run_id=run_id,
             generation=generation,

@@ -12,7 +12,7 @@ A run stops in RESERVED and READY when it was submitted with a stage, and goes o
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from icrf.errors import AgentError, IcrfError, InternalError, RunError, error_from_json, make_error
 from icrf.ports import Write
@@ -29,7 +29,6 @@ from icrf.protocol import (
     RESERVING,
     RUNNING,
     STAGES,
-    TERMINAL,
     AbortAttempt,
     Activate,
     Activated,
@@ -38,8 +37,8 @@ from icrf.protocol import (
     Plan,
     Release,
     Reserve,
-    Resources,
     Reserved,
+    Resources,
     RoundReport,
     RoundResult,
     RunEvent,
@@ -49,6 +48,7 @@ from icrf.protocol import (
 )
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.rounds import Commit, RoundLedger
+from icrf_mediator.run_record import RunRecord
 
 MODEL_ARTIFACT = "model.safetensors"
 
@@ -72,18 +72,7 @@ class RunMachine:
         self.config = json.loads(submission.config_json)
         self._reserve_s = reserve_s
         self._activate_s = activate_s
-        self.info = RunInfo(
-            run_id=run_id,
-            federation=self.config["federation_id"],
-            status=QUEUED,
-            flow=submission.flow,
-            rounds_done=0,
-            rounds_planned=int(self.config["federated_learning_rounds"]),
-            clusters=(),
-            created_at=now.wall_s,
-            config_json=submission.config_json,
-        )
-        self.events: list[RunEvent] = []
+        self.record = RunRecord(run_id, submission, self.config, now)
         self.generation = 0
         self.plan: Plan | None = None
         self.ledger: RoundLedger | None = None
@@ -105,8 +94,18 @@ class RunMachine:
     # ------------------------------------------------------------ what it is
 
     @property
+    def info(self) -> RunInfo:
+        """The run as users see it."""
+        return self.record.info
+
+    @property
+    def events(self) -> list[RunEvent]:
+        """Everything that happened so far; the live list."""
+        return self.record.events
+
+    @property
     def terminal(self) -> bool:
-        return self.info.status in TERMINAL
+        return self.record.terminal
 
     @property
     def ended(self) -> bool:
@@ -143,11 +142,11 @@ class RunMachine:
     def submitted(self, effects: Effects, now: Now) -> None:
         """Journal the submission."""
         effects.writes.append(Write("submissions", (self.run_id,), asdict(self.submission)))
-        self._status(effects, now, QUEUED)
+        self.record.status(effects, now, QUEUED)
 
     def queued(self, effects: Effects, now: Now, waiting_for: str) -> None:
         """Say what a queued run waits for, once per reason."""
-        self._wait(effects, now, waiting_for)
+        self.record.waits(effects, now, waiting_for)
 
     def start(
         self,
@@ -163,8 +162,8 @@ class RunMachine:
         self.generation += 1
         self.plan, self._assignment, self._peers, self._resources = plan, assignment, peers, resources
         members: dict[str, list[int]] = {c: [] for c in plan.clusters}
-        for node, cluster in enumerate(assignment):
-            members[plan.clusters[cluster]].append(node)
+        for node, position in enumerate(assignment):
+            members[plan.clusters[position]].append(node)
         self.ledger = RoundLedger(
             self.submission.flow,
             plan.clusters,
@@ -178,10 +177,10 @@ class RunMachine:
                 {"clusters": list(plan.clusters), "assignment": list(assignment), "plan": asdict(plan)},
             )
         )
-        self.info = replace(self.info, clusters=plan.clusters)
+        self.record.change(clusters=plan.clusters)
         self._expect(plan.clusters, now, self._reserve_s + 30.0)
         self._held = set(plan.clusters)
-        self._status(effects, now, RESERVING, f"reservations on {', '.join(plan.clusters)}")
+        self.record.status(effects, now, RESERVING, f"reservations on {', '.join(plan.clusters)}")
         for cluster in plan.clusters:
             effects.send(
                 cluster,
@@ -204,7 +203,7 @@ class RunMachine:
         return self._assignment[0]
 
     def advance(self, effects: Effects, now: Now, stage: str, rounds: int) -> None:
-        """Go on to `stage`; for ``run``, `rounds` is the total to reach (0: as configured). Asking twice is harmless."""
+        """Go on to `stage`; for ``run``, `rounds` is the total to reach (0: as configured). Repeating is harmless."""
         if stage not in STAGES:
             raise RunError("F005", f"unknown stage '{stage}'", allowed=", ".join(STAGES))
         if self.terminal:
@@ -213,7 +212,7 @@ class RunMachine:
             self._stage = stage
         if stage == "run" and rounds > self._rounds_wanted:
             self._rounds_wanted = rounds
-            self.info = replace(self.info, rounds_planned=max(self.info.rounds_planned, rounds))
+            self.record.change(rounds_planned=max(self.info.rounds_planned, rounds))
         if self.info.status != RUNNING:
             self._go_on(effects, now)
 
@@ -241,7 +240,7 @@ class RunMachine:
         if report.error_json:
             return self.fail(effects, now, error_from_json(report.error_json))
         if self._arrived(cluster):
-            self._status(effects, now, RESERVED)
+            self.record.status(effects, now, RESERVED)
             self._go_on(effects, now)
 
     def activated(self, effects: Effects, now: Now, cluster: str, report: Activated) -> None:
@@ -269,7 +268,7 @@ class RunMachine:
         else:
             head = RoundLedger.root(self.ledger.leaves(self._hashes))
         self.ledger.begin(list(self._absmax.values()), head, sum(self._samples[i] for i in trains))
-        self._status(effects, now, READY)
+        self.record.status(effects, now, READY)
         self._go_on(effects, now)
 
     def round_report(self, effects: Effects, now: Now, cluster: str, report: RoundReport) -> None:
@@ -291,7 +290,7 @@ class RunMachine:
         if commit:
             self._committed(effects, now, commit)
         else:
-            self._wait(effects, now, f"round {report.round} on {', '.join(sorted(self._pending))}", quiet=True)
+            self.record.waits(effects, now, f"round {report.round} on {', '.join(sorted(self._pending))}", quiet=True)
 
     def _retry(self, effects: Effects, now: Now, overflow: tuple[int, ...]) -> None:
         assert self.ledger is not None and self.ledger.open is not None
@@ -301,7 +300,7 @@ class RunMachine:
         if start is None:
             error = make_error("W021", f"round {old.round}: values of {names} keep growing")
             return self.fail(effects, now, error)
-        self._event(
+        self.record.event(
             effects,
             now,
             "warning",
@@ -330,19 +329,9 @@ class RunMachine:
             consensus_sha256=commit.consensus_hash,
             bytes_by_cluster=commit.bytes_by_cluster,
         )
-        row = {**asdict(result), "participants_bitmap": commit.participants.hex(), "absmax": list(commit.absmax)}
-        effects.writes.append(Write("commits", (self.run_id, commit.round), row))
-        accuracy = commit.metrics.get("accuracy", self.info.accuracy)
         target = self.config.get("target_accuracy")
         reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target
-        self.info = replace(
-            self.info,
-            rounds_done=commit.round,
-            accuracy=accuracy,
-            bytes_inter_cluster=self.info.bytes_inter_cluster + commit.bytes_inter_cluster,
-            rounds_to_target=self.info.rounds_to_target or (commit.round if reached else 0),
-        )
-        self._event(effects, now, "round", round_result=result)
+        self.record.committed(effects, now, commit, result, reached)
         if reached:
             self._rounds_wanted = commit.round
         self._go_on(effects, now)
@@ -353,7 +342,7 @@ class RunMachine:
             return
         if report.error_json:
             return self.fail(effects, now, error_from_json(report.error_json))
-        self.info = replace(self.info, model_sha256=report.sha256)
+        self.record.change(model_sha256=report.sha256)
         self._end(effects, now, COMPLETED, None)
 
     def released(self, effects: Effects, now: Now, cluster: str) -> bool:
@@ -375,7 +364,7 @@ class RunMachine:
     def warned(self, effects: Effects, now: Now, text: str) -> None:
         """Pass on what an agent wants the user to see."""
         if not self.terminal:
-            self._event(effects, now, "warning", text)
+            self.record.event(effects, now, "warning", text)
 
     def tick(self, effects: Effects, now: Now) -> None:
         """Check the deadline of what the run waits for."""
@@ -389,14 +378,6 @@ class RunMachine:
         """End the run with an error."""
         self._end(effects, now, FAILED, error)
 
-    def commit_took(self, number: int, seconds: float) -> None:
-        """The shell tells how long the commit of a round took to become durable; for display only."""
-        for k in range(len(self.events) - 1, -1, -1):
-            result = self.events[k].round
-            if result is not None and result.number == number:
-                self.events[k] = replace(self.events[k], round=replace(result, commit_s=seconds))
-                return
-
     # ------------------------------------------------------------ inside
 
     def _go_on(self, effects: Effects, now: Now) -> None:
@@ -404,21 +385,21 @@ class RunMachine:
         if status == RESERVED and wanted >= STAGES.index("activate"):
             self._activate(effects, now)
         elif status == READY and wanted >= STAGES.index("run"):
-            self._status(effects, now, RUNNING)
+            self.record.status(effects, now, RUNNING)
             self._next_round(effects, now)
         elif status in (RUNNING, IDLE) and self.info.rounds_done < self._rounds_wanted:
             if status == IDLE:
-                self._status(effects, now, RUNNING)
+                self.record.status(effects, now, RUNNING)
             self._next_round(effects, now)
         elif status in (RUNNING, IDLE) and self._finishing:
             self._store(effects, now)
         elif status == RUNNING:
             self._deadline_s = float("inf")
-            self._status(effects, now, IDLE)
+            self.record.status(effects, now, IDLE)
 
     def _activate(self, effects: Effects, now: Now) -> None:
         self._expect(self._clusters, now, self._activate_s)
-        self._status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self._clusters)}")
+        self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self._clusters)}")
         for cluster in self._clusters:
             effects.send(
                 cluster,
@@ -454,7 +435,7 @@ class RunMachine:
     def _store(self, effects: Effects, now: Now) -> None:
         assert self.ledger is not None
         self._expect((self.ledger.coordinator,), now, self._activate_s)
-        self._wait(effects, now, f"the model from {self.ledger.coordinator}", quiet=True)
+        self.record.waits(effects, now, f"the model from {self.ledger.coordinator}", quiet=True)
         effects.send(self.ledger.coordinator, StoreModel(self.run_id, self.generation, self.ledger.round))
 
     def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
@@ -465,11 +446,7 @@ class RunMachine:
                 effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
             effects.send(cluster, Release(self.run_id, self.generation))
         self._deadline_s = float("inf")
-        self.info = replace(
-            self.info, finished_at=now.wall_s, error_json=error.to_json() if error else "", waiting_for=""
-        )
-        self._status(effects, now, status, text=str(error) if error else "")
-        self._event(effects, now, "end", str(error) if error else "")
+        self.record.end(effects, now, status, error)
 
     def _expect(self, clusters: tuple[str, ...], now: Now, within_s: float) -> None:
         self._pending = set(clusters)
@@ -483,28 +460,6 @@ class RunMachine:
         if self.ledger and self.ledger.open:
             return f"round {self.ledger.open.start.round}"
         return self.info.status.lower()
-
-    def _status(self, effects: Effects, now: Now, status: str, waiting_for: str = "", text: str = "") -> None:
-        self.info = replace(self.info, status=status, waiting_for=waiting_for)
-        effects.writes.append(Write("runs", (self.run_id,), asdict(self.info)))
-        self._event(effects, now, "status", text or waiting_for)
-
-    def _wait(self, effects: Effects, now: Now, waiting_for: str, quiet: bool = False) -> None:
-        if waiting_for == self.info.waiting_for:
-            return
-        self.info = replace(self.info, waiting_for=waiting_for)
-        if not quiet:
-            self._event(effects, now, "waiting", waiting_for)
-
-    def _event(
-        self, effects: Effects, now: Now, kind: str, text: str = "", round_result: RoundResult | None = None
-    ) -> None:
-        event = RunEvent(
-            self.run_id, len(self.events) + 1, now.wall_s, kind, text, self.info.status, round_result
-        )
-        self.events.append(event)
-        effects.events.append(event)
-        effects.writes.append(Write("events", (self.run_id, event.seq), asdict(event)))
 
 
 def _attempt_row(report: RoundReport) -> dict[str, object]:

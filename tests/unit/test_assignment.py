@@ -75,7 +75,8 @@ def test_ten_thousand_nodes() -> None:
     clusters = clusters_of(4, 4, 2, 2)
     found = assign("locality", adjacency, clusters, {})
     dealt = assign("round_robin", adjacency, clusters, {})
-    assert sorted(np.bincount(found.clusters).tolist()) == [1666, 1667, 3333, 3334]
+    for size, share in zip(np.bincount(found.clusters), (3333, 3333, 1666, 1666), strict=True):
+        assert share <= size <= share + 1
     assert adjacency.cut_edges(found.clusters) < 0.5 * adjacency.cut_edges(dealt.clusters)
 
 

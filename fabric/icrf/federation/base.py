@@ -169,9 +169,7 @@ class FederatedBase:
         message = Message(header, SUPERVISOR, dict(body))
         self._port.send_message(self._submitted().id, recipients, message.encode())
 
-    def pull_version(
-        self, node_ids: str | Sequence[str] | None = None
-    ) -> dict[str, Any] | list[dict[str, Any]]:
+    def pull_version(self, node_ids: str | Sequence[str] | None = None) -> dict[str, Any] | list[dict[str, Any]]:
         """``{id, version, model, timestamp}`` of a node, or a list of them; waits for a training that runs."""
         self._finish_training()
         if isinstance(node_ids, str):

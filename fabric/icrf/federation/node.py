@@ -226,8 +226,10 @@ class FederatedNode:
 
     def pull_version(self) -> dict[str, Any]:
         """``{id, version, model, timestamp}``: what `update_version` saved, else the node's current state."""
-        model = self._saved if self._saved is not None else self.context.model.layout.to_state_dict(
-            self.context.model.snapshot()
+        model = (
+            self._saved
+            if self._saved is not None
+            else self.context.model.layout.to_state_dict(self.context.model.snapshot())
         )
         return {"id": self._id, "version": self.version, "model": model, "timestamp": time.time()}
 

@@ -30,7 +30,9 @@ _EDGE_BUDGET = 600_000
 # Up to here a start is refined until nothing improves.
 _REFINE_FULLY_EDGES, _FEW_PASSES = 200_000, 3
 # Communities by modularity cost more than everything else together on large graphs.
-_MAX_COMMUNITY_NODES, _MAX_COMMUNITY_EDGES = 2_000, 50_000
+_SMALL_NODES, _MAX_COMMUNITY_EDGES = 2_000, 50_000
+# A start of a large graph that cuts so many times the best cut so far is not worth the refinement.
+_HOPELESS = 1.5
 # Larger graphs keep the order of their indices.
 _MAX_EDGES = 1_500_000
 
@@ -65,6 +67,8 @@ def _best_of(
     passes = MAX_PASSES if adj.num_edges <= _REFINE_FULLY_EDGES else _FEW_PASSES
     best, best_cut = contiguous, adj.cut_edges(contiguous)
     for start in starts:
+        if graph.num_nodes > _SMALL_NODES and adj.cut_edges(start) > _HOPELESS * best_cut:
+            continue
         refined = refine(graph, start, shares.low, shares.high, pins, passes)
         cut = adj.cut_edges(refined)
         if cut < best_cut or (cut == best_cut and best is not contiguous and refined < best):
@@ -76,12 +80,12 @@ def _starts(
     adj: HybridAdjacencyMatrix, pinned: list[int], shares: Shares, contiguous: list[int]
 ) -> Iterator[list[int]]:
     graph = _undirected(adj)
-    yield contiguous
     seeds = _seeds(adj)
     for seed in seeds[: max(1, _EDGE_BUDGET // adj.num_edges)]:
         yield _grow(graph, pinned, shares, seed)
-    if adj.num_nodes <= _MAX_COMMUNITY_NODES and adj.num_edges <= _MAX_COMMUNITY_EDGES:
+    if adj.num_nodes <= _SMALL_NODES and adj.num_edges <= _MAX_COMMUNITY_EDGES:
         yield _contiguous(pinned, shares, _community_order(adj))
+    yield contiguous
 
 
 def _undirected(adj: HybridAdjacencyMatrix) -> Neighbours:

@@ -1,0 +1,137 @@
+"""What the mediator tells an agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from icrf.protocol.federations import Graph, NodeSpec, Resources, TensorSpec
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Reserve `num_slots` bundles in one detached placement group; answered by :class:`Reserved`."""
+
+    run_id: str
+    generation: int
+    federation: str
+    num_slots: int
+    resources: Resources
+    strategy: str
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class PeerAddress:
+    """Where a cluster's gateway can be dialled; an empty address means: through the mediator's relay."""
+
+    cluster: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Activate:
+    """Create hosts and set up this cluster's nodes; answered by :class:`Activated`."""
+
+    run_id: str
+    generation: int
+    federation: str
+    config_json: str
+    flow: str
+    nodes: tuple[NodeSpec, ...]
+    graph: Graph
+    layout: tuple[TensorSpec, ...]
+    clusters: tuple[str, ...]
+    assignment: tuple[int, ...]
+    coordinator: int
+    peers: tuple[PeerAddress, ...]
+    num_slots: int
+    code_path: str = ""
+
+
+@dataclass(frozen=True)
+class StartRound:
+    """Run one attempt of a round from the committed state `parent_hash`; answered by :class:`RoundReport`.
+
+    Attributes:
+        grid: exponent e per tensor, bound 2^e on the total of n*|w| (see ``update.py``).
+        total_weight: sum of the participants' sample counts over all clusters.
+        evaluate: evaluate the global (or consensus) model after this round.
+    """
+
+    run_id: str
+    generation: int
+    round: int
+    attempt: int
+    parent_hash: str
+    grid: tuple[int, ...]
+    total_weight: int
+    evaluate: bool
+
+
+@dataclass(frozen=True)
+class AbortAttempt:
+    """Drop what belongs to this attempt; no answer."""
+
+    run_id: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class StoreModel:
+    """Upload the committed global or consensus model of `round`; answered by :class:`ModelStored`."""
+
+    run_id: str
+    generation: int
+    round: int
+
+
+@dataclass(frozen=True)
+class CallNode:
+    """Call a method of a node; the result is uploaded as blob ``call/{call_id}``, then :class:`CallDone`."""
+
+    run_id: str
+    generation: int
+    call_id: str
+    node_id: str
+    method: str
+    arguments: bytes
+
+
+@dataclass(frozen=True)
+class SendMessage:
+    """Put a message of the federation itself (the supervisor) into the mailboxes of these nodes."""
+
+    run_id: str
+    generation: int
+    call_id: str
+    recipients: tuple[int, ...]
+    message: bytes
+
+
+@dataclass(frozen=True)
+class Release:
+    """Kill the run's hosts and remove its placement group; answered by :class:`Released`."""
+
+    run_id: str
+    generation: int
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Answer to a heartbeat or a registration: the cluster is owned by this agent for `ttl_s` more seconds."""
+
+    ttl_s: float
+    heartbeat_s: float
+
+
+@dataclass(frozen=True)
+class Reject:
+    """The agent may not (any longer) serve its cluster; it stops with this error (a dict of ``IcrfError``)."""
+
+    error_json: str
+
+
+Instruction = (
+    Reserve | Activate | StartRound | AbortAttempt | StoreModel | CallNode | SendMessage | Release | Lease | Reject
+)

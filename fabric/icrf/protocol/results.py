@@ -1,0 +1,68 @@
+"""What the mediator tells the SDK about runs and rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run as `get` and `list` show it. Times are seconds since the epoch, for display only."""
+
+    run_id: str
+    federation: str
+    status: str
+    flow: str
+    rounds_done: int
+    rounds_planned: int
+    clusters: tuple[str, ...]
+    created_at: float
+    finished_at: float = 0.0
+    waiting_for: str = ""
+    error_json: str = ""
+    model_sha256: str = ""
+    config_json: str = ""
+    accuracy: float = -1.0
+    bytes_inter_cluster: int = 0
+    rounds_to_target: int = 0
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One committed round.
+
+    Attributes:
+        participants: how many nodes contributed.
+        metrics: ``train_loss`` always; ``accuracy`` and ``loss`` in evaluated rounds.
+        model_sha256: hash of the global model; decentralized: the Merkle root over the node states.
+        consensus_sha256: hash of the consensus model where one was made.
+    """
+
+    number: int
+    attempt: int
+    generation: int
+    wall_s: float
+    train_s: float
+    exchange_s: float
+    commit_s: float
+    metrics: dict[str, float]
+    bytes_inter_cluster: int
+    bytes_intra_cluster: int
+    participants: int
+    model_sha256: str
+    parent_sha256: str
+    consensus_sha256: str = ""
+    bytes_by_cluster: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """One item of a run's event stream; `seq` counts from 1 without gaps within a run."""
+
+    run_id: str
+    seq: int
+    at: float
+    kind: str  # "status", "waiting", "round", "warning", "end"
+    text: str = ""
+    status: str = ""
+    round: RoundResult | None = None

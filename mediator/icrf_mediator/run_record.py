@@ -1,0 +1,105 @@
+"""What is known and shown about one run: its state, its events, and the journal rows behind them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from icrf.errors import IcrfError
+from icrf.ports import Write
+from icrf.protocol import QUEUED, TERMINAL, RoundResult, RunEvent, RunInfo, Submission
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.rounds import Commit
+
+
+class RunRecord:
+    """The record of a run. Every change of it is an effect: a row of the journal, an event for watchers.
+
+    Attributes:
+        info: the run as users see it.
+        events: everything that happened, numbered from 1.
+    """
+
+    def __init__(self, run_id: str, submission: Submission, config: dict[str, Any], now: Now) -> None:
+        self.info = RunInfo(
+            run_id=run_id,
+            federation=config["federation_id"],
+            status=QUEUED,
+            flow=submission.flow,
+            rounds_done=0,
+            rounds_planned=int(config["federated_learning_rounds"]),
+            clusters=(),
+            created_at=now.wall_s,
+            config_json=submission.config_json,
+        )
+        self.events: list[RunEvent] = []
+
+    @property
+    def terminal(self) -> bool:
+        return self.info.status in TERMINAL
+
+    def change(self, **parts: Any) -> None:
+        """Change what is shown; journalled with the next status."""
+        self.info = replace(self.info, **parts)
+
+    def status(self, effects: Effects, now: Now, status: str, waiting_for: str = "", text: str = "") -> None:
+        """Enter a status."""
+        self.info = replace(self.info, status=status, waiting_for=waiting_for)
+        effects.writes.append(Write("runs", (self.info.run_id,), asdict(self.info)))
+        self.event(effects, now, "status", text or waiting_for)
+
+    def end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
+        """Enter a terminal status and close the event stream."""
+        text = str(error) if error else ""
+        self.info = replace(self.info, finished_at=now.wall_s, error_json=error.to_json() if error else "")
+        self.status(effects, now, status, text=text)
+        self.event(effects, now, "end", text)
+
+    def waits(self, effects: Effects, now: Now, waiting_for: str, *, quiet: bool = False) -> None:
+        """Say what the run waits for, once per reason; `quiet` shows it without an event."""
+        if waiting_for == self.info.waiting_for:
+            return
+        self.info = replace(self.info, waiting_for=waiting_for)
+        if not quiet:
+            self.event(effects, now, "waiting", waiting_for)
+
+    def committed(self, effects: Effects, now: Now, commit: Commit, result: RoundResult, reached: bool) -> None:
+        """Journal a round's one commit row, and show it."""
+        row = {**asdict(result), "participants_bitmap": commit.participants.hex(), "absmax": list(commit.absmax)}
+        effects.writes.append(Write("commits", (self.info.run_id, commit.round), row))
+        self.info = replace(
+            self.info,
+            rounds_done=commit.round,
+            accuracy=commit.metrics.get("accuracy", self.info.accuracy),
+            bytes_inter_cluster=self.info.bytes_inter_cluster + commit.bytes_inter_cluster,
+            rounds_to_target=self.info.rounds_to_target or (commit.round if reached else 0),
+        )
+        self.event(effects, now, "round", round_result=result)
+
+    def commit_took(self, number: int, seconds: float) -> None:
+        """How long the commit of a round took to become durable; for display only."""
+        for k in range(len(self.events) - 1, -1, -1):
+            result = self.events[k].round
+            if result is not None and result.number == number:
+                self.events[k] = replace(self.events[k], round=replace(result, commit_s=seconds))
+                return
+
+    def event(
+        self, effects: Effects, now: Now, kind: str, text: str = "", round_result: RoundResult | None = None
+    ) -> None:
+        """Append to the event stream."""
+        run_id, status = self.info.run_id, self.info.status
+        event = RunEvent(run_id, len(self.events) + 1, now.wall_s, kind, text, status, round_result)
+        self.events.append(event)
+        effects.events.append(event)
+        effects.writes.append(Write("events", (run_id, event.seq), asdict(event)))
+
+
+def closing_events(past: Sequence[RunEvent], info: RunInfo, now: Now, text: str) -> list[RunEvent]:
+    """The last two events of a run that an earlier life of the mediator did not finish."""
+    last = past[-1].seq if past else 0
+    return [
+        RunEvent(info.run_id, last + 1, now.wall_s, "status", text, info.status),
+        RunEvent(info.run_id, last + 2, now.wall_s, "end", text, info.status),
+    ]
