@@ -11,6 +11,7 @@ import torch
 
 from icrf import values
 from icrf.errors import RunError
+from icrf.federation.message import Message
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import CENTRALIZED, Activated, StartRound
 from icrf_agent.host_flows import CentralizedFlow, DecentralizedFlow, Flow, HostTools
@@ -84,7 +85,8 @@ class NodeHost:
             raise RunError("F005", f"{node.id} has no method '{method}'", place=node.id, value=method)
         node.context.model.load(self._flow.state_of(index))
         positional, keywords = values.decode(arguments)
-        return values.encode(self._nodes.call(index, method, *positional, **keywords), root=f"{node.id}.{method}()")
+        result = _plain(self._nodes.call(index, method, *positional, **keywords))
+        return values.encode(result, root=f"{node.id}.{method}()")
 
     def host_invoke(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """The same inside one cluster, where arguments and results are passed by Ray itself."""
@@ -97,3 +99,10 @@ class NodeHost:
         assert self._flow is not None and self._nodes is not None
         self._nodes.mailbox.position = (start.round, start.attempt)
         return self._flow
+
+
+def _plain(result: Any) -> Any:
+    """Messages as dicts, so that `receive` and `sync` can be called from afar."""
+    if isinstance(result, Message):
+        return {name: getattr(result, name) for name in ("header", "sender_id", "body", "timestamp")}
+    return [_plain(item) for item in result] if isinstance(result, list) else result

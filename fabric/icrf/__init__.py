@@ -75,6 +75,9 @@ _HOME = {
     "register_model": "icrf.learning",
 }
 
+# Federations open a fabric of their own unless they are given one; this facade hands them the factory.
+_FEDERATIONS = {"icrf.federation.base", "icrf.federation.schemas"}
+
 
 def connect(
     address: str | None = None,
@@ -101,7 +104,10 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'icrf' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
+    module = importlib.import_module(home)
+    if home in _FEDERATIONS:
+        importlib.import_module("icrf.federation.base").FederatedBase.open_fabric = staticmethod(connect)
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

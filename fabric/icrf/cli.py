@@ -6,7 +6,6 @@ Heavy imports (torch, Ray, gRPC, the embedded fabric) happen inside the commands
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -365,12 +364,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             # A terminal without UTF-8 shows a question mark; it is no reason to lose a run.
             stream.reconfigure(errors="replace")
-    try:
-        app()
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough; Python would complain once more while closing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    app()
 
 
 if __name__ == "__main__":

@@ -48,6 +48,17 @@ class LocalHandle(Protocol):
     @property
     def port(self) -> MediatorPort: ...
 
+    @property
+    def templates(self) -> dict[str, type]:
+        """Node classes of this process by ``local:NAME``; filled by those who submit."""
+
+    @property
+    def takes_classes(self) -> bool:
+        """Whether node classes of this process can run there."""
+
+    def node_handle(self, run_id: str, index: int) -> tuple[Any, bool] | None:
+        """The actor of a node's host and whether the node has it alone; None from another process."""
+
     def close(self) -> None:
         """End every process and thread of it; harmless when called twice."""
 
@@ -89,7 +100,7 @@ def connect(
     if open_local is None:
         raise LocalError("L009", "no address and no way to open an embedded fabric", hint="use icrf.connect()")
     handle = open_local(clusters, state_dir=state_dir, on_progress=on_progress)
-    return Fabric(handle.port, on_close=handle.close, code_path=_own_folder())
+    return Fabric(handle.port, local=handle, code_path=_own_folder())
 
 
 class Fabric:
@@ -97,14 +108,14 @@ class Fabric:
 
     Args:
         port: the mediator; closed with this object.
-        on_close: called after the port was closed, to end an embedded fabric.
+        local: the embedded fabric behind it, which ends with this object.
         code_path: folder of the user's own modules, for configurations submitted without one.
     """
 
-    def __init__(self, port: MediatorPort, *, on_close: Callable[[], None] | None = None, code_path: str = "") -> None:
+    def __init__(self, port: MediatorPort, *, local: LocalHandle | None = None, code_path: str = "") -> None:
         self._port = port
         self._code_path = code_path
-        self._on_close = on_close
+        self._local = local
 
     @property
     def port(self) -> MediatorPort:
@@ -152,14 +163,35 @@ class Fabric:
         """The registered clusters by name."""
         return self._port.clusters()
 
+    @property
+    def takes_classes(self) -> bool:
+        """Whether node classes of this process can run on it: only where no cluster boundary is crossed."""
+        return self._local is not None and self._local.takes_classes
+
+    def add_template(self, template: type) -> str:
+        """Make a node class of this process known; the name by which a configuration means it."""
+        if self._local is None or not self._local.takes_classes:
+            return f"{template.__module__}:{template.__qualname__}"
+        templates = self._local.templates
+        for name, known in templates.items():
+            if known is template:
+                return name
+        name = f"local:{template.__name__}_{len(templates)}"
+        templates[name] = template
+        return name
+
+    def host_of(self, run_id: str, index: int) -> tuple[Any, bool] | None:
+        """The Ray actor of a node's host and whether the node has it alone; None where it lives in another process."""
+        return None if self._local is None else self._local.node_handle(run_id, index)
+
     def close(self) -> None:
         """Close the connection; ends an embedded fabric. Harmless when called twice."""
         try:
             self._port.close()
         finally:
-            on_close, self._on_close = self._on_close, None
-            if on_close is not None:
-                on_close()
+            local, self._local = self._local, None
+            if local is not None:
+                local.close()
 
 
 class Run:

@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,7 @@ class LocalFabric:
         blobs = FolderBlobs(self._state.path / "blobs")
         self._service = MediatorService(self._store, blobs, MonotonicClock())
         self.port: MediatorPort = InProcessMediator(self._service, self._thread.loop)
-        atexit.register(self.close)
+        _at_exit(weakref.WeakMethod(self.close))
         try:
             self._thread.call(self._service.start())
             self._clusters = (
@@ -126,7 +128,6 @@ class LocalFabric:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
         try:
             if self._clusters is not None:
                 self._clusters.close()
@@ -137,6 +138,21 @@ class LocalFabric:
             self._state.close()
             if self._owns_dir:
                 shutil.rmtree(self._dir, ignore_errors=True)
+
+
+def _at_exit(close: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Close a fabric that its program left open.
+
+    ``atexit`` is too late: by then Python has shut the thread pools that an orderly end needs. Its own pools are ended
+    by this hook of ``threading``, which runs the newest callback first.
+    """
+
+    def call() -> None:
+        if (method := close()) is not None:
+            method()
+
+    register: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
+    register(call)
 
 
 class _OneCluster:
@@ -152,11 +168,7 @@ class _OneCluster:
     def start(self, say: Progress) -> None:
         """Start Ray unless this process has one, then the agent."""
         began = time.monotonic()
-        self._token.write_text(secrets.token_hex(32))
-        self._token.chmod(0o600)
-        tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
-        for key, value in {**_ENVIRONMENT, **tokens}.items():
-            os.environ.setdefault(key, value)
+        self._prepare_environment()
         # Ray reads its environment when it is imported, and it takes seconds: only now.
         import ray  # noqa: PLC0415
 
@@ -173,6 +185,19 @@ class _OneCluster:
             self._owns_ray = True
         say(f"local Ray cluster ready ({time.monotonic() - began:.1f} s)")
         self._thread.call(self._start_agent())
+
+    def _prepare_environment(self) -> None:
+        """Loopback, one thread and a token of this fabric's own, as far as Ray was not imported before."""
+        imported = sys.modules.get("ray._private.ray_constants")
+        if imported is not None:
+            # Too late for the environment: this is the value that Ray has read from it, and that it asks when it binds.
+            imported.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
+            return
+        self._token.write_text(secrets.token_hex(32))
+        self._token.chmod(0o600)
+        tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
+        for key, value in {**_ENVIRONMENT, **tokens}.items():
+            os.environ.setdefault(key, value)
 
     async def _start_agent(self) -> None:
         from icrf_agent.ray_substrate import RaySubstrate  # noqa: PLC0415 - imports Ray, see start

@@ -77,7 +77,7 @@ class RunMachine:
         self.plan: Plan | None = None
         self.ledger: RoundLedger | None = None
         self._stage = submission.stage
-        self._rounds_wanted = self.info.rounds_planned
+        self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
         self._finishing = not submission.keep
         self._assignment: tuple[int, ...] = ()
         self._peers: tuple[PeerAddress, ...] = ()
@@ -210,8 +210,8 @@ class RunMachine:
             raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}, it cannot go on")
         if STAGES.index(stage) >= STAGES.index(self._stage):
             self._stage = stage
-        if stage == "run" and rounds > self._rounds_wanted:
-            self._rounds_wanted = rounds
+        if stage == "run":
+            self._rounds_wanted = max(self._rounds_wanted, rounds or self.info.rounds_planned)
             self.record.change(rounds_planned=max(self.info.rounds_planned, rounds))
         if self.info.status != RUNNING:
             self._go_on(effects, now)

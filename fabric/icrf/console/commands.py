@@ -112,7 +112,7 @@ def demo_file() -> Iterator[Path]:
 def _embedded(terminal: Terminal, doors: Doors, clusters: int) -> Iterator[Fabric]:
     with Steps(terminal, f"starting {format_count(clusters, 'local Ray cluster')}") as steps:
         handle = doors.local(clusters, steps.done)
-    with Fabric(handle.port, on_close=handle.close) as fabric:
+    with Fabric(handle.port, local=handle) as fabric:
         yield fabric
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, ClassVar
 
 from icrf import values
 from icrf.client import Fabric, Result, Run, raise_unless_completed
-from icrf.errors import ConfigError, IcrfError, LocalError, RoutingError, RunError
+from icrf.errors import ConfigError, IcrfError, LocalError, RoutingError
 from icrf.federation.message import Message
+from icrf.federation.node import FederatedNode
 from icrf.federation.resources import resources_view
-from icrf.federation.virtual_node import VirtualNode
+from icrf.federation.virtual_node import NodeHandle, VirtualNode
 from icrf.protocol import (
     IDLE,
     READY,
@@ -244,7 +246,20 @@ class FederatedBase:
     def handle_of(self, node_id: str) -> Any:
         """See ``VirtualNode.handle``."""
         assert self._fabric is not None and self._run is not None
-        return self._fabric.node_handle(self._run.id, node_id, self._index[node_id])
+        index = self._index[node_id]
+        found = self._fabric.host_of(self._run.id, index)
+        if found is None:
+            plan = self._run.plan()
+            cluster = plan.assignment.get(node_id, "another cluster") if plan else "another cluster"
+            raise RoutingError(
+                "P010",
+                f"{node_id} lives on cluster {cluster}, its actor cannot be reached from this process",
+                place=node_id,
+                value=cluster,
+                hint=f'use base["{node_id}"].call(method, ...), which works anywhere',
+            )
+        actor, alone = found
+        return actor if alone else NodeHandle(node_id, partial(actor.node_invoke.remote, index))
 
     def call(self, node_id: str, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """See ``VirtualNode.call``."""
@@ -262,9 +277,8 @@ class FederatedBase:
         if self._run is None:
             if self._fabric is None:
                 self._fabric = self._open()
-            config = self._fabric.with_templates(self.config, self.nodes)
             submission = build_submission(
-                config,
+                self._with_templates(self._fabric),
                 nodes=[NodeSpec(node.id, node.role) for node in self.nodes],
                 adjacency=None if isinstance(self._topology, str) else self._topology,
                 keep=True,
@@ -272,6 +286,18 @@ class FederatedBase:
             )
             self._run = self._fabric.submit(submission)
         return self._run
+
+    def _with_templates(self, fabric: Fabric) -> FederationConfig:
+        """The configuration, naming the node classes that were given as classes."""
+        chosen: dict[str, str] = {}
+        for key, aggregates in (("server_template", True), ("client_template", False)):
+            kinds = {n.template for n in self.nodes if ("aggregate" in n.role.split("-")) is aggregates and n.template}
+            if len(kinds) > 1:
+                names = ", ".join(sorted(kind.__name__ for kind in kinds))
+                raise ConfigError("C008", f"several node classes: {names}", place=key, allowed="one class per kind")
+            for kind in kinds - {FederatedNode}:
+                chosen[key] = fabric.add_template(kind)
+        return changed(self.config, **chosen) if chosen else self.config
 
     def _open(self) -> Fabric:
         if type(self).open_fabric is None:
@@ -332,9 +358,3 @@ def changed(config: FederationConfig, **values_by_key: Any) -> FederationConfig:
     """The same configuration with other values, validated again."""
     plain = config.model_dump(mode="json")
     return FederationConfig.from_mapping({**plain, **values_by_key})
-
-
-def check_running(info: RunInfo) -> None:
-    """F005 unless the run can still take work."""
-    if info.status in TERMINAL:
-        raise RunError("F005", f"run {info.run_id[:8]} is {info.status}")
