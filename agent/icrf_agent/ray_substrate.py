@@ -51,7 +51,8 @@ class RaySubstrate:
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         if self.address is not None:
-            await asyncio.to_thread(self._connect, self.address)
+            # On the main thread, where Ray wants it; nothing else runs yet that this could hold up.
+            self._connect(self.address)
         self._resources = dict(await asyncio.to_thread(ray.cluster_resources))
         self._nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
         namespace = "icrf"

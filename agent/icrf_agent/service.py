@@ -253,7 +253,7 @@ async def serve_agent(settings: AgentSettings, stop: asyncio.Event) -> int:
     gateway = GatewaySettings(settings.cluster, incarnation, settings.advertise, settings.mediator)
     substrate = RaySubstrate(settings.ray_address, gateway, settings.num_slots)
     runtime = HostedRuntime(settings.cluster, substrate, allow=settings.allow)
-    link = GrpcAgentLink(settings.mediator, on_state=lambda text: log.warning("%s", text))
+    link = GrpcAgentLink(settings.mediator, on_state=lambda text: log.info("%s", text))
     identity = AgentIdentity(settings.cluster, incarnation, dict(settings.labels))
     agent = AgentService(identity, link, runtime)
     stopping = asyncio.create_task(stop.wait())
