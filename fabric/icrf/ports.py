@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from icrf.errors import IcrfError
 from icrf.exchange import Transfer
 from icrf.protocol import (
     Activate,
@@ -19,6 +20,7 @@ from icrf.protocol import (
     Capacity,
     ClusterInfo,
     Fingerprint,
+    HeldRun,
     Instruction,
     PeerAddress,
     Plan,
@@ -104,6 +106,9 @@ class AgentLink(Protocol):
 
     async def upload(self, run_id: str, artifact: str, chunks: Iterator[bytes]) -> str:
         """Stream an artifact to the mediator's blob store; returns its hex sha256 once it is durable."""
+
+    async def download(self, run_id: str, artifact: str) -> bytes:
+        """An artifact from the mediator's blob store; F006 when there is none."""
 
     async def close(self) -> None: ...
 
@@ -191,8 +196,36 @@ class ClusterRuntime(Protocol):
     async def reserve(self, request: Reserve) -> None:
         """All bundles or none; R001 if they can never fit, R003 if not within the deadline."""
 
-    async def activate(self, request: Activate) -> Activated:
-        """Create the hosts and set up this cluster's nodes. U001 carries a node's own traceback."""
+    async def activate(self, request: Activate, checkpoint: bytes = b"") -> Activated:
+        """Create the hosts (live ones are kept) and set up this cluster's nodes; U001 carries a node's own traceback.
+
+        With ``request.restore_round`` > 0 the state is that of `checkpoint`, which an earlier `checkpoint` call of this
+        cluster returned for that round (empty where the cluster keeps no state). An earlier generation of the run on this
+        cluster is over."""
+
+    async def adopt(self, request: Activate) -> HeldRun | None:
+        """After a restart of the agent: take over the hosts of a run that were activated with `request`.
+
+        Returns what they hold, or None unless every one of them is alive with that generation set up. Changes nothing
+        on the cluster."""
+
+    async def checkpoint(self, run_id: str, round_number: int) -> bytes:
+        """This cluster's part of the committed state of a round; F006 when it is no longer (or not) here, W0xx never.
+
+        Centralized: the coordinator's global model, empty elsewhere. Decentralized: the states of all nodes here."""
+
+    async def recover(self, run_id: str, error: IcrfError) -> str:
+        """After a step of a run failed with `error`: bring back what died, as far as it can be.
+
+        Restarts hosts, topology manager and gateway, and links and sets them up again. Returns ``retry`` when the
+        committed states of this cluster are intact, ``restore`` when some are lost, and an empty string when the
+        error is no death: then it is the run's own."""
+
+    async def lost(self) -> str:
+        """Returns, with the reason, when the cluster itself has died (Ray's head); never returns otherwise."""
+
+    async def rebuild(self) -> ClusterFacts:
+        """After `lost`: connect to a new (or revived) cluster and start what `start` starts; all runs are gone."""
 
     async def publish_model(self, run_id: str, start: StartRound) -> None:
         """Coordinator: publish the committed global model to all participants (edges are checked)."""
@@ -261,8 +294,9 @@ class Write:
 class FederationStore(Protocol):
     """The mediator's journal. Adapters: in memory, SQLite.
 
-    Tables (key): ``runs`` (run_id), ``assignments`` (run_id, generation), ``attempts`` (run_id, round, attempt,
-    cluster), ``commits`` (run_id, round), ``events`` (run_id, seq), ``meta`` (name).
+    Tables (key): ``submissions``, ``runs`` and ``goals`` (run_id), ``assignments`` and ``activations`` (run_id,
+    generation), ``attempts`` (run_id, round, attempt, cluster), ``commits`` and ``checkpoints`` (run_id, round),
+    ``events`` (run_id, seq), ``meta`` (name).
     """
 
     def apply(self, writes: Sequence[Write]) -> None:

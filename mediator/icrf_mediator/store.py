@@ -11,7 +11,18 @@ from typing import Any
 from icrf.errors import InternalError, RunError
 from icrf.ports import Write
 
-TABLES = ("submissions", "runs", "assignments", "attempts", "commits", "events", "meta")
+TABLES = (
+    "submissions",
+    "runs",
+    "goals",
+    "assignments",
+    "activations",
+    "attempts",
+    "commits",
+    "checkpoints",
+    "events",
+    "meta",
+)
 SCHEMA_VERSION = 1
 SCHEMA_KEY = ("schema",)
 

@@ -10,8 +10,9 @@ PROTOCOL_VERSION = 1
 STAGES = ("reserve", "activate", "run")
 
 # Status of a run. The last three are terminal.
-QUEUED, RESERVING, RESERVED, ACTIVATING, READY, RUNNING, IDLE = (
+QUEUED, RECOVERING, RESERVING, RESERVED, ACTIVATING, READY, RUNNING, IDLE = (
     "QUEUED",
+    "RECOVERING",
     "RESERVING",
     "RESERVED",
     "ACTIVATING",

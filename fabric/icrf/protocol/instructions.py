@@ -30,7 +30,12 @@ class PeerAddress:
 
 @dataclass(frozen=True)
 class Activate:
-    """Create hosts and set up this cluster's nodes; answered by :class:`Activated`."""
+    """Create (or keep) hosts and set up this cluster's nodes; answered by :class:`Activated`.
+
+    Attributes:
+        restore_round: start from the committed state of this round; 0 is the initial state.
+        checkpoint: artifact with this cluster's part of that state; empty where the cluster keeps none.
+    """
 
     run_id: str
     generation: int
@@ -46,6 +51,8 @@ class Activate:
     peers: tuple[PeerAddress, ...]
     num_slots: int
     code_path: str = ""
+    restore_round: int = 0
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,22 @@ class AbortAttempt:
     run_id: str
     round: int
     attempt: int
+
+
+@dataclass(frozen=True)
+class SaveCheckpoint:
+    """Upload this cluster's part of the committed state of `round`; answered by :class:`Checkpointed`."""
+
+    run_id: str
+    generation: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """Nothing is lost if a draining agent ends now."""
+
+    incarnation: str
 
 
 @dataclass(frozen=True)
@@ -133,5 +156,16 @@ class Reject:
 
 
 Instruction = (
-    Reserve | Activate | StartRound | AbortAttempt | StoreModel | CallNode | SendMessage | Release | Lease | Reject
+    Reserve
+    | Activate
+    | StartRound
+    | AbortAttempt
+    | SaveCheckpoint
+    | StoreModel
+    | CallNode
+    | SendMessage
+    | Release
+    | Lease
+    | Dismiss
+    | Reject
 )

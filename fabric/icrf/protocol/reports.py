@@ -8,8 +8,24 @@ from icrf.protocol.federations import Capacity, Fingerprint
 
 
 @dataclass(frozen=True)
+class HeldRun:
+    """A run whose nodes are live on a cluster: the generation they have, and the last attempt that was begun."""
+
+    run_id: str
+    generation: int
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Register:
-    """First message of an agent; answered by :class:`Lease` or :class:`Reject`."""
+    """First message of an agent on every connection; answered by :class:`Lease` or :class:`Reject`.
+
+    Attributes:
+        agent_id: stays the same over restarts on the same state folder, whose lock makes it the only one.
+        incarnation: one life of the agent's process.
+        held: the runs that are live on the cluster.
+    """
 
     cluster: str
     incarnation: str
@@ -19,6 +35,8 @@ class Register:
     fingerprint: Fingerprint
     labels: dict[str, str] = field(default_factory=dict)
     address: str = ""
+    agent_id: str = ""
+    held: tuple[HeldRun, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,21 @@ class Heartbeat:
     """Keeps the lease; answered by :class:`Lease`."""
 
     incarnation: str
+
+
+@dataclass(frozen=True)
+class Draining:
+    """The agent wants to leave: finish the open rounds, make their state durable, then :class:`Dismiss` it."""
+
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class ClusterReset:
+    """The cluster itself was rebuilt: nothing that lived on it is left."""
+
+    incarnation: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +112,8 @@ class RoundReport:
         state_hashes: 32 bytes per node of this cluster in index order (decentralized).
         bytes_inter_cluster: gateway bytes received by this cluster for this attempt, headers included.
         bytes_intra_cluster: payload bytes that moved between hosts of this cluster.
+        recovery: what an error asks for: ``retry`` (committed states are intact here: run the round again),
+            ``restore`` (some are lost: go back to the last checkpoint), or empty (the error is the run's).
     """
 
     run_id: str
@@ -98,6 +133,7 @@ class RoundReport:
     exchange_s: float = 0.0
     aggregate_s: float = 0.0
     error_json: str = ""
+    recovery: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +142,18 @@ class MetricSum:
 
     numerator: str
     weight: int
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """Outcome of :class:`SaveCheckpoint`."""
+
+    run_id: str
+    generation: int
+    round: int
+    artifact: str = ""
+    sha256: str = ""
+    error_json: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,5 +195,17 @@ class Warned:
 
 
 Report = (
-    Register | Heartbeat | Goodbye | Reserved | Activated | RoundReport | ModelStored | CallDone | Released | Warned
+    Register
+    | Heartbeat
+    | Draining
+    | ClusterReset
+    | Goodbye
+    | Reserved
+    | Activated
+    | RoundReport
+    | Checkpointed
+    | ModelStored
+    | CallDone
+    | Released
+    | Warned
 )

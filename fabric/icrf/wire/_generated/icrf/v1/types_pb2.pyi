@@ -539,6 +539,8 @@ class Activate(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     CODE_PATH_FIELD_NUMBER: _builtins.int
+    RESTORE_ROUND_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     federation: _builtins.str
@@ -547,6 +549,8 @@ class Activate(_message.Message):
     coordinator: _builtins.int
     num_slots: _builtins.int
     code_path: _builtins.str
+    restore_round: _builtins.int
+    checkpoint: _builtins.str
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeSpec]: ...
     @_builtins.property
@@ -576,10 +580,12 @@ class Activate(_message.Message):
         peers: _abc.Iterable[Global___PeerAddress] | None = ...,
         num_slots: _builtins.int = ...,
         code_path: _builtins.str = ...,
+        restore_round: _builtins.int = ...,
+        checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -652,6 +658,50 @@ class AbortAttempt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortAttempt: _TypeAlias = AbortAttempt  # noqa: Y015
+
+@_typing.final
+class SaveCheckpoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    generation: _builtins.int
+    round: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        round: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaveCheckpoint: _TypeAlias = SaveCheckpoint  # noqa: Y015
+
+@_typing.final
+class Dismiss(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.str
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Dismiss: _TypeAlias = Dismiss  # noqa: Y015
 
 @_typing.final
 class StoreModel(_message.Message):
@@ -821,6 +871,8 @@ class Instruction(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     REJECT_FIELD_NUMBER: _builtins.int
+    SAVE_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    DISMISS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def reserve(self) -> Global___Reserve: ...
     @_builtins.property
@@ -841,6 +893,10 @@ class Instruction(_message.Message):
     def lease(self) -> Global___Lease: ...
     @_builtins.property
     def reject(self) -> Global___Reject: ...
+    @_builtins.property
+    def save_checkpoint(self) -> Global___SaveCheckpoint: ...
+    @_builtins.property
+    def dismiss(self) -> Global___Dismiss: ...
     def __init__(
         self,
         *,
@@ -854,21 +910,51 @@ class Instruction(_message.Message):
         release: Global___Release | None = ...,
         lease: Global___Lease | None = ...,
         reject: Global___Reject | None = ...,
+        save_checkpoint: Global___SaveCheckpoint | None = ...,
+        dismiss: Global___Dismiss | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "lease", b"lease", "reject", b"reject", "release", b"release", "reserve", b"reserve", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "lease", b"lease", "reject", b"reject", "release", b"release", "reserve", b"reserve", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["reserve", "activate", "start_round", "abort_attempt", "store_model", "call_node", "send_message", "release", "lease", "reject"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["reserve", "activate", "start_round", "abort_attempt", "store_model", "call_node", "send_message", "release", "lease", "reject", "save_checkpoint", "dismiss"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___Instruction: _TypeAlias = Instruction  # noqa: Y015
 
 @_typing.final
-class Register(_message.Message):
+class HeldRun(_message.Message):
     """---- agent -> mediator"""
 
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    generation: _builtins.int
+    round: _builtins.int
+    attempt: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        round: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "generation", b"generation", "round", b"round", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldRun: _TypeAlias = HeldRun  # noqa: Y015
+
+@_typing.final
+class Register(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -899,17 +985,22 @@ class Register(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    AGENT_ID_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     incarnation: _builtins.str
     protocol_version: _builtins.int
     software_version: _builtins.str
     address: _builtins.str
+    agent_id: _builtins.str
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
     def fingerprint(self) -> Global___Fingerprint: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldRun]: ...
     def __init__(
         self,
         *,
@@ -921,10 +1012,12 @@ class Register(_message.Message):
         fingerprint: Global___Fingerprint | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         address: _builtins.str = ...,
+        agent_id: _builtins.str = ...,
+        held: _abc.Iterable[Global___HeldRun] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "cluster", b"cluster", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "labels", b"labels", "protocol_version", b"protocol_version", "software_version", b"software_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_id", b"agent_id", "capacity", b"capacity", "cluster", b"cluster", "fingerprint", b"fingerprint", "held", b"held", "incarnation", b"incarnation", "labels", b"labels", "protocol_version", b"protocol_version", "software_version", b"software_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -948,6 +1041,47 @@ class Heartbeat(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class Draining(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.str
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draining: _TypeAlias = Draining  # noqa: Y015
+
+@_typing.final
+class ClusterReset(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterReset: _TypeAlias = ClusterReset  # noqa: Y015
 
 @_typing.final
 class Goodbye(_message.Message):
@@ -1119,6 +1253,7 @@ class RoundReport(_message.Message):
     EXCHANGE_S_FIELD_NUMBER: _builtins.int
     AGGREGATE_S_FIELD_NUMBER: _builtins.int
     ERROR_JSON_FIELD_NUMBER: _builtins.int
+    RECOVERY_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -1132,6 +1267,7 @@ class RoundReport(_message.Message):
     exchange_s: _builtins.float
     aggregate_s: _builtins.float
     error_json: _builtins.str
+    recovery: _builtins.str
     @_builtins.property
     def overflow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1160,10 +1296,11 @@ class RoundReport(_message.Message):
         exchange_s: _builtins.float = ...,
         aggregate_s: _builtins.float = ...,
         error_json: _builtins.str = ...,
+        recovery: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "overflow", b"overflow", "participants", b"participants", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "overflow", b"overflow", "participants", b"participants", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1191,6 +1328,40 @@ class MetricSum(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MetricSum: _TypeAlias = MetricSum  # noqa: Y015
+
+@_typing.final
+class Checkpointed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    ERROR_JSON_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    generation: _builtins.int
+    round: _builtins.int
+    artifact: _builtins.str
+    sha256: _builtins.str
+    error_json: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        round: _builtins.int = ...,
+        artifact: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+        error_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "error_json", b"error_json", "generation", b"generation", "round", b"round", "run_id", b"run_id", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checkpointed: _TypeAlias = Checkpointed  # noqa: Y015
 
 @_typing.final
 class ModelStored(_message.Message):
@@ -1312,6 +1483,9 @@ class Report(_message.Message):
     CALL_DONE_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     WARNED_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    CLUSTER_RESET_FIELD_NUMBER: _builtins.int
+    CHECKPOINTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register: ...
     @_builtins.property
@@ -1332,6 +1506,12 @@ class Report(_message.Message):
     def released(self) -> Global___Released: ...
     @_builtins.property
     def warned(self) -> Global___Warned: ...
+    @_builtins.property
+    def draining(self) -> Global___Draining: ...
+    @_builtins.property
+    def cluster_reset(self) -> Global___ClusterReset: ...
+    @_builtins.property
+    def checkpointed(self) -> Global___Checkpointed: ...
     def __init__(
         self,
         *,
@@ -1345,12 +1525,15 @@ class Report(_message.Message):
         call_done: Global___CallDone | None = ...,
         released: Global___Released | None = ...,
         warned: Global___Warned | None = ...,
+        draining: Global___Draining | None = ...,
+        cluster_reset: Global___ClusterReset | None = ...,
+        checkpointed: Global___Checkpointed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["register", "heartbeat", "goodbye", "reserved", "activated", "round_report", "model_stored", "call_done", "released", "warned"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["register", "heartbeat", "goodbye", "reserved", "activated", "round_report", "model_stored", "call_done", "released", "warned", "draining", "cluster_reset", "checkpointed"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
