@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -88,12 +88,12 @@ async def run_agent(flags: Flags, stop: asyncio.Event) -> int:
         _refuse_with_remote(flags)
     with StateFolder(flags.state or default_state_dir(f"agent-{cluster}")) as state:
         if flags.ray_address != LOCAL:
-            return await _serve(flags, state, flags.ray_address, stop)
+            return await _serve(flags, state, flags.ray_address, None, stop)
         ray = LocalRay()
         try:
             address = await _local_cluster(flags, state, ray)
             os.environ.update(ray.environment())
-            return await _serve(flags, state, address, stop)
+            return await _serve(flags, state, address, lambda: _renewed(flags, state, ray), stop)
         except Exception:
             # If the cluster is gone, its own log says more than what its driver ran into.
             ray.check()
@@ -115,13 +115,10 @@ def _refuse_with_remote(flags: Flags) -> None:
 
 async def _local_cluster(flags: Flags, state: StateFolder, ray: LocalRay) -> str:
     num_cpus = flags.cpus or os.cpu_count() or 1
-    num_bytes = DEFAULT_OBJECT_STORE_BYTES if flags.object_store_mb is None else flags.object_store_mb << 20
     typer.echo(f"cluster {flags.cluster}: starting a local Ray cluster ({num_cpus} CPUs) ...", nl=False)
     began = time.monotonic()
     try:
-        address = await asyncio.to_thread(
-            ray.ensure, state.path, num_cpus, lock_file=state.lock_file, object_store_bytes=num_bytes
-        )
+        address = await asyncio.to_thread(_ensure, flags, state, ray)
     except LocalError:
         typer.echo(" failed")
         raise
@@ -130,11 +127,27 @@ async def _local_cluster(flags: Flags, state: StateFolder, ray: LocalRay) -> str
     return address
 
 
-async def _serve(flags: Flags, state: StateFolder, ray_address: str, stop: asyncio.Event) -> int:
+def _ensure(flags: Flags, state: StateFolder, ray: LocalRay) -> str:
+    num_cpus = flags.cpus or os.cpu_count() or 1
+    num_bytes = DEFAULT_OBJECT_STORE_BYTES if flags.object_store_mb is None else flags.object_store_mb << 20
+    return ray.ensure(state.path, num_cpus, lock_file=state.lock_file, object_store_bytes=num_bytes)
+
+
+def _renewed(flags: Flags, state: StateFolder, ray: LocalRay) -> str:
+    """The address of a new cluster in place of one whose head has died."""
+    ray.stop()
+    address = _ensure(flags, state, ray)
+    os.environ.update(ray.environment())
+    return address
+
+
+async def _serve(
+    flags: Flags, state: StateFolder, ray_address: str, renew: Callable[[], str] | None, stop: asyncio.Event
+) -> int:
     if stop.is_set():
         return 0
     # Ray reads its environment when it is imported, and it takes seconds: only now.
-    from icrf_agent.service import serve_agent  # noqa: PLC0415
+    from icrf_agent.daemon import serve_agent  # noqa: PLC0415
 
     settings = AgentSettings(
         cluster=flags.cluster,
@@ -146,6 +159,7 @@ async def _serve(flags: Flags, state: StateFolder, ray_address: str, stop: async
         allow=None if flags.trust_submitter else flags.allow,
         state_dir=state.path,
         namespace=f"icrf-{flags.cluster}",
+        renew=renew,
     )
     return await serve_agent(settings, stop)
 

@@ -6,6 +6,7 @@ A plain, thread-safe class around a :class:`~icrf.ports.PayloadTransport`; on Ra
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from icrf.ports import Arrival, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.topology_manager import MESSAGE, HybridTopologyManager, References
+
+Cursor = tuple[str, int]
+"""How far a reader of arrivals has come: the gateway's life, and the number of arrivals read in it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class HybridClusterGateway:
     ) -> None:
         self._manager, self._references = manager, references
         self._arrivals: list[Arrival] = []
+        self._life, self._dropped = uuid.uuid4().hex, 0
         self._came = threading.Condition()
         self._closed = False
         self._transport = transport()
@@ -70,13 +75,20 @@ class HybridClusterGateway:
         """Send encoded letters."""
         self._transport.send(header, np.frombuffer(data, np.uint8), peer, timeout_s)
 
-    def next_arrivals(self, wait_s: float) -> list[Arrival]:
-        """Payloads that came since the last call, each once; waits up to `wait_s` for one."""
+    def next_arrivals(self, wait_s: float, cursor: Cursor = ("", 0)) -> tuple[Cursor, list[Arrival]]:
+        """Payloads that came after `cursor`, and the next cursor; waits up to `wait_s` for one.
+
+        What was read is kept until the next call acknowledges it with its cursor: the reader may have died meanwhile.
+        """
         with self._came:
+            if cursor[0] == self._life:
+                read = cursor[1] - self._dropped
+                if read > 0:
+                    del self._arrivals[:read]
+                    self._dropped = cursor[1]
             if not self._arrivals and not self._closed:
                 self._came.wait(wait_s)
-            found, self._arrivals = self._arrivals, []
-            return found
+            return (self._life, self._dropped + len(self._arrivals)), list(self._arrivals)
 
     def close(self) -> None:
         """Stop accepting; harmless when called twice."""
@@ -87,10 +99,10 @@ class HybridClusterGateway:
 
     def _receive(self, header: PayloadHeader, array: np.ndarray[Any, Any], wire_bytes: int) -> None:
         if header.kind == MESSAGE:
-            self._manager.deliver_letters(header, array.tobytes())
+            self._manager.deliver_letters(header, array.tobytes(), wire_bytes)
         else:
             # In a list, because an actor would get the array itself in place of a bare reference.
-            self._manager.deliver(header, [self._references.put(array)])
+            self._manager.deliver(header, [self._references.put(array)], wire_bytes)
         with self._came:
             self._arrivals.append(Arrival(header, wire_bytes))
             self._came.notify_all()

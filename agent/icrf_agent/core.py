@@ -15,9 +15,14 @@ from icrf.protocol import (
     AbortAttempt,
     Activate,
     Activated,
+    CallDone,
     CallNode,
+    Checkpointed,
+    Dismiss,
+    HeldRun,
     Instruction,
     Lease,
+    ModelStored,
     Reject,
     Release,
     Released,
@@ -25,6 +30,7 @@ from icrf.protocol import (
     Reserve,
     Reserved,
     RoundReport,
+    SaveCheckpoint,
     SendMessage,
     StartRound,
     StoreModel,
@@ -44,7 +50,7 @@ class Say:
 class Perform:
     """Carry out an instruction that needs no further decision; its outcome goes straight to the mediator."""
 
-    instruction: Reserve | Activate | StoreModel | CallNode | SendMessage | Release
+    instruction: Reserve | Activate | SaveCheckpoint | StoreModel | CallNode | SendMessage | Release
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,17 @@ class _Run:
     activation: Activate
     plan: ExchangePlan
     cluster: int
+    live: bool = False
     machine: RoundMachine | None = None
     report: RoundReport | None = None
     early: list[Arrival] = field(default_factory=list)
+    floor: tuple[int, int] = (0, 0)
 
     @property
     def position(self) -> tuple[int, int]:
+        """(round, attempt) that was begun last, by this agent or the one before it."""
         start = self.machine.start if self.machine else None
-        return (start.round, start.attempt) if start else (0, 0)
+        return (start.round, start.attempt) if start else self.floor
 
 
 class AgentCore:
@@ -96,8 +105,11 @@ class AgentCore:
     def instructed(self, instruction: Instruction, now_s: float) -> list[Action]:
         """The mediator says something. Repeated instructions are answered again and never done twice."""
         if isinstance(instruction, Activate):
-            self._runs[instruction.run_id] = self._compile(instruction)
-            return [Perform(instruction)]
+            held = self._runs.get(instruction.run_id)
+            if held is None or held.activation.generation <= instruction.generation:
+                self._runs[instruction.run_id] = self._compile(instruction)
+                return [Perform(instruction)]
+            return []
         if isinstance(instruction, StartRound):
             return self._start(instruction, now_s)
         if isinstance(instruction, AbortAttempt):
@@ -105,7 +117,7 @@ class AgentCore:
         if isinstance(instruction, Release):
             self._runs.pop(instruction.run_id, None)
             return [Perform(instruction)]
-        if isinstance(instruction, Lease | Reject):
+        if isinstance(instruction, Lease | Dismiss | Reject):
             return []
         return [Perform(instruction)]
 
@@ -133,13 +145,46 @@ class AgentCore:
             return []
         return self._actions(run, run.machine.done(step, result, took_s, now_s))
 
-    def step_failed(self, start: StartRound, error: IcrfError) -> list[Action]:
-        """A step failed: the attempt is over here, and the mediator decides."""
+    def is_open(self, start: StartRound) -> bool:
+        """Whether an attempt is still the one that runs here and has not been reported."""
+        return self._open(start) is not None
+
+    def step_failed(self, start: StartRound, error: IcrfError, recovery: str = "") -> list[Action]:
+        """A step failed: the attempt is over here, and the mediator decides; `recovery` is what it would take."""
         run = self._open(start)
         if run is None or run.report is not None:
             return []
-        run.report = RoundReport(start.run_id, start.generation, start.round, start.attempt, error_json=error.to_json())
+        run.report = RoundReport(
+            start.run_id,
+            start.generation,
+            start.round,
+            start.attempt,
+            error_json=error.to_json(),
+            recovery=recovery,
+        )
         return [Say(run.report)]
+
+    def activated(self, run_id: str, generation: int) -> None:
+        """The nodes of a run are live."""
+        run = self._runs.get(run_id)
+        if run is not None and run.activation.generation == generation:
+            run.live = True
+
+    def adopted(self, activation: Activate, held: HeldRun) -> None:
+        """Take over a run of an earlier life of this agent."""
+        run = self._compile(activation)
+        run.live, run.floor = True, (held.round, held.attempt)
+        self._runs[activation.run_id] = run
+
+    def held(self) -> tuple[HeldRun, ...]:
+        """The runs that are live here."""
+        return tuple(
+            HeldRun(run_id, run.activation.generation, *run.position) for run_id, run in self._runs.items() if run.live
+        )
+
+    def reset(self) -> None:
+        """The cluster was rebuilt: nothing is live any more."""
+        self._runs.clear()
 
     # ------------------------------------------------------------ inside
 
@@ -198,6 +243,12 @@ def failure(instruction: Instruction, error: IcrfError) -> Report | None:
         return Reserved(instruction.run_id, instruction.generation, text)
     if isinstance(instruction, Activate):
         return Activated(instruction.run_id, instruction.generation, error_json=text)
+    if isinstance(instruction, SaveCheckpoint):
+        return Checkpointed(instruction.run_id, instruction.generation, instruction.round, error_json=text)
+    if isinstance(instruction, StoreModel):
+        return ModelStored(instruction.run_id, instruction.generation, instruction.round, error_json=text)
+    if isinstance(instruction, CallNode | SendMessage):
+        return CallDone(instruction.run_id, instruction.call_id, error_json=text)
     if isinstance(instruction, Release):
         return Released(instruction.run_id, instruction.generation)
     return None

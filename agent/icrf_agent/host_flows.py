@@ -23,6 +23,7 @@ from icrf.protocol import Activate, Activated, StartRound
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf.topology.mixing import MIXINGS, mixing_row
 from icrf.update import ExactSum, exact_metric, weighted_mix
+from icrf_agent.checkpoint import pack_model, pack_nodes, unpack_model, unpack_nodes
 from icrf_agent.host_nodes import HostNodes
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
@@ -119,23 +120,26 @@ class HostTools:
 class CentralizedFlow:
     """FedAvg through one aggregator; see the module's docstring."""
 
-    def __init__(self, tools: HostTools) -> None:
+    def __init__(self, tools: HostTools, restored: bytes = b"") -> None:
         self._t = tools
         roles = [n.role.split("-") for n in tools.activation.nodes]
         self._aggregator = next(i for i, words in enumerate(roles) if "aggregate" in words)
         self._all_participants = tuple(i for i, words in enumerate(roles) if "train" in words)
         self._participants = tuple(i for i in tools.nodes.indices if i in set(self._all_participants))
         self._holds_model = self._aggregator in tools.nodes.indices
-        self._state = VersionedState(tools.nodes.initial) if self._holds_model else None
-        self._seen: Array = tools.nodes.initial
+        flat, number = tools.nodes.initial, tools.activation.restore_round
+        if self._holds_model and number:
+            flat = unpack_model(tools.layout, restored, number)
+        self._state = VersionedState(flat, number) if self._holds_model else None
+        self._seen: Array = flat
         self._sum: ExactSum | None = None
 
     def initial(self) -> Activated:
-        """The state before the first round, as far as this host holds it."""
+        """The state to start from, as far as this host holds it."""
         t = self._t
-        if not self._holds_model:
+        if self._state is None:
             return Activated(t.activation.run_id, t.activation.generation)
-        flat = t.nodes.initial
+        flat = self._state.committed
         return Activated(
             t.activation.run_id,
             t.activation.generation,
@@ -213,6 +217,16 @@ class CentralizedFlow:
         """The committed global model of a round, where this host holds it."""
         return self._state.at(round_number) if self._state else None
 
+    def checkpoint(self, round_number: int) -> bytes | None:
+        """The model of a committed round as a checkpoint, where this host holds it."""
+        flat = self.model_at(round_number)
+        return None if flat is None else pack_model(self._t.layout, flat, round_number)
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """The rounds that can be started from here; empty if this host keeps no state."""
+        return self._state.rounds if self._state else ()
+
     def state_of(self, index: int) -> Array:
         """What a node sees between rounds: the newest global model this host has."""
         return self._state.latest if self._state and index == self._aggregator else self._seen
@@ -221,12 +235,16 @@ class CentralizedFlow:
 class DecentralizedFlow:
     """D-PSGD (Lian et al. 2017): local steps, then x_i = sum_j W_ij y_j over the neighbours and itself."""
 
-    def __init__(self, tools: HostTools) -> None:
+    def __init__(self, tools: HostTools, restored: bytes = b"") -> None:
         self._t = tools
         t = tools
         self._rows = {index: k for k, index in enumerate(t.nodes.indices)}
-        initial = np.tile(t.nodes.initial, (len(self._rows), 1))
-        self._state = VersionedState(initial)
+        number = t.activation.restore_round
+        if number:
+            initial = unpack_nodes(t.layout, restored, number, t.nodes.indices)
+        else:
+            initial = np.tile(t.nodes.initial, (len(self._rows), 1))
+        self._state = VersionedState(initial, number)
         adjacency = HybridAdjacencyMatrix.from_graph(t.activation.graph)
         weights = MIXINGS.get(t.nodes.config.mixing)(adjacency)
         self._mixing = {i: mixing_row(weights, i) for i in t.nodes.indices}
@@ -334,6 +352,16 @@ class DecentralizedFlow:
     def model_at(self, round_number: int) -> Array | None:
         """The consensus model of a round, where this host made one."""
         return self._consensus[2] if self._consensus and self._consensus[0] == round_number else None
+
+    def checkpoint(self, round_number: int) -> bytes | None:
+        """The states of this host's nodes after a committed round, where they are still here."""
+        state = self._state.at(round_number)
+        return None if state is None else pack_nodes({i: state[k] for i, k in self._rows.items()}, round_number)
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """The rounds that can be started from here."""
+        return self._state.rounds
 
     def state_of(self, index: int) -> Array:
         """The node's own newest state."""

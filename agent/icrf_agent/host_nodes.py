@@ -24,6 +24,7 @@ from icrf.learning.training import LocalTrainer, to_tensor
 from icrf.protocol import Activate
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
+from icrf_agent.host_notes import HostNotes
 from icrf_agent.topology_manager import HybridTopologyManager
 
 LOCAL_TEMPLATE = "local:"
@@ -37,6 +38,8 @@ class HostSetup:
         nodes: node indices of this host, ascending.
         templates: node classes that live in the submitting process (one cluster only), by ``local:NAME``.
         allow: user code that may run here; None allows everything (the code is the submitter's own machine's).
+        notes: where the host notes what it is about to run, see :class:`icrf_agent.host_notes.HostNotes`.
+        state: this host's part of the state of ``activation.restore_round``, see ``checkpoint.py``; empty: the initial.
     """
 
     activation: Activate
@@ -44,6 +47,8 @@ class HostSetup:
     nodes: tuple[int, ...]
     templates: Mapping[str, type]
     allow: tuple[str, ...] | None
+    notes: str = ""
+    state: bytes = b""
 
 
 class HostMailbox:
@@ -69,12 +74,14 @@ class HostNodes:
     Args:
         setup: which nodes and where.
         manager: the cluster's topology manager.
+        notes: where to note whose code runs.
 
     Raises:
         ConfigError: code or data that cannot be loaded; WeightsError W010 for a model that is not the submitted one.
     """
 
-    def __init__(self, setup: HostSetup, manager: HybridTopologyManager) -> None:
+    def __init__(self, setup: HostSetup, manager: HybridTopologyManager, notes: HostNotes | None = None) -> None:
+        self._notes = notes or HostNotes("")
         activation = setup.activation
         self.config = FederationConfig.from_json(activation.config_json)
         self.indices = setup.nodes
@@ -105,12 +112,15 @@ class HostNodes:
     def call(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """Call user code; whatever it raises becomes U001 with node, cluster, file and line."""
         node = self._nodes[index]
+        self._notes.enter(index)
         try:
             return getattr(node, method)(*arguments, **keywords)
         except IcrfError:
             raise
         except (Exception, SystemExit) as error:
             raise self._node_error(node.id, method, error) from error
+        finally:
+            self._notes.leave()
 
     @contextmanager
     def blamed(self, index: int) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,34 @@ from icrf.protocol import StartRound
 Array = np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True)
+class HostHeld:
+    """What a host says about itself.
+
+    Attributes:
+        life: another one after every restart of its process.
+        generation: of the activation that is set up; 0 if there is none.
+        nodes: node indices that are set up.
+        rounds: the rounds whose states it can start from; empty if it keeps no state.
+    """
+
+    life: str
+    generation: int = 0
+    nodes: tuple[int, ...] = ()
+    rounds: tuple[int, ...] = ()
+
+
 class VersionedState:
     """Round r starts from committed round r-1; what attempt (r, a) makes waits until round r+1 says it was committed.
 
     Args:
-        initial: the state before the first round.
+        initial: the state to start from.
+        round_number: the round after which it was committed; 0: before the first.
     """
 
-    def __init__(self, initial: Array) -> None:
+    def __init__(self, initial: Array, round_number: int = 0) -> None:
         self.committed = initial
-        self.round = 0
+        self.round = round_number
         self._pending: tuple[int, int, Array] | None = None
 
     def rebase(self, start: StartRound) -> Array:
@@ -42,6 +61,12 @@ class VersionedState:
         if self._pending and self._pending[0] == round_number:
             return self._pending[2]
         return self.committed if self.round == round_number else None
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """The rounds whose states are here."""
+        pending = self._pending
+        return (self.round, pending[0]) if pending else (self.round,)
 
     @property
     def latest(self) -> Array:

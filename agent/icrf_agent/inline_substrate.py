@@ -7,7 +7,8 @@ thread count and generator are process-wide.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from icrf.errors import ResourceError
+from icrf.errors import NodeError, ResourceError
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts, PayloadTransport
 from icrf.protocol import Capacity, Reserve
 from icrf_agent.cluster_gateway import HybridClusterGateway
 from icrf_agent.host_nodes import HostSetup
+from icrf_agent.host_notes import HostNotes
 from icrf_agent.node_host import NUM_THREADS, NodeHost
-from icrf_agent.runtime import Actor, Shared
+from icrf_agent.substrate import Actor, Shared
 from icrf_agent.topology_manager import HybridTopologyManager
 
 _HOSTS = ThreadPoolExecutor(1, thread_name_prefix="icrf-inline-host")
@@ -43,21 +45,141 @@ class InlineReferences:
         return found
 
 
+class InlineProcess:
+    """Plays the process of an actor: an object that can be killed, and comes back empty. Thread-safe.
+
+    Args:
+        name: for errors.
+        make: a fresh object; told how to find out whether the life it was made for has ended.
+    """
+
+    def __init__(self, name: str, make: Callable[[Callable[[], None]], Any]) -> None:
+        self.name, self._make = name, make
+        self._lock = threading.Lock()
+        self._waiting: dict[asyncio.Future[Any], asyncio.AbstractEventLoop] = {}
+        self._life = 0
+        self._target: Any = None
+        self.restart()
+
+    def living(self) -> tuple[Any, int]:
+        """The object and its life; U003 if it was killed."""
+        with self._lock:
+            if self._target is None:
+                raise self._dead()
+            return self._target, self._life
+
+    def require(self, life: int) -> None:
+        """U003 unless that life goes on."""
+        if self.living()[1] != life:
+            raise self._dead()
+
+    def kill(self) -> Any:
+        """End it: calls in flight and later ones raise U003. What was killed."""
+        with self._lock:
+            killed, self._target = self._target, None
+            self._life += 1
+            waiting, self._waiting = self._waiting, {}
+        for waiter, loop in waiting.items():
+            loop.call_soon_threadsafe(_fail, waiter, self._dead())
+        return killed
+
+    def restart(self) -> None:
+        """Bring it back, unless it lives."""
+        with self._lock:
+            if self._target is None:
+                life = self._life
+                self._target = self._make(lambda: self.require(life))
+
+    async def ended(self) -> None:
+        """Returns when this life has ended."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Any] = loop.create_future()
+        with self._lock:
+            if self._target is None:
+                return
+            self._waiting[waiter] = loop
+        try:
+            await waiter
+        except NodeError:
+            return
+
+    async def call(self, executor: ThreadPoolExecutor | None, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Run a method in `executor`; what it does after its life has ended is nobody's."""
+        target, _ = self.living()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Any] = loop.create_future()
+        with self._lock:
+            self._waiting[waiter] = loop
+        inner = loop.run_in_executor(executor, getattr(target, method), *arguments)
+        inner.add_done_callback(lambda done: _settle(waiter, done))
+        try:
+            return await waiter
+        finally:
+            with self._lock:
+                self._waiting.pop(waiter, None)
+
+    def _dead(self) -> NodeError:
+        return NodeError("U003", f"{self.name} died", place=self.name)
+
+
+def _fail(waiter: asyncio.Future[Any], error: NodeError) -> None:
+    if not waiter.done():
+        waiter.set_exception(error)
+
+
+def _settle(waiter: asyncio.Future[Any], done: asyncio.Future[Any]) -> None:
+    error = None if done.cancelled() else done.exception()
+    if waiter.done():
+        return
+    if done.cancelled():
+        waiter.cancel()
+    elif error is not None:
+        waiter.set_exception(error)
+    else:
+        waiter.set_result(done.result())
+
+
+class InlineRemote:
+    """Calls an object of another process as if it were here; for use inside processes.
+
+    Args:
+        process: whose methods are called.
+        alive: raises when the caller's own life has ended.
+    """
+
+    def __init__(self, process: InlineProcess, alive: Callable[[], None]) -> None:
+        self._process, self._alive = process, alive
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("__"):
+            raise AttributeError(method)
+
+        def call(*arguments: Any) -> Any:
+            self._alive()
+            target, life = self._process.living()
+            result = getattr(target, method)(*arguments)
+            self._process.require(life)
+            return result
+
+        return call
+
+
 @dataclass(frozen=True)
 class InlineActor:
     """An object whose methods run in `executor`, or in a thread of the loop's own pool."""
 
-    target: Any
+    process: InlineProcess
     executor: ThreadPoolExecutor | None = None
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        work = getattr(self.target, method)
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
+        # Like an actor's, this question is answered while a phase runs.
+        executor = None if method == "host_held" else self.executor
+        return await self.process.call(executor, method, arguments)
 
 
 @dataclass
 class InlineSubstrate:
-    """A cluster of plain objects.
+    """A cluster of plain objects, which can be killed like processes. It outlives the runtime that uses it.
 
     Args:
         capacity: what it claims to offer.
@@ -66,20 +188,34 @@ class InlineSubstrate:
 
     capacity: Capacity = field(default_factory=lambda: Capacity(2, 2.0, 0.0, 1 << 33))
     transport: Callable[[], PayloadTransport] | None = None
-    _manager: HybridTopologyManager | None = None
-    _gateway: HybridClusterGateway | None = None
+    _manager: InlineProcess | None = None
+    _gateway: InlineProcess | None = None
     _slots: dict[str, int] = field(default_factory=dict)
+    _hosts: dict[str, dict[str, tuple[int, InlineProcess]]] = field(default_factory=dict)
+    _references: InlineReferences = field(default_factory=InlineReferences)
+    _head: InlineProcess = field(default_factory=lambda: InlineProcess("head", lambda alive: object()))
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         torch.set_num_threads(NUM_THREADS)
-        self._references = InlineReferences()
-        self._manager = HybridTopologyManager(cluster, self._references)
+        if self._manager is None:
+            self._manager = InlineProcess(
+                f"topology manager of {cluster}", lambda alive: HybridTopologyManager(cluster, self._references)
+            )
+        self._manager.restart()
         gateway: Actor | None = None
         if self.transport is not None:
-            self._gateway = HybridClusterGateway(self.transport, self._manager, self._references)
+            if self._gateway is None:
+                self._gateway = InlineProcess(f"gateway of {cluster}", self._open_gateway)
+            self._gateway.restart()
             gateway = InlineActor(self._gateway)
         facts = ClusterFacts(self.capacity, numeric_fingerprint("cpu", NUM_THREADS))
         return facts, Shared(InlineActor(self._manager), gateway)
+
+    def _open_gateway(self, alive: Callable[[], None]) -> HybridClusterGateway:
+        assert self.transport is not None and self._manager is not None
+        # Whoever delivers does so in its own thread: no `alive`, which would ask a lock that may be held.
+        manager = InlineRemote(self._manager, lambda: None)
+        return HybridClusterGateway(self.transport, manager, self._references)  # type: ignore[arg-type]
 
     async def reserve(self, request: Reserve) -> None:
         needed = request.num_slots * request.resources.num_cpus
@@ -88,12 +224,85 @@ class InlineSubstrate:
         self._slots[request.run_id] = request.num_slots
 
     async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
-        assert self._manager is not None and slot < self._slots[setup.activation.run_id]
-        return InlineActor(NodeHost(self._manager, self._references), _HOSTS)
+        assert slot < self._slots[setup.activation.run_id]
+        hosts = self._hosts.setdefault(setup.activation.run_id, {})
+        if name not in hosts or hosts[name][0] != slot:
+            hosts[name] = (slot, InlineProcess(name, lambda alive: self._new_host(setup.notes, alive)))
+        hosts[name][1].restart()
+        return InlineActor(hosts[name][1], _HOSTS)
+
+    def _new_host(self, notes: str, alive: Callable[[], None]) -> NodeHost:
+        assert self._manager is not None
+        manager = InlineRemote(self._manager, alive)
+        return NodeHost(manager, self._references, HostNotes(notes))  # type: ignore[arg-type]
+
+    async def find_host(self, run_id: str, name: str, slot: int) -> Actor | None:
+        found = self._hosts.get(run_id, {}).get(name)
+        if found is None or found[0] != slot:
+            return None
+        found[1].restart()
+        return InlineActor(found[1], _HOSTS)
+
+    async def keep_hosts(self, run_id: str, names: Collection[str]) -> None:
+        hosts = self._hosts.setdefault(run_id, {})
+        for name in set(hosts) - set(names):
+            hosts.pop(name)[1].kill()
+
+    async def open_gateway(self, address: str) -> str:
+        assert self._gateway is not None
+        self._gateway.restart()
+        found: str = self._gateway.living()[0].address()
+        return found
+
+    async def revive(self, actor: Actor, hung: bool) -> None:
+        assert isinstance(actor, InlineActor)
+        if hung:
+            actor.process.kill()
+        actor.process.restart()
 
     async def release(self, run_id: str) -> None:
         self._slots.pop(run_id, None)
+        await self.keep_hosts(run_id, ())
+        del self._hosts[run_id]
+
+    async def lost(self) -> str:
+        await self._head.ended()
+        return "its head was killed"
+
+    async def rebuild(self, cluster: str) -> tuple[ClusterFacts, Shared]:
+        self._head.restart()
+        self._hosts.clear()
+        self._slots.clear()
+        return await self.start(cluster)
 
     async def close(self) -> None:
         if self._gateway is not None:
-            await asyncio.to_thread(self._gateway.close)
+            await asyncio.to_thread(self.kill_gateway)
+
+    # ------------------------------------------------------------ deaths, for tests; from any thread
+
+    def kill_host(self, run_id: str, slot: int) -> None:
+        """Kill the host in a slot."""
+        next(process for place, process in self._hosts[run_id].values() if place == slot).kill()
+
+    def kill_manager(self) -> None:
+        """Kill the topology manager."""
+        assert self._manager is not None
+        self._manager.kill()
+
+    def kill_gateway(self) -> None:
+        """Kill the gateway; peers cannot reach it until it is open again."""
+        assert self._gateway is not None
+        killed = self._gateway.kill()
+        if killed is not None:
+            killed.close()
+
+    def kill_cluster(self) -> None:
+        """Kill everything; :meth:`lost` returns."""
+        self.kill_manager()
+        if self._gateway is not None:
+            self.kill_gateway()
+        for hosts in self._hosts.values():
+            for _, process in hosts.values():
+                process.kill()
+        self._head.kill()

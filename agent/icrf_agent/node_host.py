@@ -5,17 +5,20 @@ A plain class; ``ray_substrate.py`` makes an actor of it, ``inline_substrate.py`
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import torch
 
 from icrf import values
-from icrf.errors import RunError
+from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import CENTRALIZED, Activated, StartRound
 from icrf_agent.host_flows import CentralizedFlow, DecentralizedFlow, Flow, HostTools
 from icrf_agent.host_nodes import HostNodes, HostSetup
+from icrf_agent.host_notes import HostNotes
+from icrf_agent.host_state import HostHeld
 from icrf_agent.topology_manager import HybridTopologyManager, References
 
 NUM_THREADS = 1
@@ -27,20 +30,29 @@ class NodeHost:
     Args:
         manager: the cluster's topology manager (or a handle with its methods).
         references: the cluster's object store.
+        notes: where to note whose code runs.
     """
 
-    def __init__(self, manager: HybridTopologyManager, references: References) -> None:
-        self._manager, self._references = manager, references
+    def __init__(self, manager: HybridTopologyManager, references: References, notes: HostNotes | None = None) -> None:
+        self._manager, self._references, self._notes = manager, references, notes
+        self._life = uuid.uuid4().hex
+        self._generation = 0
         self._nodes: HostNodes | None = None
         self._flow: Flow | None = None
 
     def host_setup(self, setup: HostSetup) -> Activated:
-        """Build the nodes; this host's part of the run's initial state."""
+        """Build the nodes; this host's part of the state that the run starts from.
+
+        Raises:
+            WeightsError: W010, W020 for a state that does not fit; see also :class:`HostNodes`.
+        """
         torch.set_num_threads(NUM_THREADS)
-        nodes = HostNodes(setup, self._manager)
+        self._generation = 0
+        nodes = HostNodes(setup, self._manager, self._notes)
         tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references)
-        flow: Flow = CentralizedFlow(tools) if setup.activation.flow == CENTRALIZED else DecentralizedFlow(tools)
-        self._nodes, self._flow = nodes, flow
+        kind = CentralizedFlow if setup.activation.flow == CENTRALIZED else DecentralizedFlow
+        flow: Flow = kind(tools, setup.state)
+        self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation
         found = flow.initial()
         return Activated(
             found.run_id,
@@ -50,6 +62,21 @@ class NodeHost:
             state_hashes=found.state_hashes,
             model_hash=found.model_hash,
         )
+
+    def host_held(self) -> HostHeld:
+        """What is set up here; answered at any time, also while a phase runs."""
+        nodes, flow, generation = self._nodes, self._flow, self._generation
+        if nodes is None or flow is None or not generation:
+            return HostHeld(self._life)
+        return HostHeld(self._life, generation, tuple(nodes.indices), flow.rounds)
+
+    def host_checkpoint(self, round_number: int) -> bytes:
+        """This host's part of the committed state of a round; F006 if it is not here."""
+        nodes, flow = self._ready()
+        packed = flow.checkpoint(round_number)
+        if packed is None:
+            raise RunError("F006", f"no state of round {round_number} on {nodes.cluster}")
+        return packed
 
     def host_publish_model(self, start: StartRound) -> None:
         """See ``CentralizedFlow.publish_model``."""
@@ -69,36 +96,40 @@ class NodeHost:
 
     def host_model(self, round_number: int) -> ModelFile:
         """The global or consensus model of a committed round; F006 where this host has none."""
-        assert self._flow is not None and self._nodes is not None
-        flat = self._flow.model_at(round_number)
+        nodes, flow = self._ready()
+        flat = flow.model_at(round_number)
         if flat is None:
-            raise RunError("F006", f"no model of round {round_number} on {self._nodes.cluster}")
-        layout = self._nodes.layout
-        metadata = {"round": str(round_number), "federation": self._nodes.config.federation_id}
+            raise RunError("F006", f"no model of round {round_number} on {nodes.cluster}")
+        layout = nodes.layout
+        metadata = {"round": str(round_number), "federation": nodes.config.federation_id}
         return ModelFile(layout.to_safetensors(flat, metadata), layout.model_sha256(flat))
 
     def host_call(self, index: int, method: str, arguments: bytes) -> bytes:
         """Call a public method of a node with its current state loaded; values in and out are ``icrf.values``."""
-        assert self._flow is not None and self._nodes is not None
-        node = self._nodes.get(index)
+        nodes, flow = self._ready()
+        node = nodes.get(index)
         if method.startswith("_") or not callable(getattr(node, method, None)):
             raise RunError("F005", f"{node.id} has no method '{method}'", place=node.id, value=method)
-        node.context.model.load(self._flow.state_of(index))
+        node.context.model.load(flow.state_of(index))
         positional, keywords = values.decode(arguments)
-        result = _plain(self._nodes.call(index, method, *positional, **keywords))
+        result = _plain(nodes.call(index, method, *positional, **keywords))
         return values.encode(result, root=f"{node.id}.{method}()")
 
     def host_invoke(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """The same inside one cluster, where arguments and results are passed by Ray itself."""
-        assert self._flow is not None and self._nodes is not None
-        node = self._nodes.get(index)
-        node.context.model.load(self._flow.state_of(index))
-        return self._nodes.call(index, method, *arguments, **keywords)
+        nodes, flow = self._ready()
+        nodes.get(index).context.model.load(flow.state_of(index))
+        return nodes.call(index, method, *arguments, **keywords)
 
     def _at(self, start: StartRound) -> Flow:
-        assert self._flow is not None and self._nodes is not None
-        self._nodes.mailbox.position = (start.round, start.attempt)
-        return self._flow
+        nodes, flow = self._ready()
+        nodes.mailbox.position = (start.round, start.attempt)
+        return flow
+
+    def _ready(self) -> tuple[HostNodes, Flow]:
+        if self._nodes is None or self._flow is None:
+            raise NodeError("U003", "this host was restarted and holds no nodes", place="host")
+        return self._nodes, self._flow
 
 
 def _plain(result: Any) -> Any:

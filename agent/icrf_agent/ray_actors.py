@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,23 @@ import ray
 
 from icrf.errors import IcrfError, InternalError, NodeError, error_from_json
 from icrf_agent.cluster_gateway import GatewaySettings, HybridClusterGateway
+from icrf_agent.host_notes import HostNotes
+from icrf_agent.ray_probe import ClusterWatch
 from icrf_agent.topology_manager import HybridTopologyManager
+
+CONTROL = "control"
+CONTROL_METHODS = frozenset({"host_held"})
+
+# What Ray raises when a process died, or what it held is gone; all of it means: this part must be done again.
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.GetTimeoutError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.RaySystemError,
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +59,22 @@ def outcome_of(work: Callable[[], Any]) -> Outcome:
         return Outcome(work())
     except IcrfError as error:
         return Outcome(error_json=error.to_json())
+    except DEATHS as error:
+        return Outcome(error_json=death_of("another process", "its work", error).to_json())
     except Exception as error:  # noqa: BLE001 - whatever it is, it must reach the agent as a value
         print(traceback.format_exc(), file=sys.stderr, flush=True)  # noqa: T201 - the worker's log
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"
         return Outcome(error_json=InternalError("X001", text, hint="the worker's log has the traceback").to_json())
+
+
+def death_of(name: str, what: str, error: BaseException) -> NodeError:
+    """U003 for what Ray says about a dead process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else type(error).__name__
+    return NodeError(
+        "U003", f"{name} died during {what}", place=name, value=said[:300], hint="its worker's log says why"
+    )
 
 
 class RayReferences:
@@ -58,21 +86,30 @@ class RayReferences:
     def get(self, reference: Any) -> np.ndarray[Any, Any]:
         while isinstance(reference, list):
             reference = reference[0]
-        found: np.ndarray[Any, Any] = ray.get(reference)
+        try:
+            found: np.ndarray[Any, Any] = ray.get(reference)
+        except DEATHS as error:
+            raise death_of("the owner of a payload", "the round", error) from error
         return found
 
 
 class Remote:
     """Calls an actor's plain object as if it were here; for use inside workers."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, actor: Any, name: str = "topology manager") -> None:
+        self._actor, self._name = actor, name
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         if method.startswith("__"):
             raise AttributeError(method)
-        actor = self._actor
-        return lambda *arguments: ray.get(actor.invoke.remote(method, *arguments)).take()
+        return lambda *arguments: self._call(method, arguments)
+
+    def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        try:
+            outcome: Outcome = ray.get(self._actor.invoke.remote(method, *arguments))
+        except DEATHS as error:
+            raise death_of(self._name, method, error) from error
+        return outcome.take()
 
 
 class ManagerActor:
@@ -84,42 +121,88 @@ class ManagerActor:
     def invoke(self, method: str, *arguments: Any) -> Outcome:
         return outcome_of(lambda: getattr(self._target, method)(*arguments))
 
+    def pid(self) -> int:
+        """The worker's process."""
+        return os.getpid()
+
 
 class GatewayActor:
     """The actor of the gateway; threaded, beside the agent."""
 
     def __init__(self, settings: GatewaySettings, manager: Any) -> None:
         self._settings, self._manager = settings, manager
+        self._opening = threading.Lock()
         self._target: HybridClusterGateway | None = None
 
-    def open(self) -> Outcome:
-        """Open the transport; apart from the constructor, so that its errors reach the agent."""
+    def open(self, listen: str = "") -> Outcome:
+        """Open the transport unless it is open; apart from the constructor, so that its errors reach the agent.
+
+        Args:
+            listen: the address of an earlier life, which peers know; empty: as the settings say.
+        """
 
         def work() -> str:
-            self._target = HybridClusterGateway(self._settings.transport, Remote(self._manager), RayReferences())  # type: ignore[arg-type]
-            return self._target.address()
+            with self._opening:
+                if self._target is None:
+                    settings = replace(self._settings, listen=listen) if listen else self._settings
+                    remote = Remote(self._manager)
+                    self._target = HybridClusterGateway(settings.transport, remote, RayReferences())  # type: ignore[arg-type]
+                return self._target.address()
 
         return outcome_of(work)
 
+    def describe(self) -> tuple[GatewaySettings, str]:
+        """Its settings and the id of the topology manager it works for."""
+        return self._settings, actor_id(self._manager)
+
     def invoke(self, method: str, *arguments: Any) -> Outcome:
-        return outcome_of(lambda: getattr(self._target, method)(*arguments))
+        def work() -> Any:
+            if self._target is None:
+                raise NodeError("U003", "the gateway was restarted and is not open", place="gateway")
+            return getattr(self._target, method)(*arguments)
+
+        return outcome_of(work)
+
+    def pid(self) -> int:
+        """The worker's process."""
+        return os.getpid()
+
+
+def actor_id(handle: Any) -> str:
+    """What tells an actor from a later one of the same name."""
+    found: str = handle._actor_id.hex()
+    return found
 
 
 class HostActor:
     """The actor of a host. `NodeHost` is imported here, in the worker, because it loads torch."""
 
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: Any, slot: int = 0, notes: str = "") -> None:
         from icrf_agent.node_host import NodeHost  # noqa: PLC0415 - torch belongs into the worker only
 
-        self._host = NodeHost(Remote(manager), RayReferences())  # type: ignore[arg-type]
+        self._about = (slot, actor_id(manager))
+        recorder = HostNotes(notes)
+        recorder.record_faults()
+        self._host = NodeHost(Remote(manager), RayReferences(), recorder)  # type: ignore[arg-type]
 
     def invoke(self, method: str, *arguments: Any) -> Outcome:
         return outcome_of(lambda: getattr(self._host, method)(*arguments))
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
+    def host_control(self, method: str) -> Outcome:
+        """Like `invoke`, and answered while a phase runs."""
+        return self.invoke(method)
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
+    def host_about(self) -> tuple[int, str]:
+        """Its slot and the id of the topology manager it works for."""
+        return self._about
 
     def node_invoke(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """A node's method, for handles inside the cluster; raises what the node raised."""
         return self._host.host_invoke(index, method, *arguments, **keywords)
 
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
     def pid(self) -> int:
         """The worker's process."""
         return os.getpid()
@@ -135,7 +218,7 @@ def own_actor_class(template: type, index: int) -> type:
         method.__name__ = name
         return method
 
-    taken = {"invoke", "node_invoke", "pid"}
+    taken = {"invoke", "host_control", "host_about", "node_invoke", "pid"}
     public = [n for n, _ in inspect.getmembers(template, callable) if not n.startswith("_") and n not in taken]
     return type(f"{template.__name__}Host", (HostActor,), {name: forward(name) for name in public})
 
@@ -146,14 +229,15 @@ class RayActor:
 
     handle: Any
     name: str
+    watch: ClusterWatch
 
     async def call(self, method: str, *arguments: Any) -> Any:
+        self.watch.require(self.name, method)
+        remote = self.handle.host_control if method in CONTROL_METHODS else self.handle.invoke
         try:
-            outcome = await self.handle.invoke.remote(method, *arguments)
-        except ray.exceptions.RayActorError as error:
-            raise NodeError(
-                "U003", f"{self.name} died during {method}", place=self.name, hint="its worker's log says why"
-            ) from error
+            outcome = await self.watch.result_of(remote.remote(method, *arguments), self.name, method)
+        except DEATHS as error:
+            raise death_of(self.name, method, error) from error
         except ray.exceptions.RayError as error:
             raise InternalError("X001", f"{self.name}.{method}: {type(error).__name__}: {error}") from error
         return outcome.take()

@@ -7,14 +7,17 @@ Payloads are put by those actors and never by the agent, whose objects would die
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from icrf.errors import LocalError, ResourceError
+from icrf.errors import IcrfError, LocalError, ResourceError
 from icrf.federation.node import FederatedNode
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts
@@ -23,11 +26,29 @@ from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.cluster_gateway import GatewaySettings
 from icrf_agent.host_nodes import LOCAL_TEMPLATE, HostSetup
-from icrf_agent.ray_actors import GatewayActor, HostActor, ManagerActor, RayActor, own_actor_class
-from icrf_agent.runtime import Actor, Shared
+from icrf_agent.ray_actors import (
+    CONTROL,
+    DEATHS,
+    GatewayActor,
+    HostActor,
+    ManagerActor,
+    RayActor,
+    actor_id,
+    death_of,
+    own_actor_class,
+)
+from icrf_agent.ray_probe import ClusterWatch, answers, until_gone
+from icrf_agent.substrate import Actor, Shared
+
+log = logging.getLogger("icrf.agent")
 
 NUM_THREADS = 1
-CONNECT_DEADLINE_S = 60.0
+NAMESPACE = "icrf"
+# An actor that was just killed is back within a few seconds; loading torch takes most of them.
+PROBE_S = 20.0
+NAME_FREE_S = 10.0
+REBUILD_DEADLINE_S = 600.0
+POLL_S = 0.2
 
 
 @dataclass
@@ -38,59 +59,76 @@ class RaySubstrate:
         address: ``HOST:PORT`` of the GCS; None if this process is connected already.
         gateway: how other clusters reach this one; None for a fabric of one cluster.
         num_slots: most hosts at once; None: one per CPU.
+        renew: called (in a thread) when the cluster has died; returns the ``HOST:PORT`` of the one to use from then
+            on, after it has set what that one needs in the environment. None: wait for the same address.
     """
 
     address: str | None
     gateway: GatewaySettings | None = None
     num_slots: int | None = None
+    renew: Callable[[], str] | None = None
     _groups: dict[str, PlacementGroup] = field(default_factory=dict)
-    _hosts: dict[str, list[Any]] = field(default_factory=dict)
+    _watch: ClusterWatch = field(default_factory=ClusterWatch)
     _shared: list[Any] = field(default_factory=list)
     _resources: dict[str, float] = field(default_factory=dict)
     _nodes: int = 1
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
-        if self.address is not None:
+        if self.address is not None and not ray.is_initialized():
             # On the main thread, where Ray wants it; nothing else runs yet that this could hold up.
             self._connect(self.address)
         self._resources = dict(await asyncio.to_thread(ray.cluster_resources))
         self._nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-        namespace = "icrf"
-        manager = (
-            ray.remote(ManagerActor)
-            .options(
-                name=f"{cluster}/topology-manager",
-                namespace=namespace,
-                lifetime="detached",
-                num_cpus=0,
-                max_concurrency=16,
-            )
-            .remote(cluster)
+        manager = await self._shared_actor(
+            ManagerActor, f"{cluster}/topology-manager", (cluster,), 16, lambda actor: _is_up(actor.pid.remote())
         )
-        self._shared.append(manager)
+        self._shared = [manager]
         gateway: Actor | None = None
         if self.gateway is not None:
-            handle = (
-                ray.remote(GatewayActor)
-                .options(
-                    name=f"{cluster}/gateway",
-                    namespace=namespace,
-                    lifetime="detached",
-                    num_cpus=0,
-                    max_concurrency=32,
-                )
-                .remote(self.gateway, manager)
-            )
+            wanted = (replace(self.gateway, incarnation=""), actor_id(manager))
+
+            async def fits(actor: Any) -> bool:
+                settings, works_for = await actor.describe.remote()
+                return (replace(settings, incarnation=""), works_for) == wanted
+
+            handle = await self._shared_actor(GatewayActor, f"{cluster}/gateway", (self.gateway, manager), 32, fits)
             self._shared.append(handle)
-            (await handle.open.remote()).take()
-            gateway = RayActor(handle, f"gateway of {cluster}")
-        return self._facts(), Shared(RayActor(manager, f"topology manager of {cluster}"), gateway)
+            gateway = RayActor(handle, f"gateway of {cluster}", self._watch)
+            await self.open_gateway("")
+        return self._facts(), Shared(RayActor(manager, f"topology manager of {cluster}", self._watch), gateway)
+
+    async def _shared_actor(
+        self, kind: type, name: str, arguments: tuple[Any, ...], width: int, fits: Callable[[Any], Awaitable[bool]]
+    ) -> Any:
+        """The living actor of that name if it answers and fits, else a new one in its place."""
+        living = await _find(name, NAMESPACE)
+        if living is not None:
+            if await _holds(fits(living)):
+                return living
+            log.warning("%s does not answer or is of other settings; it is replaced", name)
+            await asyncio.to_thread(ray.kill, living)
+        options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": width, **_LASTING}
+        return await _create(ray.remote(kind).options(**options), arguments)
+
+    async def open_gateway(self, address: str) -> str:
+        handle = self._shared[1]
+        try:
+            outcome = await self._watch.result_of(handle.open.remote(address), "gateway", "open")
+        except DEATHS as error:
+            raise death_of("gateway", "open", error) from error
+        found: str = outcome.take()
+        return found
+
+    async def revive(self, actor: Actor, hung: bool) -> None:
+        """Ray restarts by itself what has died."""
+        if hung and isinstance(actor, RayActor):
+            await asyncio.to_thread(ray.kill, actor.handle, no_restart=False)
 
     def _connect(self, address: str) -> None:
         try:
             ray.init(
                 address=address,
-                namespace="icrf",
+                namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level="error",
                 configure_logging=False,
@@ -112,19 +150,20 @@ class RaySubstrate:
         return ClusterFacts(capacity, numeric_fingerprint("cpu", NUM_THREADS))
 
     async def reserve(self, request: Reserve) -> None:
-        if request.run_id in self._groups:
-            return
         bundle = {"CPU": request.resources.num_cpus}
         if request.resources.num_gpus:
             bundle["GPU"] = request.resources.num_gpus
-        self._require_feasible(request, bundle)
-        group = placement_group(
-            [dict(bundle) for _ in range(request.num_slots)],
-            strategy=request.strategy,
-            lifetime="detached",
-            name=f"icrf-{request.run_id}-{request.generation}",
-        )
-        self._groups[request.run_id] = group
+        bundles = [dict(bundle) for _ in range(request.num_slots)]
+        group = await self._group_of(request.run_id)
+        if group is not None and group.bundle_specs != bundles:
+            await self.release(request.run_id)
+            group = None
+        if group is None:
+            self._require_feasible(request, bundle)
+            group = placement_group(
+                bundles, strategy=request.strategy, lifetime="detached", name=_group_name(request.run_id)
+            )
+            self._groups[request.run_id] = group
         if not await asyncio.to_thread(group.wait, request.deadline_s):
             await self.release(request.run_id)
             free = await asyncio.to_thread(ray.available_resources)
@@ -134,6 +173,14 @@ class RaySubstrate:
                 value=_spell({k: free.get(k, 0.0) for k in bundle}),
                 hint="another program holds them; wait for it or use fewer slots",
             )
+
+    async def _group_of(self, run_id: str) -> PlacementGroup | None:
+        """The reservation of a run, also one that an earlier life of the agent has made."""
+        if run_id not in self._groups:
+            found = await asyncio.to_thread(_find_group, _group_name(run_id))
+            if found is not None:
+                self._groups[run_id] = found
+        return self._groups.get(run_id)
 
     def _require_feasible(self, request: Reserve, bundle: dict[str, float]) -> None:
         for name, each in bundle.items():
@@ -153,46 +200,169 @@ class RaySubstrate:
 
     async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
         run_id = setup.activation.run_id
-        group = self._groups[run_id]
+        living = await _find(name, run_id)
+        if living is not None:
+            if await self._serves(living, slot):
+                return RayActor(living, name, self._watch)
+            await asyncio.to_thread(ray.kill, living)
+        group = await self._group_of(run_id)
+        if group is None:
+            raise ResourceError("R003", f"run {run_id[:8]} has no reservation", hint="reserve before activating")
         bundle = group.bundle_specs[slot]
         kind: type = HostActor
         if len(setup.nodes) == 1:
             kind = own_actor_class(_template_of(setup), setup.nodes[0])
-        handle = (
-            ray.remote(kind)
-            .options(
-                name=name,
-                namespace=run_id,
-                lifetime="detached",
-                num_cpus=bundle.get("CPU", 0),
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=slot),
-            )
-            .remote(self._shared[0])
+        options = ray.remote(concurrency_groups={CONTROL: 1})(kind).options(
+            name=name,
+            namespace=run_id,
+            num_cpus=bundle.get("CPU", 0),
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=slot),
+            **_LASTING,
         )
-        self._hosts.setdefault(run_id, []).append(handle)
-        return RayActor(handle, name)
+        return RayActor(await _create(options, (self._shared[0], slot, setup.notes)), name, self._watch)
+
+    async def find_host(self, run_id: str, name: str, slot: int) -> Actor | None:
+        living = await _find(name, run_id)
+        if living is None or not await self._serves(living, slot) or await self._group_of(run_id) is None:
+            return None
+        return RayActor(living, name, self._watch)
+
+    async def _serves(self, host: Any, slot: int) -> bool:
+        wanted = (slot, actor_id(self._shared[0]))
+
+        async def fits() -> bool:
+            about: tuple[int, str] = await host.host_about.remote()
+            return about == wanted
+
+        return await _holds(fits())
+
+    async def keep_hosts(self, run_id: str, names: Collection[str]) -> None:
+        await asyncio.to_thread(_end_hosts, run_id, frozenset(names))
 
     async def release(self, run_id: str) -> None:
-        hosts, group = self._hosts.pop(run_id, []), self._groups.pop(run_id, None)
-        await asyncio.to_thread(_end, hosts, group)
+        if self._watch.reason:
+            self._groups.pop(run_id, None)
+            return
+        group = await self._group_of(run_id)
+        self._groups.pop(run_id, None)
+        await asyncio.to_thread(_release, run_id, group)
+
+    async def lost(self) -> str:
+        """Never returns for a cluster of this process that nobody could renew: it dies with the process."""
+        if self.address is None and self.renew is None:
+            await asyncio.Event().wait()
+        reason = await until_gone(self.address or ray.get_runtime_context().gcs_address)
+        self._watch.lose(reason)
+        return reason
+
+    async def rebuild(self, cluster: str) -> tuple[ClusterFacts, Shared]:
+        self._watch.lose("it is being replaced")
+        self._groups.clear()
+        self._shared = []
+        await asyncio.to_thread(ray.shutdown)
+        if self.renew is not None:
+            self.address = await asyncio.to_thread(self.renew)
+        await self._await_head()
+        self._watch = ClusterWatch()
+        return await self.start(cluster)
+
+    async def _await_head(self) -> None:
+        if self.address is None:
+            return
+        deadline = time.monotonic() + REBUILD_DEADLINE_S
+        while not await answers(self.address):
+            if time.monotonic() > deadline:
+                raise LocalError(
+                    "L008",
+                    f"no Ray cluster at {self.address} for {REBUILD_DEADLINE_S:.0f} s",
+                    place="--ray-address",
+                    value=self.address,
+                )
+            await asyncio.sleep(POLL_S)
+        await asyncio.to_thread(self._connect, self.address)
 
     async def close(self) -> None:
-        for run_id in list(self._groups):
-            await self.release(run_id)
-        if len(self._shared) > 1:
-            (await self._shared[1].invoke.remote("close")).take()
-        await asyncio.to_thread(_end, self._shared, None)
-        self._shared = []
+        shared, self._shared = self._shared, []
+        if not self._watch.reason and ray.is_initialized():
+            for run_id in list(self._groups):
+                await self.release(run_id)
+            if len(shared) > 1:
+                await _holds(_closed(shared[1]))
+            await asyncio.to_thread(_end, shared)
         if self.address is not None:
             await asyncio.to_thread(ray.shutdown)
 
 
-def _end(actors: list[Any], group: PlacementGroup | None) -> None:
-    if not ray.is_initialized():
-        return
+# Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated.
+_LASTING: dict[str, Any] = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": 0}
+
+
+def _group_name(run_id: str) -> str:
+    return f"icrf-{run_id}"
+
+
+def _find_group(name: str) -> PlacementGroup | None:
+    try:
+        return get_placement_group(name)
+    except ValueError:
+        return None
+
+
+async def _find(name: str, namespace: str) -> Any | None:
+    try:
+        return await asyncio.to_thread(ray.get_actor, name, namespace=namespace)
+    except ValueError:
+        return None
+
+
+async def _create(kind: Any, arguments: tuple[Any, ...]) -> Any:
+    """Create a named actor; the name of one that was just killed takes a moment to be free."""
+    deadline = time.monotonic() + NAME_FREE_S
+    while True:
+        try:
+            return await asyncio.to_thread(kind.remote, *arguments)
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(POLL_S)
+
+
+async def _is_up(reference: Any) -> bool:
+    await reference
+    return True
+
+
+async def _closed(gateway: Any) -> bool:
+    (await gateway.invoke.remote("close")).take()
+    return True
+
+
+async def _holds(condition: Awaitable[bool]) -> bool:
+    """Whether a question to an actor is answered in time, and with yes; a dead one gets one more chance."""
+    try:
+        return await asyncio.wait_for(condition, PROBE_S)
+    except (TimeoutError, IcrfError, *DEATHS) as error:
+        log.info("an actor does not answer: %s", error)
+        return False
+
+
+def _end(actors: list[Any]) -> None:
     for actor in actors:
         ray.kill(actor)
+
+
+def _end_hosts(run_id: str, spared: Collection[str] = ()) -> None:
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == run_id and entry["name"] not in spared:
+            try:
+                ray.kill(ray.get_actor(entry["name"], namespace=run_id))
+            except ValueError:
+                continue  # it has ended meanwhile
+
+
+def _release(run_id: str, group: PlacementGroup | None) -> None:
+    _end_hosts(run_id)
     if group is not None:
         remove_placement_group(group)
 

@@ -7,80 +7,30 @@ objects) only knows how to start things and how to call them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import logging
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from icrf.errors import RunError
+from icrf.errors import IcrfError, NodeError, RunError
 from icrf.exchange import CONSENSUS, PARTIAL, UPDATE, Transfer
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
-from icrf.protocol import CENTRALIZED, Activate, Activated, PeerAddress, Reserve, StartRound
+from icrf.protocol import Activate, Activated, HeldRun, PeerAddress, Reserve, StartRound
+from icrf_agent.checkpoint import merge_nodes, split_nodes
 from icrf_agent.host_nodes import HostSetup
+from icrf_agent.recovery import DEATHS, RESTORE, Healer
+from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
 from icrf_agent.topology_manager import MESSAGE, Posting
 
+log = logging.getLogger("icrf.agent")
+
 ARRIVALS_POLL_S = 20.0
+MEND_AGAIN_S = 1.0
 SEND_TIMEOUT_S = 120.0
-
-
-class Actor(Protocol):
-    """Something that lives elsewhere and can be called; raises IcrfErrors only."""
-
-    async def call(self, method: str, *arguments: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all runs of a cluster share; no gateway where there is no other cluster."""
-
-    manager: Actor
-    gateway: Actor | None
-
-
-class Substrate(Protocol):
-    """Where hosts live."""
-
-    async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
-        """Connect and start the shared actors."""
-
-    async def reserve(self, request: Reserve) -> None:
-        """Reserve the slots of a run, all or none; R001, R003."""
-
-    async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
-        """A host in slot `slot` of the run's reservation, named `name` in the run's namespace."""
-
-    async def release(self, run_id: str) -> None:
-        """Kill the run's hosts and give its slots back; harmless when nothing is there."""
-
-    async def close(self) -> None:
-        """End everything; harmless when called twice."""
-
-
-@dataclass
-class _Hosted:
-    """A run on this cluster."""
-
-    activation: Activate
-    hosts: list[Actor]
-    nodes: list[tuple[int, ...]]
-
-    def host_of(self, index: int) -> Actor:
-        for host, nodes in zip(self.hosts, self.nodes, strict=True):
-            if index in nodes:
-                return host
-        raise RunError("F005", f"{self.activation.nodes[index].id} does not live on this cluster")
-
-    @property
-    def centralized(self) -> bool:
-        return self.activation.flow == CENTRALIZED
-
-    @property
-    def model_host(self) -> Actor:
-        """The host that makes the global or consensus model, on the coordinator's cluster."""
-        if self.centralized:
-            for index, node in enumerate(self.activation.nodes):
-                if "aggregate" in node.role.split("-"):
-                    return self.host_of(index)
-        return self.hosts[0]
 
 
 class HostedRuntime:
@@ -91,6 +41,8 @@ class HostedRuntime:
         substrate: where hosts live.
         templates: node classes of the submitting process, by ``local:NAME`` (one cluster only).
         allow: user code that may run here; None allows everything.
+        notes: folder where hosts note what they run, the same in every life of the agent; None: a temporary one.
+        warn: told (run id, text) when a host of a run has died.
     """
 
     def __init__(
@@ -100,40 +52,57 @@ class HostedRuntime:
         *,
         templates: Mapping[str, type] | None = None,
         allow: tuple[str, ...] | None = None,
+        notes: Path | None = None,
+        warn: Callable[[str, str], None] | None = None,
     ) -> None:
         self._cluster, self._substrate = cluster, substrate
         self._templates = templates if templates is not None else {}
         self._allow = allow
-        self._runs: dict[str, _Hosted] = {}
+        self._runs: dict[str, Hosted] = {}
         self._shared: Shared | None = None
         self._closing = asyncio.Event()
+        self._alive, self._healing = asyncio.Event(), asyncio.Lock()
+        self._healer = Healer(cluster, substrate, self._alive, warn or (lambda run_id, text: None))
+        self._gateway_address = ""
+        self._arrived: dict[str, set[PayloadHeader]] = {}
+        self._own_notes = notes is None
+        self._notes = notes if notes is not None else Path(tempfile.mkdtemp(prefix="icrf-notes-"))
 
     async def start(self) -> ClusterFacts:
-        facts, self._shared = await self._substrate.start(self._cluster)
-        if self._shared.gateway:
-            facts = replace(facts, gateway_address=await self._shared.gateway.call("address"))
+        return await self._started(*await self._substrate.start(self._cluster))
+
+    async def _started(self, facts: ClusterFacts, shared: Shared) -> ClusterFacts:
+        self._shared = shared
+        if shared.gateway:
+            self._gateway_address = await shared.gateway.call("address")
+            facts = replace(facts, gateway_address=self._gateway_address)
+        self._alive.set()
         return facts
 
     async def reserve(self, request: Reserve) -> None:
         await self._substrate.reserve(request)
 
-    async def activate(self, request: Activate) -> Activated:
+    async def activate(self, request: Activate, checkpoint: bytes = b"") -> Activated:
         """Split this cluster's nodes over its slots in index order and set them up."""
-        here = request.clusters.index(self._cluster)
-        local = [n for n, c in enumerate(request.assignment) if c == here]
-        groups = _split(local, min(request.num_slots, len(local)))
-        await self._manager.call("link", request)
-        setups = [
-            HostSetup(request, self._cluster, group, self._needed_templates(request), self._allow) for group in groups
-        ]
-        hosts = await asyncio.gather(
-            *(
-                self._substrate.create_host(setup, host_name(request, setup.nodes, slot), slot)
-                for slot, setup in enumerate(setups)
-            )
+        run_id = request.run_id
+        setups = self._setups(request)
+        run = Hosted(request, [s.nodes for s in setups], setups)
+        states = await asyncio.to_thread(_states_for, run, checkpoint)
+        async with self._healing:
+            await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
+            await self._manager.call("link", request)
+            self._runs[run_id] = run
+            self._arrived.pop(run_id, None)
+        names = [host_name(request, setup.nodes, slot) for slot, setup in enumerate(setups)]
+        await self._substrate.keep_hosts(run_id, names)
+        create = self._substrate.create_host
+        run.hosts = list(
+            await asyncio.gather(*(create(s, n, k) for k, (s, n) in enumerate(zip(setups, names, strict=True))))
         )
-        self._runs[request.run_id] = _Hosted(request, list(hosts), groups)
-        parts = await asyncio.gather(*(h.call("host_setup", s) for h, s in zip(hosts, setups, strict=True)))
+        run.lives = [held.life for held in await self._healer.lives(run.hosts)]
+        loaded = [replace(setup, state=state) for setup, state in zip(setups, states, strict=True)]
+        parts = await asyncio.gather(*(h.call("host_setup", s) for h, s in zip(run.hosts, loaded, strict=True)))
+        run.active = True
         return Activated(
             request.run_id,
             request.generation,
@@ -142,6 +111,72 @@ class HostedRuntime:
             state_hashes=b"".join(p.state_hashes for p in parts),
             model_hash="".join(p.model_hash for p in parts),
         )
+
+    async def adopt(self, request: Activate) -> HeldRun | None:
+        """Take over what an earlier life of the agent has left, if it is whole."""
+        run_id = request.run_id
+        linked = await self._manager.call("linked")
+        generation, *position = linked.get(run_id, (0, 0, 0))
+        mine = self._address_in(request)
+        if generation != request.generation or (mine and mine != self._gateway_address):
+            return None
+        setups = self._setups(request)
+        run = Hosted(request, [s.nodes for s in setups], setups, position=(position[0], position[1]), active=True)
+        for slot, setup in enumerate(setups):
+            host = await self._substrate.find_host(run_id, host_name(request, setup.nodes, slot), slot)
+            if host is None:
+                return None
+            run.hosts.append(host)
+        found = await self._healer.lives(run.hosts)
+        if any((held.generation, held.nodes) != (generation, s.nodes) for held, s in zip(found, setups, strict=True)):
+            return None
+        run.lives = [held.life for held in found]
+        self._runs[run_id] = run
+        return HeldRun(run_id, generation, *run.position)
+
+    async def checkpoint(self, run_id: str, round_number: int) -> bytes:
+        if run_id not in self._runs:
+            raise RunError("F006", f"no state of run {run_id[:8]} on {self._cluster}")
+        run = self._run(run_id)
+        keepers = [host for slot, host in enumerate(run.hosts) if run.keeps_state(slot)]
+        parts = await asyncio.gather(*(host.call("host_checkpoint", round_number) for host in keepers))
+        if run.centralized:
+            return b"".join(parts)
+        return await asyncio.to_thread(merge_nodes, parts, round_number)
+
+    async def recover(self, run_id: str, error: IcrfError) -> str:
+        """See the port; concurrent calls heal one after the other, later ones find it done.
+
+        Raises:
+            NodeError: U004 naming the node whose host has died too often in the open round; U003 if something does
+                not come back.
+        """
+        if self._alive.is_set() and error.code not in DEATHS:
+            return ""
+        async with self._healing:
+            run = self._runs.get(run_id)
+            try:
+                if run is None or not self._alive.is_set():
+                    return RESTORE
+                await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
+                return await self._healer.hosts(run)
+            except IcrfError:
+                # With the cluster gone, whatever failed on it is not the run's fault.
+                if not self._alive.is_set():
+                    return RESTORE
+                raise
+
+    async def lost(self) -> str:
+        reason = await self._substrate.lost()
+        self._alive.clear()
+        return reason
+
+    async def rebuild(self) -> ClusterFacts:
+        self._alive.clear()
+        async with self._healing:
+            for run_id in list(self._runs):
+                self._forget(run_id)
+            return await self._started(*await self._substrate.rebuild(self._cluster))
 
     async def publish_model(self, run_id: str, start: StartRound) -> None:
         run = await self._begin(run_id, start)
@@ -190,11 +225,47 @@ class HostedRuntime:
         await self._manager.call("abort", run_id, round_number, attempt)
 
     async def arrivals(self) -> AsyncIterator[Arrival]:
-        """Payloads as the gateway accepts them."""
-        gateway = self._shared.gateway if self._shared else None
-        while gateway is not None and not self._closing.is_set():
-            for arrival in await gateway.call("next_arrivals", ARRIVALS_POLL_S):
-                yield arrival
+        """Payloads as the gateway accepts them; goes on after the gateway, or the cluster, was replaced."""
+        cursor = ("", 0)
+        while not self._closing.is_set():
+            await self._alive.wait()
+            gateway = self._require_shared().gateway
+            if gateway is None:
+                return
+            try:
+                newer, found = await gateway.call("next_arrivals", ARRIVALS_POLL_S, cursor)
+                if cursor[0] not in ("", newer[0]):
+                    # What an earlier life of the gateway took in, and told nobody, is known to the manager.
+                    found = await self._manager.call("arrived") + found
+                cursor = newer
+            except IcrfError as error:
+                if error.code != "U003":
+                    raise
+                await self._mend_gateway()
+                continue
+            for arrival in found:
+                if self._is_new(arrival.header):
+                    yield arrival
+
+    async def _mend_gateway(self) -> None:
+        if self._closing.is_set() or not self._alive.is_set():
+            return
+        try:
+            async with self._healing:
+                await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
+        except IcrfError as error:
+            log.warning("the gateway of %s: %s", self._cluster, error)
+            await asyncio.sleep(MEND_AGAIN_S)
+
+    def _is_new(self, header: PayloadHeader) -> bool:
+        """Whether an arrival was not handed out before; those of finished rounds are forgotten."""
+        known = self._arrived.setdefault(header.run_id, set())
+        if header in known:
+            return False
+        if all(header.round > other.round for other in known):
+            known = self._arrived[header.run_id] = {h for h in known if h.round == header.round - 1}
+        known.add(header)
+        return True
 
     async def final_model(self, run_id: str, round_number: int) -> ModelFile:
         model: ModelFile = await self._run(run_id).model_host.call("host_model", round_number)
@@ -216,9 +287,14 @@ class HostedRuntime:
         await self._manager.call("publish_supervisor", run_id, tuple(recipients), message)
 
     async def release(self, run_id: str) -> None:
-        self._runs.pop(run_id, None)
-        if self._shared is not None:
-            await self._manager.call("unlink", run_id)
+        self._forget(run_id)
+        if self._shared is not None and self._alive.is_set():
+            try:
+                await self._manager.call("unlink", run_id)
+            except NodeError as error:
+                # A manager that died comes back without it.
+                if error.code != "U003":
+                    raise
         await self._substrate.release(run_id)
 
     async def close(self) -> None:
@@ -226,25 +302,56 @@ class HostedRuntime:
         for run_id in list(self._runs):
             await self.release(run_id)
         await self._substrate.close()
+        if self._own_notes:
+            await asyncio.to_thread(shutil.rmtree, self._notes, True)
 
     # ------------------------------------------------------------ inside
 
     @property
     def _manager(self) -> Actor:
-        assert self._shared is not None
-        return self._shared.manager
+        return self._require_shared().manager
 
-    def _run(self, run_id: str) -> _Hosted:
-        if run_id not in self._runs:
+    def _require_shared(self) -> Shared:
+        assert self._shared is not None
+        return self._shared
+
+    def _forget(self, run_id: str) -> None:
+        run = self._runs.pop(run_id, None)
+        self._arrived.pop(run_id, None)
+        self._healer.forget(run_id)
+        if run is not None:
+            shutil.rmtree(self._notes_of(run_id), ignore_errors=True)
+
+    def _notes_of(self, run_id: str) -> Path:
+        return self._notes / quote(run_id, safe="").replace(".", "%2E")
+
+    def _setups(self, request: Activate) -> list[HostSetup]:
+        """One setup per host; equal for equal requests, whoever asks."""
+        here = request.clusters.index(self._cluster)
+        local = [n for n, c in enumerate(request.assignment) if c == here]
+        folder = self._notes_of(request.run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        templates = self._needed_templates(request)
+        return [
+            HostSetup(request, self._cluster, group, templates, self._allow, str(folder / f"host-{slot}"))
+            for slot, group in enumerate(_split(local, min(request.num_slots, len(local))))
+        ]
+
+    def _address_in(self, request: Activate) -> str:
+        return next((peer.address for peer in request.peers if peer.cluster == self._cluster), "")
+
+    def _run(self, run_id: str) -> Hosted:
+        if run_id not in self._runs or not self._runs[run_id].hosts:
             raise RunError("F005", f"run {run_id[:8]} is not active on cluster {self._cluster}")
         return self._runs[run_id]
 
-    async def _begin(self, run_id: str, start: StartRound) -> _Hosted:
+    async def _begin(self, run_id: str, start: StartRound) -> Hosted:
         run = self._run(run_id)
+        run.position = max(run.position, (start.round, start.attempt))
         await self._manager.call("begin_round", run_id, start.generation, start.round, start.attempt)
         return run
 
-    async def _on_all(self, run: _Hosted, method: str, start: StartRound) -> PhaseReport:
+    async def _on_all(self, run: Hosted, method: str, start: StartRound) -> PhaseReport:
         return merge_reports(await asyncio.gather(*(host.call(method, start) for host in run.hosts)))
 
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
@@ -259,7 +366,7 @@ class HostedRuntime:
                 return posting, row
         raise RunError("F005", f"node {transfer.sender} has posted no {transfer.kind} in round {start.round}")
 
-    async def _send_letters(self, run: _Hosted, start: StartRound) -> None:
+    async def _send_letters(self, run: Hosted, start: StartRound) -> None:
         """Letters to other clusters leave before the phase ends, so that they are there before the round commits."""
         if len(run.activation.clusters) == 1:
             return
@@ -270,7 +377,7 @@ class HostedRuntime:
             peer = self._peer(run, target)
             await self._shared.gateway.call("send_bytes", header, bundle, peer, SEND_TIMEOUT_S)
 
-    def _header(self, run: _Hosted, start: StartRound, kind: str, target: int, **parts: Any) -> PayloadHeader:
+    def _header(self, run: Hosted, start: StartRound, kind: str, target: int, **parts: Any) -> PayloadHeader:
         return PayloadHeader(
             run_id=start.run_id,
             generation=start.generation,
@@ -282,12 +389,20 @@ class HostedRuntime:
             **parts,
         )
 
-    def _peer(self, run: _Hosted, target: int) -> PeerAddress:
+    def _peer(self, run: Hosted, target: int) -> PeerAddress:
         name = run.activation.clusters[target]
         return next((p for p in run.activation.peers if p.cluster == name), PeerAddress(name, ""))
 
     def _needed_templates(self, request: Activate) -> dict[str, type]:
         return {name: kind for name, kind in self._templates.items() if name in request.config_json}
+
+
+def _states_for(run: Hosted, checkpoint: bytes) -> list[bytes]:
+    """Each host's part of the state to restore; W010 if it is not there."""
+    number = run.activation.restore_round
+    if number and not run.centralized:
+        return split_nodes(checkpoint, number, run.nodes)
+    return [checkpoint if number and run.keeps_state(slot) else b"" for slot in range(len(run.nodes))]
 
 
 def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:

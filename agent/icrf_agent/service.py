@@ -8,20 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from icrf import __version__
-from icrf.daemon import stop_on_signals
+from icrf import __version__, failpoints
 from icrf.errors import IcrfError, InternalError, error_from_json
 from icrf.ports import AgentLink, ClusterFacts, ClusterRuntime, PhaseReport
 from icrf.protocol import (
     PROTOCOL_VERSION,
     Activate,
+    Activated,
     CallDone,
     CallNode,
+    Checkpointed,
+    ClusterReset,
+    Dismiss,
+    Draining,
     Goodbye,
     Heartbeat,
     Instruction,
@@ -33,20 +36,21 @@ from icrf.protocol import (
     Released,
     Reserve,
     Reserved,
+    SaveCheckpoint,
     SendMessage,
     StoreModel,
 )
-from icrf.wire.agent_link import GrpcAgentLink
-from icrf_agent.cluster_gateway import GatewaySettings
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
-from icrf_agent.ray_substrate import RaySubstrate
+from icrf_agent.journal import AgentJournal
 from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, SEND, TRAIN
-from icrf_agent.runtime import HostedRuntime
-from icrf_agent.settings import AgentSettings
 
 log = logging.getLogger("icrf.agent")
 
 CHUNK_BYTES = 1 << 20
+DRAIN_S = 60.0
+LEASE_LOST = "A002"
+_PHASE_OF = {PUBLISH: "train", TRAIN: "train", SEND: "exchange", AGGREGATE: "aggregate", EVALUATE: "aggregate"}
+_PHASE_BY_ORDER: dict[type, str] = {Reserve: "reserve", Activate: "activate", StoreModel: "result"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class AgentIdentity:
     cluster: str
     incarnation: str
     labels: dict[str, str] = field(default_factory=dict)
-    num_slots: int | None = None
+    agent_id: str = ""
 
 
 class AgentService:
@@ -66,28 +70,60 @@ class AgentService:
         identity: cluster name, incarnation and labels.
         link: the control stream to the mediator.
         runtime: the cluster that computes.
+        journal: what a restarted agent has to know; None where the agent does not outlive its cluster.
     """
 
-    def __init__(self, identity: AgentIdentity, link: AgentLink, runtime: ClusterRuntime) -> None:
-        self._identity, self._link, self._runtime = identity, link, runtime
+    def __init__(
+        self, identity: AgentIdentity, link: AgentLink, runtime: ClusterRuntime, journal: AgentJournal | None = None
+    ) -> None:
+        self._identity, self._link, self._runtime, self._journal = identity, link, runtime, journal
         self._core = AgentCore(identity.cluster)
         self._tasks: set[asyncio.Task[None]] = set()
         self._facts: ClusterFacts | None = None
         self._heartbeat: asyncio.Task[None] | None = None
         self._refusal: IcrfError | None = None
         self.registered = asyncio.Event()
+        self._dismissed = asyncio.Event()
 
     async def start(self) -> ClusterFacts:
-        """Start the runtime; the cluster's capacity and fingerprint."""
+        """Start the runtime and take over what an earlier life of this agent left on the cluster."""
         self._facts = await self._runtime.start()
+        if self._journal is not None:
+            for activation in self._journal.activations():
+                held = await self._runtime.adopt(activation)
+                if held is None:
+                    self._journal.forget(activation.run_id)
+                    continue
+                self._core.adopted(activation, held)
+                log.info("took over run %s in round %d", activation.run_id[:8], held.round)
         self._spawn(self._watch_arrivals())
+        self._spawn(self._watch_cluster())
         return self._facts
 
     async def serve(self) -> None:
-        """Serve until `stop`; raises the mediator's refusal (A001, A002, P004) if there was one."""
-        await self._link.run(self._register, self._deliver)
-        if self._refusal:
-            raise self._refusal
+        """Serve until `stop`; raises the mediator's refusal (A001, P004) if there was one.
+
+        An agent whose lease ran out while it was cut off registers again and is told what is left of its work.
+        """
+        while True:
+            await self._link.run(self._register, self._deliver)
+            if self._refusal is None:
+                return
+            refusal, self._refusal = self._refusal, None
+            if refusal.code != LEASE_LOST:
+                raise refusal
+            log.warning("%s; registering again", refusal)
+
+    async def drain(self, within_s: float = DRAIN_S) -> bool:
+        """Leave in order: the open rounds end and their state becomes durable. False if that took too long."""
+        if not self.registered.is_set() or not self._core.held():
+            return True
+        self._link.report(Draining(self._identity.incarnation))
+        try:
+            await asyncio.wait_for(self._dismissed.wait(), within_s)
+        except TimeoutError:
+            return False
+        return True
 
     async def stop(self) -> None:
         """Say goodbye, end all tasks, close link and runtime; harmless when called twice."""
@@ -113,6 +149,8 @@ class AgentService:
             fingerprint=self._facts.fingerprint,
             labels=dict(self._identity.labels),
             address=self._facts.gateway_address,
+            agent_id=self._identity.agent_id,
+            held=self._core.held(),
         )
 
     def _deliver(self, instruction: Instruction) -> None:
@@ -120,6 +158,8 @@ class AgentService:
             self.registered.set()
             if self._heartbeat is None:
                 self._heartbeat = asyncio.create_task(self._beat(instruction.heartbeat_s))
+        elif isinstance(instruction, Dismiss):
+            self._dismissed.set()
         elif isinstance(instruction, Reject):
             self._refusal = error_from_json(instruction.error_json)
             self.registered.set()
@@ -133,6 +173,20 @@ class AgentService:
     async def _watch_arrivals(self) -> None:
         async for arrival in self._runtime.arrivals():
             self._act(self._core.arrived(arrival, time.monotonic()))
+
+    async def _watch_cluster(self) -> None:
+        """When the cluster itself dies, build it anew; the mediator decides what becomes of its runs."""
+        while True:
+            reason = await self._runtime.lost()
+            log.warning("the Ray cluster of %s is lost (%s); building it again", self._identity.cluster, reason)
+            self._core.reset()
+            try:
+                self._facts = await guarded(self._runtime.rebuild)
+            except IcrfError as error:
+                self._refusal = error
+                await self._link.close()
+                return
+            self._link.report(ClusterReset(self._identity.incarnation, reason))
 
     # ------------------------------------------------------------ actions
 
@@ -162,14 +216,25 @@ class AgentService:
         try:
             result = await guarded(lambda: self._run_step(action))
         except IcrfError as error:
+            if not self._core.is_open(action.start):
+                return  # an attempt that was given up meanwhile
             log.warning("round %d on %s: %s", action.start.round, self._identity.cluster, error)
-            self._act(self._core.step_failed(action.start, error))
+            recovery, error = await self._heal(action.start.run_id, error)
+            self._act(self._core.step_failed(action.start, error, recovery))
             return
         now = time.monotonic()
         self._act(self._core.step_done(action.start, action.step, result, now - began, now))
 
+    async def _heal(self, run_id: str, error: IcrfError) -> tuple[str, IcrfError]:
+        """Bring back what died: the recovery it takes, and the error to report."""
+        try:
+            return await guarded(lambda: self._runtime.recover(run_id, error)), error
+        except IcrfError as worse:
+            return "", worse
+
     async def _run_step(self, action: Advance) -> PhaseReport | None:
         start, step, runtime = action.start, action.step, self._runtime
+        failpoints.reached(_PHASE_OF[step.kind], start.round)
         if step.kind == TRAIN:
             return await runtime.train(start.run_id, start)
         if step.kind == AGGREGATE:
@@ -187,26 +252,28 @@ class AgentService:
             await guarded(lambda: self._carry_out(instruction))
         except IcrfError as error:
             log.warning("%s on %s: %s", type(instruction).__name__, self._identity.cluster, error)
-            if isinstance(instruction, CallNode | SendMessage):
-                self._link.report(CallDone(instruction.run_id, instruction.call_id, error_json=error.to_json()))
-            elif isinstance(instruction, StoreModel):
-                self._link.report(
-                    ModelStored(
-                        instruction.run_id, instruction.generation, instruction.round, error_json=error.to_json()
-                    )
-                )
-            elif report := failure(instruction, error):
+            if error.code == "L001":
+                return  # the mediator is away; it asks again when it is back
+            if isinstance(instruction, Activate):
+                await self._heal(instruction.run_id, error)
+            if report := failure(instruction, error):
                 self._link.report(report)
 
     async def _carry_out(self, instruction: Instruction) -> None:
         runtime, report = self._runtime, self._link.report
+        if type(instruction) in _PHASE_BY_ORDER:
+            failpoints.reached(_PHASE_BY_ORDER[type(instruction)])
         if isinstance(instruction, Reserve):
             await runtime.reserve(instruction)
             report(Reserved(instruction.run_id, instruction.generation))
         elif isinstance(instruction, Activate):
-            report(await runtime.activate(instruction))
+            report(await self._activate(instruction))
+        elif isinstance(instruction, SaveCheckpoint):
+            await self._save_checkpoint(instruction)
         elif isinstance(instruction, Release):
             await runtime.release(instruction.run_id)
+            if self._journal is not None:
+                self._journal.forget(instruction.run_id)
             report(Released(instruction.run_id, instruction.generation))
         elif isinstance(instruction, CallNode):
             value = await runtime.call_node(
@@ -220,6 +287,22 @@ class AgentService:
             report(CallDone(instruction.run_id, instruction.call_id))
         elif isinstance(instruction, StoreModel):
             await self._store_model(instruction)
+
+    async def _activate(self, order: Activate) -> Activated:
+        checkpoint = b""
+        if order.checkpoint:
+            checkpoint = await self._link.download(order.run_id, order.checkpoint)
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.remember, order)
+        report = await self._runtime.activate(order, checkpoint)
+        self._core.activated(order.run_id, order.generation)
+        return report
+
+    async def _save_checkpoint(self, order: SaveCheckpoint) -> None:
+        data = await self._runtime.checkpoint(order.run_id, order.round)
+        artifact = f"checkpoint/{order.round}/{self._identity.cluster}"
+        sha256 = await self._link.upload(order.run_id, artifact, chunks_of(data))
+        self._link.report(Checkpointed(order.run_id, order.generation, order.round, artifact, sha256))
 
     async def _store_model(self, order: StoreModel) -> None:
         model = await self._runtime.final_model(order.run_id, order.round)
@@ -245,34 +328,3 @@ async def guarded(work: Callable[[], Awaitable[Any]]) -> Any:
         raise InternalError(
             "X001", f"{type(error).__name__}: {error}", hint="the agent's log has the traceback"
         ) from error
-
-
-async def serve_agent(settings: AgentSettings, stop: asyncio.Event) -> int:
-    """Serve a cluster until `stop`: what the command ``fabric-agent`` runs. Returns the exit code."""
-    incarnation = uuid.uuid4().hex
-    gateway = GatewaySettings(settings.cluster, incarnation, settings.advertise, settings.mediator)
-    substrate = RaySubstrate(settings.ray_address, gateway, settings.num_slots)
-    runtime = HostedRuntime(settings.cluster, substrate, allow=settings.allow)
-    link = GrpcAgentLink(settings.mediator, on_state=lambda text: log.info("%s", text))
-    identity = AgentIdentity(settings.cluster, incarnation, dict(settings.labels))
-    agent = AgentService(identity, link, runtime)
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        facts = await agent.start()
-        # Ray puts a handler of its own in front when it connects.
-        stop_on_signals(stop)
-        log.info(
-            "cluster %s: %d slots, %g CPUs, gateway %s",
-            settings.cluster,
-            facts.capacity.num_slots,
-            facts.capacity.num_cpus,
-            facts.gateway_address or "through the relay",
-        )
-        serving = asyncio.create_task(agent.serve())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            await serving
-    finally:
-        stopping.cancel()
-        await agent.stop()
-    return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class AgentSettings:
             fabric whose submitter owns this machine.
         state_dir: the agent's locked folder.
         namespace: the Ray namespace of what outlives the agent.
+        renew: starts the local cluster anew after its head has died, and returns its address; None for a foreign one.
     """
 
     cluster: str
@@ -33,3 +34,4 @@ class AgentSettings:
     allow: tuple[str, ...] | None
     state_dir: Path
     namespace: str
+    renew: Callable[[], str] | None = None

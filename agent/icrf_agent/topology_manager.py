@@ -18,7 +18,7 @@ from icrf import values
 from icrf.errors import ProtocolError, RoutingError
 from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE
 from icrf.federation.message import Message
-from icrf.ports import PayloadHeader
+from icrf.ports import Arrival, PayloadHeader
 from icrf.protocol import Activate
 from icrf.topology import build_topology
 from icrf.topology.hybrid import HybridAdjacencyMatrix
@@ -185,6 +185,7 @@ class _Room:
     postings: dict[tuple[Position, str], list[Posting]] = field(default_factory=dict)
     staged: dict[Position, list[tuple[Letter, tuple[int, ...]]]] = field(default_factory=dict)
     outbox: dict[Position, list[tuple[Letter, tuple[int, ...]]]] = field(default_factory=dict)
+    arrived: dict[PayloadHeader, int] = field(default_factory=dict)
 
     def local(self, nodes: Collection[int]) -> list[int]:
         return [n for n in nodes if self.activation.assignment[n] == self.cluster]
@@ -212,6 +213,7 @@ class HybridTopologyManager:
             topology = TopologyManager()
             adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
             topology.link_nodes([node.id for node in activation.nodes], adjacency)
+            self._store.delete(activation.run_id)
             self._rooms[activation.run_id] = _Room(activation, activation.clusters.index(self._cluster), topology)
 
     def unlink(self, run_id: str) -> None:
@@ -219,6 +221,16 @@ class HybridTopologyManager:
         with self._lock:
             self._rooms.pop(run_id, None)
             self._store.delete(run_id)
+
+    def linked(self) -> dict[str, tuple[int, int, int]]:
+        """The runs that have a room: generation, and the newest round and attempt that were begun."""
+        with self._lock:
+            return {run_id: (room.activation.generation, *room.position) for run_id, room in self._rooms.items()}
+
+    def arrived(self) -> list[Arrival]:
+        """What other clusters have delivered for attempts that are not over, in the order it came."""
+        with self._lock:
+            return [Arrival(header, size) for room in self._rooms.values() for header, size in room.arrived.items()]
 
     # ------------------------------------------------------------ rounds
 
@@ -235,6 +247,7 @@ class HybridTopologyManager:
             for key in [k for k in room.postings if k[0] < position]:
                 self._drop(room, key)
             room.dead = {p for p in room.dead if p >= position}
+            room.arrived = {h: n for h, n in room.arrived.items() if (h.round, h.attempt) >= position}
 
     def abort(self, run_id: str, round_number: int, attempt: int) -> None:
         """Void an attempt: nothing of it is accepted or kept."""
@@ -246,6 +259,7 @@ class HybridTopologyManager:
             room.dead.add(position)
             room.staged.pop(position, None)
             room.outbox.pop(position, None)
+            room.arrived = {h: n for h, n in room.arrived.items() if (h.round, h.attempt) != position}
             for key in [k for k in room.postings if k[0] == position]:
                 self._drop(room, key)
 
@@ -259,10 +273,11 @@ class HybridTopologyManager:
             self._keep(room, posting)
 
     def collect(self, run_id: str, round_number: int, attempt: int, kind: str) -> list[Posting]:
-        """What was posted (here and by other clusters) in an attempt, ordered by first sender."""
+        """What was posted (here and by other clusters) in an attempt, ordered by first sender; P003 if it is over."""
         with self._lock:
-            room = self._rooms.get(run_id)
-            found = room.postings.get(((round_number, attempt), kind), []) if room else []
+            room = self._known(run_id)
+            self._require_open(room, (round_number, attempt))
+            found = room.postings.get(((round_number, attempt), kind), [])
             return sorted(found, key=lambda p: p.senders)
 
     def cluster_partial(self, run_id: str, round_number: int, attempt: int, kind: str) -> Posting:
@@ -281,7 +296,7 @@ class HybridTopologyManager:
             run_id, first.generation, round_number, attempt, kind, senders, reference, first.recipients, weight
         )
 
-    def deliver(self, header: PayloadHeader, reference: Any) -> None:
+    def deliver(self, header: PayloadHeader, reference: Any, wire_bytes: int = 0) -> None:
         """A payload that came through the gateway: owner, generation, attempt and edges are checked first."""
         with self._lock:
             room = self._room(header.run_id, header.generation)
@@ -308,6 +323,7 @@ class HybridTopologyManager:
                     header.weight,
                 ),
             )
+            room.arrived.setdefault(header, wire_bytes)
 
     # ------------------------------------------------------------ user messages
 
@@ -320,7 +336,7 @@ class HybridTopologyManager:
     ) -> int:
         """A node's message. It is readable after the round's barrier, on every cluster alike."""
         with self._lock:
-            room = self._rooms[run_id]
+            room = self._known(run_id)
             sender, recipients = room.topology.address(message, recipient_ids)
             if room.activation.assignment[sender] != room.cluster:
                 raise _not_owner(message.sender_id, room)
@@ -336,14 +352,14 @@ class HybridTopologyManager:
     def publish_supervisor(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         """A message of the federation itself: no edge is needed, and it is readable at once."""
         with self._mail_came:
-            room = self._rooms[run_id]
+            room = self._known(run_id)
             room.topology.deliver(Letter(-1, len(message), message), recipients)
             self._mail_came.notify_all()
 
     def take_outbox(self, run_id: str, position: Position) -> dict[int, bytes]:
         """Letters for other clusters, one encoded bundle per cluster index; they are handed out once."""
         with self._lock:
-            room = self._rooms[run_id]
+            room = self._known(run_id)
             by_cluster: dict[int, list[list[Any]]] = {}
             for letter, recipients in room.outbox.pop(position, []):
                 for cluster in sorted({room.activation.assignment[n] for n in recipients}):
@@ -351,23 +367,26 @@ class HybridTopologyManager:
                     by_cluster.setdefault(cluster, []).append([letter.sender, letter.sequence, there, letter.message])
             return {cluster: values.encode(letters) for cluster, letters in by_cluster.items()}
 
-    def deliver_letters(self, header: PayloadHeader, bundle: bytes) -> None:
+    def deliver_letters(self, header: PayloadHeader, bundle: bytes, wire_bytes: int = 0) -> None:
         """Letters of another cluster's nodes; every edge and every owner is checked before any is accepted."""
         letters = [(Letter(s, q, m), tuple(to)) for s, q, to, m in values.decode(bundle)]
         with self._lock:
             room = self._room(header.run_id, header.generation)
             position = (header.round, header.attempt)
             self._require_open(room, position)
+            if header in room.arrived:
+                return
             for letter, recipients in letters:
                 self._require_owner(room, letter.sender, header.source)
                 for recipient in recipients:
                     room.topology.require_edge(letter.sender, recipient)
             room.staged.setdefault(position, []).extend(letters)
+            room.arrived[header] = wire_bytes
 
     def sync(self, run_id: str, node_id: str, wait_s: float = 0.0) -> list[Message]:
         """Drain a node's mailbox; with `wait_s` wait that long for a message of the supervisor."""
         with self._mail_came:
-            room = self._rooms[run_id]
+            room = self._known(run_id)
             found = room.topology.sync(node_id)
             if not found and wait_s > 0.0:
                 self._mail_came.wait(wait_s)
@@ -377,12 +396,12 @@ class HybridTopologyManager:
     def get_neighbors(self, run_id: str, node_id: str) -> list[str]:
         """Whom a node may send to."""
         with self._lock:
-            return self._rooms[run_id].topology.get_neighbors(node_id)
+            return self._known(run_id).topology.get_neighbors(node_id)
 
     def get_stats(self, run_id: str) -> dict[str, int]:
         """Counters of a run's room and of the references held for it."""
         with self._lock:
-            stats = self._rooms[run_id].topology.get_stats()
+            stats = self._known(run_id).topology.get_stats()
             return {**stats, "references": len(self._store.keys(f"{run_id}/"))}
 
     # ------------------------------------------------------------ inside
@@ -394,6 +413,12 @@ class HybridTopologyManager:
             raise RoutingError(
                 "P003", f"generation {generation} of run {run_id[:8]} is not in force on {self._cluster}", value=held
             )
+        return room
+
+    def _known(self, run_id: str) -> _Room:
+        room = self._rooms.get(run_id)
+        if room is None:
+            raise RoutingError("P003", f"run {run_id[:8]} is not linked on {self._cluster}", value="none")
         return room
 
     def _require_open(self, room: _Room, position: Position) -> None:

@@ -19,7 +19,7 @@ import typer
 from icrf import __version__
 from icrf.console.guard import Session, guarded
 from icrf.console.terminal import Terminal
-from icrf.errors import ConfigError, LocalError
+from icrf.errors import LocalError
 
 if TYPE_CHECKING:
     from icrf.client import Fabric, LocalHandle
@@ -64,10 +64,10 @@ def _remote(address: str) -> MediatorPort:
     return GrpcMediator(address)
 
 
-def _local(clusters: int, on_progress: Callable[[str], None]) -> LocalHandle:
+def _local(clusters: int, state_dir: Path | None, on_progress: Callable[[str], None]) -> LocalHandle:
     from icrf.local import open_local
 
-    return open_local(clusters, state_dir=None, on_progress=on_progress)
+    return open_local(clusters, state_dir=state_dir, on_progress=on_progress)
 
 
 def _plan_local(submission: Submission, clusters: int) -> Plan:
@@ -81,7 +81,7 @@ class Doors:
     """How the commands get at a fabric. Tests hand in others."""
 
     remote: Callable[[str], MediatorPort] = _remote
-    local: Callable[[int, Callable[[str], None]], LocalHandle] = _local
+    local: Callable[[int, Path | None, Callable[[str], None]], LocalHandle] = _local
     plan_local: Callable[[Submission, int], Plan] = _plan_local
     wall_s: Callable[[], float] = field(default=time.time)
 
@@ -115,10 +115,21 @@ def root(
 @command(HERE)
 def run(
     context: typer.Context,
-    file: FedFile,
-    clusters: Clusters = 1,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FED.yaml", help="The federation; not needed with --resume.", show_default=False),
+    ] = None,
+    clusters: Annotated[
+        int | None,
+        typer.Option("--clusters", min=1, metavar="N", help="How many local Ray clusters.", show_default="1"),
+    ] = None,
     out: Out = None,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an earlier run.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", metavar="DIR", help="Go on with the run that was started with --out DIR.", show_default=False
+        ),
+    ] = None,
     override: Overrides = None,
     json: Json = False,
     plain: Plain = False,
@@ -126,14 +137,20 @@ def run(
     """Run a federation on this machine, over N local Ray clusters."""
     session: Session = context.obj
     terminal = session.open(json=json, plain=plain)
-    if resume is not None:
-        raise ConfigError(
-            "C012", "resuming a run is not built yet", place="--resume", hint="start it again without --resume"
-        )
-    from icrf.console.commands import run_here
+    from icrf.console.commands import resume_here, run_here
 
-    submission = _submission(_load(file, override), file)
-    summary, status = run_here(terminal, session.doors, submission, clusters, out)
+    if resume is not None:
+        if override or out not in (None, resume):
+            place = "--override" if override else "--out"
+            raise LocalError("L009", f"--resume goes on with what was started; {place} changes it", place=place)
+        summary, status = resume_here(terminal, session.doors, resume, clusters)
+    elif file is None:
+        raise LocalError(
+            "L009", "a federation is needed", place="FED.yaml", hint="or --resume DIR for one that was begun"
+        )
+    else:
+        submission = _submission(_load(file, override), file)
+        summary, status = run_here(terminal, session.doors, submission, clusters or 1, out)
     _finish(terminal, summary, status, json)
 
 

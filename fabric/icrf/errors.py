@@ -119,8 +119,10 @@ CATALOGUE: dict[str, Entry] = {
     "U001": Entry("node raised", EXIT_SOFTWARE, "ABORTED"),
     "U002": Entry("node returned a wrong type", EXIT_SOFTWARE, "ABORTED"),
     "U003": Entry("node host died", EXIT_SOFTWARE, "ABORTED"),
+    "U004": Entry("node quarantined", EXIT_SOFTWARE, "ABORTED"),
     "U010": Entry("node would block", EXIT_SOFTWARE, "FAILED_PRECONDITION"),
     "X001": Entry("internal error", EXIT_SOFTWARE, "INTERNAL"),
+    "X002": Entry("round did not repeat", EXIT_SOFTWARE, "DATA_LOSS"),
 }
 
 

@@ -80,7 +80,8 @@ class LocalFabric:
 
     Args:
         clusters: how many local Ray clusters.
-        state_dir: where journal, models and logs lie; a temporary folder by default.
+        state_dir: where journal, models and logs lie; a temporary folder by default. Runs that an earlier fabric of as
+            many clusters has left unfinished there go on.
         on_progress: told what has just become true.
 
     Attributes:
@@ -207,7 +208,7 @@ class _OneCluster:
         name = cluster_names(1)[0]
         self._runtime = HostedRuntime(name, RaySubstrate(None), templates=self._templates)
         identity = AgentIdentity(name, uuid.uuid4().hex)
-        self._agent = AgentService(identity, InProcessLink(self._service), self._runtime)
+        self._agent = AgentService(identity, InProcessLink(lambda: self._service), self._runtime)
         await self._agent.start()
         self._serving = asyncio.create_task(self._agent.serve())
         await self._agent.registered.wait()
@@ -250,6 +251,7 @@ class _AgentProcesses:
         self._server = self._thread.call(self._serve())
         say(f"mediator on {self._server.address}")
         for name in self._names:
+            _await_unlocked(self._state_of(name))
             self._processes[name] = self._spawn(name, self._server.address)
         waiting = set(self._names)
         while waiting:
@@ -270,7 +272,7 @@ class _AgentProcesses:
     def _spawn(self, name: str, mediator: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "icrf_agent.cli", "--cluster", name, "--mediator", mediator]
         command += ["--ray-address", "local", "--cpus", str(self._cpus), "--advertise", "127.0.0.1:0"]
-        command += ["--state", str(self._folder / f"agent-{name}"), "--die-with-parent", "--trust-submitter"]
+        command += ["--state", str(self._state_of(name)), "--die-with-parent", "--trust-submitter"]
         with self._log(name).open("wb") as log:
             return subprocess.Popen(
                 command,
@@ -279,6 +281,9 @@ class _AgentProcesses:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **_ENVIRONMENT},
             )
+
+    def _state_of(self, name: str) -> Path:
+        return self._folder / f"agent-{name}"
 
     def _log(self, name: str) -> Path:
         return self._folder / f"agent-{name}.log"
@@ -302,6 +307,20 @@ class _AgentProcesses:
             raise LocalError(
                 "L008", f"agents of {', '.join(stuck)} did not end within {AGENT_STOP_S:.0f} s and were killed"
             )
+
+
+def _await_unlocked(state: Path) -> None:
+    """Wait for the agent of an earlier fabric in the same folder, which ends soon after its parent."""
+    deadline = time.monotonic() + AGENT_STOP_S
+    while True:
+        try:
+            StateFolder(state).close()
+        except LocalError as error:
+            if error.code != "L006" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from icrf import __version__
+from icrf import __version__, failpoints
 from icrf.daemon import MonotonicClock, StateFolder, configure_logging, default_state_dir, run_daemon
 from icrf_mediator.blobs import FolderBlobs
 from icrf_mediator.server import MediatorServer
@@ -34,6 +34,7 @@ async def serve_mediator(listen: str, state_dir: Path, stop: asyncio.Event) -> i
     Raises:
         LocalError: L002 to L007, about the address or the state folder.
     """
+    failpoints.set_role("mediator")
     with StateFolder(state_dir) as state:
         store = SqliteStore(state.path / JOURNAL_NAME)
         try:

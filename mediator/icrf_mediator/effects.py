@@ -30,6 +30,7 @@ class Effects:
         sends: (cluster, instruction) in order.
         events: items of runs' event streams.
         answers: outcomes of node calls, by call id.
+        deletes: (run, artifact) of blobs that are no longer needed.
         dropped: clusters whose connection is to be closed after the sends.
     """
 
@@ -37,6 +38,7 @@ class Effects:
     sends: list[tuple[str, Instruction]] = field(default_factory=list)
     events: list[RunEvent] = field(default_factory=list)
     answers: list[CallDone] = field(default_factory=list)
+    deletes: list[tuple[str, str]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
     def send(self, cluster: str, instruction: Instruction) -> None:

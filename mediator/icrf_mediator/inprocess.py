@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+from icrf.errors import LocalError
 from icrf.protocol import (
     ClusterInfo,
     Instruction,
@@ -21,12 +22,20 @@ from icrf_mediator.service import MediatorService
 
 T = TypeVar("T")
 
+RECONNECT_S = 0.02
+
 
 class InProcessLink:
-    """:class:`icrf.ports.AgentLink` of an agent on the mediator's own loop."""
+    """:class:`icrf.ports.AgentLink` of an agent on the mediator's own loop.
 
-    def __init__(self, service: MediatorService) -> None:
-        self._service = service
+    Args:
+        mediator: the mediator to register with, asked for at every connection; None while there is none.
+    """
+
+    def __init__(self, mediator: Callable[[], MediatorService | None]) -> None:
+        self._mediator = mediator
+        self._service: MediatorService | None = None
+        self._closing = False
         self._instructions: asyncio.Queue[Instruction | None] = asyncio.Queue()
         self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
         self._session = ""
@@ -40,20 +49,29 @@ class InProcessLink:
         self._instructions.put_nowait(None)
 
     async def run(self, register: Callable[[], Report], deliver: Callable[[Instruction], None]) -> None:
-        request = register()
-        assert isinstance(request, Register)
-        self._session = await self._service.agent_connected(request, self, "this process")
-        self._pump = asyncio.create_task(self._forward())
-        while (instruction := await self._instructions.get()) is not None:
-            deliver(instruction)
-            if isinstance(instruction, Reject):
-                return
+        while not self._closing:
+            self._service = self._mediator()
+            if self._service is None:
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            request = register()
+            assert isinstance(request, Register)
+            self._session = await self._service.agent_connected(request, self, "this process")
+            self._pump = asyncio.create_task(self._forward(self._service, self._session))
+            try:
+                while (instruction := await self._instructions.get()) is not None:
+                    deliver(instruction)
+                    if isinstance(instruction, Reject):
+                        return
+            finally:
+                self._reports.put_nowait(None)
+                await self._pump
 
     def report(self, report: Report) -> None:
         self._reports.put_nowait(report)
 
     async def upload(self, run_id: str, artifact: str, chunks: Iterator[bytes]) -> str:
-        writer = self._service.upload_writer(run_id, artifact)
+        writer = self._live().upload_writer(run_id, artifact)
         try:
             for chunk in chunks:
                 await asyncio.to_thread(writer.write, chunk)
@@ -62,17 +80,28 @@ class InProcessLink:
             writer.abort()
             raise
 
+    async def download(self, run_id: str, artifact: str) -> bytes:
+        return b"".join(await asyncio.to_thread(list, self._live().fetch(run_id, artifact)))
+
     async def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
         self._reports.put_nowait(None)
         if self._pump is not None:
             await self._pump
-            self._pump = None
+        if self._service is not None:
             await self._service.agent_disconnected(self._session)
         self._instructions.put_nowait(None)
 
-    async def _forward(self) -> None:
+    def _live(self) -> MediatorService:
+        if self._service is None:
+            raise LocalError("L001", "the mediator is away")
+        return self._service
+
+    async def _forward(self, service: MediatorService, session: str) -> None:
         while (report := await self._reports.get()) is not None:
-            await self._service.agent_report(self._session, report)
+            await service.agent_report(session, report)
 
 
 class InProcessMediator:

@@ -7,7 +7,7 @@ It has no sockets, no database, no threads and no clock: every call brings the t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from icrf.errors import IcrfError, ResourceError, RunError, make_error
 from icrf.ports import Write
@@ -17,20 +17,23 @@ from icrf.protocol import (
     Activated,
     CallDone,
     CallNode,
+    Checkpointed,
     ClusterInfo,
+    ClusterReset,
+    Dismiss,
+    Draining,
     Goodbye,
     Heartbeat,
     Lease,
     ModelStored,
-    PeerAddress,
     Plan,
     Register,
     Reject,
+    Release,
     Released,
     Report,
     Reserved,
     RoundReport,
-    RoundResult,
     RunEvent,
     RunInfo,
     SendMessage,
@@ -40,8 +43,9 @@ from icrf.protocol import (
 from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.membership import Membership
+from icrf_mediator.placement import Placement
 from icrf_mediator.planning import make_plan, slot_resources
-from icrf_mediator.run_record import closing_events
+from icrf_mediator.run_restore import request_id, restore_run, run_event, run_info
 from icrf_mediator.runs import RunMachine
 
 
@@ -81,27 +85,27 @@ class FederationMediator:
     # ------------------------------------------------------------ restoring
 
     def restore(self, tables: dict[str, list[Write]], now: Now) -> Effects:
-        """Take over the journal of an earlier life; runs that were not finished are marked failed (F007)."""
+        """Take over the journal of an earlier life. Runs that had not ended wait for their clusters and go on."""
         effects = Effects()
         events: dict[str, list[RunEvent]] = {}
         for write in tables.get("events", []):
-            events.setdefault(str(write.key[0]), []).append(_event_of(write))
+            events.setdefault(str(write.key[0]), []).append(run_event(write.row))
         for write in tables.get("submissions", []):
-            self._requests[str(write.row["client_request_id"])] = str(write.key[0])
-        for write in tables.get("runs", []):
-            info = RunInfo(**{**write.row, "clusters": tuple(write.row["clusters"])})
+            self._requests[request_id(write.row)] = str(write.key[0])
+        infos = sorted((run_info(w.row) for w in tables.get("runs", [])), key=lambda i: (i.created_at, i.run_id))
+        for info in infos:
             past = events.get(info.run_id, [])
-            if info.status not in TERMINAL:
-                error = RunError("F007", "the mediator was restarted during the run", hint="submit it again")
-                info = replace(
-                    info, status="FAILED", finished_at=now.wall_s, error_json=error.to_json(), waiting_for=""
+            if info.status in TERMINAL:
+                self._archive[info.run_id] = Archived(info, tuple(past))
+            else:
+                self._runs[info.run_id] = restore_run(
+                    info, tables, past, self._members.address, now, effects, **self._times
                 )
-                closing = closing_events(past, info, now, str(error))
-                past = [*past, *closing]
-                effects.writes.append(Write("runs", (info.run_id,), asdict(info)))
-                effects.writes += [Write("events", (e.run_id, e.seq), asdict(e)) for e in closing]
-            self._archive[info.run_id] = Archived(info, tuple(past))
         return effects
+
+    @property
+    def _times(self) -> dict[str, float]:
+        return {"reserve_s": self.policy.reserve_s, "activate_s": self.policy.activate_s}
 
     # ------------------------------------------------------------ SDK
 
@@ -114,7 +118,7 @@ class FederationMediator:
         clusters = self._members.clusters()
         if clusters:
             _refuse_infeasible(make_plan(submission, clusters)[0])
-        run = RunMachine(run_id, submission, now, reserve_s=self.policy.reserve_s, activate_s=self.policy.activate_s)
+        run = RunMachine(run_id, submission, now, self._members.address, **self._times)
         self._requests[submission.client_request_id] = run_id
         self._runs[run_id] = run
         run.submitted(effects, now)
@@ -192,7 +196,16 @@ class FederationMediator:
         refusal = self._members.register(request, peer, now.monotonic_s)
         if refusal:
             return refusal, effects
-        effects.send(request.cluster, Lease(self.policy.lease_ttl_s, self.policy.heartbeat_s))
+        cluster = request.cluster
+        effects.send(cluster, Lease(self.policy.lease_ttl_s, self.policy.heartbeat_s))
+        held = {run.run_id: run for run in request.held}
+        for run_id, run in list(self._runs.items()):
+            if not run.terminal and cluster in run.clusters and run.placement is not None:
+                self._members.take(run_id, {cluster: run.placement.slots[cluster]})
+                run.cluster_joined(effects, now, cluster, held.get(run_id))
+        for run_id, what in held.items():
+            if run_id not in self._runs or self._runs[run_id].terminal:
+                effects.send(cluster, Release(run_id, what.generation))
         self._admit(effects, now)
         return None, effects
 
@@ -210,19 +223,33 @@ class FederationMediator:
             self._members.leave(cluster, incarnation)
             effects.dropped.append(cluster)
             self._lost(effects, now, cluster)
+        elif isinstance(report, Draining):
+            self._members.drain(cluster)
+            for run in list(self._runs.values()):
+                run.drain(effects, now, cluster)
+        elif isinstance(report, ClusterReset):
+            for run in list(self._runs.values()):
+                run.cluster_reset(effects, now, cluster, report.reason)
         elif isinstance(report, CallDone):
             if self._calls.pop(report.call_id, None):
                 effects.answers.append(report)
         elif not isinstance(report, Register):
             self._run_report(effects, now, cluster, report)
+        self._dismiss(effects)
         return effects
+
+    def _dismiss(self, effects: Effects) -> None:
+        """Let agents go that want to leave and whom no run needs any more."""
+        for cluster in self._members.draining():
+            if all(run.may_leave(cluster) for run in self._runs.values()):
+                effects.send(cluster, Dismiss(self._members.incarnation(cluster)))
 
     def _run_report(
         self,
         effects: Effects,
         now: Now,
         cluster: str,
-        report: Reserved | Activated | RoundReport | ModelStored | Released | Warned,
+        report: Reserved | Activated | RoundReport | Checkpointed | ModelStored | Released | Warned,
     ) -> None:
         run = self._runs.get(report.run_id)
         if run is None:
@@ -233,13 +260,15 @@ class FederationMediator:
             run.activated(effects, now, cluster, report)
         elif isinstance(report, RoundReport):
             run.round_report(effects, now, cluster, report)
+        elif isinstance(report, Checkpointed):
+            run.checkpointed(effects, now, cluster, report)
         elif isinstance(report, ModelStored):
             run.model_stored(effects, now, report)
         elif isinstance(report, Warned):
             run.warned(effects, now, f"{cluster}: {report.text}")
         else:
             self._members.give_back(report.run_id, cluster)
-            run.released(effects, now, cluster)
+            run.released(cluster)
         if run.terminal:
             self._admit(effects, now)
 
@@ -309,14 +338,8 @@ class FederationMediator:
         position = {name: k for k, name in enumerate(used)}
         where = tuple(position[clusters[c].name] for c in assignment.clusters)
         self._members.take(run.run_id, plan.slots)
-        run.start(
-            effects,
-            now,
-            plan=plan,
-            assignment=where,
-            peers=tuple(PeerAddress(name, by_name[name].address) for name in plan.clusters),
-            resources={n: slot_resources(run.config, by_name[n], plan.slots[n]) for n in plan.clusters},
-        )
+        resources = {n: slot_resources(run.config, by_name[n], plan.slots[n]) for n in plan.clusters}
+        run.start(effects, now, Placement(plan, where, resources))
 
     def _find(self, run_id: str) -> RunMachine | Archived:
         everything: dict[str, RunMachine | Archived] = {**self._archive, **self._runs}
@@ -359,10 +382,3 @@ def _refuse_infeasible(plan: Plan) -> None:
     raise ResourceError(
         "R001", "; ".join(plan.problems), place="resources", hint="`fabric plan` shows what each cluster would hold"
     )
-
-
-def _event_of(write: Write) -> RunEvent:
-    row = dict(write.row)
-    if row.get("round"):
-        row["round"] = RoundResult(**row["round"])
-    return RunEvent(**row)

@@ -16,6 +16,8 @@ class Member:
     info: ClusterInfo
     peer: str
     lease_until: float
+    agent_id: str = ""
+    draining: bool = False
     connected: bool = True
     slots_by_run: dict[str, int] = field(default_factory=dict)
 
@@ -36,7 +38,11 @@ class Membership:
         self._members: dict[str, Member] = {}
 
     def register(self, request: Register, peer: str, now_s: float) -> IcrfError | None:
-        """Admit an agent, or say why not. The same incarnation may come back as often as it likes."""
+        """Admit an agent, or say why not.
+
+        The same incarnation may come back as often as it likes. A new incarnation of the same agent takes over at once:
+        the lock of its state folder proves that the old process is gone.
+        """
         if request.protocol_version != PROTOCOL_VERSION:
             return ProtocolError(
                 "P004",
@@ -45,7 +51,10 @@ class Membership:
                 hint=f"install the same icrf release as the mediator's (agent has {request.software_version})",
             )
         held = self._members.get(request.cluster)
-        if held and held.info.incarnation != request.incarnation and held.lease_until > now_s:
+        same = held is not None and (
+            held.info.incarnation == request.incarnation or bool(request.agent_id and held.agent_id == request.agent_id)
+        )
+        if held and not same and held.lease_until > now_s:
             return AgentError(
                 "A001",
                 f"cluster {request.cluster} is served by instance {held.info.incarnation[:8]} from {held.peer}, "
@@ -54,7 +63,7 @@ class Membership:
                 value=request.cluster,
                 hint="give this cluster another name, or stop the other agent first",
             )
-        kept = held.slots_by_run if held and held.info.incarnation == request.incarnation else {}
+        kept = held.slots_by_run if held and same else {}
         info = ClusterInfo(
             name=request.cluster,
             incarnation=request.incarnation,
@@ -63,7 +72,9 @@ class Membership:
             labels=dict(request.labels),
             address=request.address,
         )
-        self._members[request.cluster] = Member(info, peer, now_s + self._ttl_s, slots_by_run=dict(kept))
+        self._members[request.cluster] = Member(
+            info, peer, now_s + self._ttl_s, request.agent_id, slots_by_run=dict(kept)
+        )
         return None
 
     def heartbeat(self, cluster: str, incarnation: str, now_s: float) -> bool:
@@ -101,9 +112,27 @@ class Membership:
         return member is not None and member.info.incarnation == incarnation
 
     def take(self, run_id: str, slots: Mapping[str, int]) -> None:
-        """Account the slots of a run."""
+        """Account the slots of a run on the clusters that are there."""
         for cluster, count in slots.items():
-            self._members[cluster].slots_by_run[run_id] = count
+            if cluster in self._members:
+                self._members[cluster].slots_by_run[run_id] = count
+
+    def address(self, cluster: str) -> str:
+        """Where the gateway of a cluster can be dialled; empty when only the relay reaches it."""
+        member = self._members.get(cluster)
+        return member.info.address if member else ""
+
+    def incarnation(self, cluster: str) -> str:
+        """The incarnation that holds a cluster."""
+        return self._members[cluster].info.incarnation
+
+    def drain(self, cluster: str) -> None:
+        """The agent wants to leave: nothing new is placed on its cluster."""
+        self._members[cluster].draining = True
+
+    def draining(self) -> list[str]:
+        """Clusters whose agents want to leave."""
+        return sorted(name for name, m in self._members.items() if m.draining)
 
     def give_back(self, run_id: str, cluster: str) -> None:
         """Free what a run held on a cluster; harmless when it held nothing."""
@@ -124,7 +153,10 @@ class Membership:
 
     def clusters(self) -> list[ClusterInfo]:
         """All clusters by name, with their free slots."""
-        return [replace(m.info, alive=m.connected, free_slots=m.free_slots) for _, m in sorted(self._members.items())]
+        return [
+            replace(m.info, alive=m.connected and not m.draining, free_slots=m.free_slots)
+            for _, m in sorted(self._members.items())
+        ]
 
     def names(self) -> set[str]:
         return set(self._members)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from icrf.protocol import CENTRALIZED, RoundReport, StartRound
+from icrf.errors import IcrfError, InternalError
+from icrf.protocol import CENTRALIZED, RoundReport, RoundResult, StartRound
 from icrf.update import choose_grid, merkle_root, metric_mean
 
 MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
@@ -29,6 +30,26 @@ class Commit:
     bytes_by_cluster: dict[str, int]
     train_s: float
     exchange_s: float
+
+    def result(self, generation: int, wall_s: float) -> RoundResult:
+        """The round as users see it."""
+        return RoundResult(
+            number=self.round,
+            attempt=self.attempt,
+            generation=generation,
+            wall_s=wall_s,
+            train_s=self.train_s,
+            exchange_s=self.exchange_s,
+            commit_s=0.0,
+            metrics=self.metrics,
+            bytes_inter_cluster=self.bytes_inter_cluster,
+            bytes_intra_cluster=self.bytes_intra_cluster,
+            participants=self.num_participants,
+            model_sha256=self.model_hash,
+            parent_sha256=self.parent_hash,
+            consensus_sha256=self.consensus_hash,
+            bytes_by_cluster=self.bytes_by_cluster,
+        )
 
 
 @dataclass
@@ -68,17 +89,35 @@ class RoundLedger:
         self.total_weight = 0
         self.open: Attempt | None = None
         self._escalation: list[int] = []
+        self._history: dict[int, tuple[str, tuple[float, ...]]] = {}
 
     def begin(self, absmax: Sequence[Sequence[float]], head_hash: str, total_weight: int) -> None:
         """Set the state before the first round: initial maxima per cluster, hash, and the sum of sample counts."""
         self.absmax = _elementwise_max(absmax)
         self.head_hash = head_hash
         self.total_weight = total_weight
+        self._history.setdefault(0, (head_hash, self.absmax))
 
-    def open_round(self, run_id: str, generation: int, evaluate: bool, now_s: float) -> StartRound:
-        """Open the first attempt of the next round."""
+    def remember(self, number: int, model_hash: str, absmax: Sequence[float]) -> None:
+        """Take over a commit of the journal; the last one remembered is the head."""
+        self._history[number] = (model_hash, tuple(absmax))
+        self.round, self.head_hash, self.absmax = number, model_hash, tuple(absmax)
+
+    def rewind(self, number: int) -> str:
+        """Go back to the committed state of a round; its hash."""
+        self.open = None
+        self.round = number
+        self.head_hash, self.absmax = self._history[number]
+        return self.head_hash
+
+    def recorded(self, number: int) -> str:
+        """The hash that a round was committed with before; empty for a round that is new."""
+        return self._history[number][0] if number in self._history else ""
+
+    def open_round(self, run_id: str, generation: int, evaluate: bool, now_s: float, attempt: int = 1) -> StartRound:
+        """Open the next round; `attempt` is larger than any that clusters have seen of it."""
         self._escalation = [0] * len(self.absmax)
-        return self._open(run_id, generation, self.round + 1, 1, evaluate, now_s)
+        return self._open(run_id, generation, self.round + 1, attempt, evaluate, now_s)
 
     def _open(
         self, run_id: str, generation: int, number: int, attempt: int, evaluate: bool, now_s: float
@@ -149,6 +188,7 @@ class RoundLedger:
             exchange_s=max(r.exchange_s for r in reports.values()),
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
+        self._history.setdefault(commit.round, (model_hash, absmax))
         return commit
 
     @staticmethod
@@ -184,3 +224,25 @@ def _metric_means(reports: Sequence[RoundReport]) -> dict[str, float]:
             numerator, weight = totals.get(name, (0, 0))
             totals[name] = (numerator + int(part.numerator), weight + part.weight)
     return {name: metric_mean(*total) for name, total in sorted(totals.items())}
+
+
+def attempt_row(report: RoundReport) -> dict[str, object]:
+    """The journal row of one cluster's part of an attempt."""
+    return {
+        "generation": report.generation,
+        "participants": report.participants.hex(),
+        "model_hash": report.model_hash,
+        "state_hashes": report.state_hashes.hex(),
+        "bytes_inter_cluster": report.bytes_inter_cluster,
+    }
+
+
+def differs(number: int, recorded: str, found: str) -> IcrfError:
+    """The error of a round that did not repeat: its state depends on something that is not in the journal."""
+    return InternalError(
+        "X002",
+        f"round {number} did not repeat: its state has another hash than the one committed",
+        value=found[:16],
+        allowed=recorded[:16],
+        hint="user code must draw randomness from self.generator(...) only, and clusters must have equal fingerprints",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -94,12 +93,3 @@ class RunRecord:
         self.events.append(event)
         effects.events.append(event)
         effects.writes.append(Write("events", (run_id, event.seq), asdict(event)))
-
-
-def closing_events(past: Sequence[RunEvent], info: RunInfo, now: Now, text: str) -> list[RunEvent]:
-    """The last two events of a run that an earlier life of the mediator did not finish."""
-    last = past[-1].seq if past else 0
-    return [
-        RunEvent(info.run_id, last + 1, now.wall_s, "status", text, info.status),
-        RunEvent(info.run_id, last + 2, now.wall_s, "end", text, info.status),
-    ]

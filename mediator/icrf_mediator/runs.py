@@ -3,16 +3,20 @@
 ::
 
     QUEUED ─ start ─> RESERVING ─> RESERVED ─> ACTIVATING ─> READY ─> RUNNING ─┬─> IDLE (kept) ─ finish ─┐
-                          │            │            │          │         │     └──────────────────────────┴─> COMPLETED
-                          └────────────┴────────────┴──────────┴─────────┴─> FAILED, CANCELLED
+                       ^    │           │            │          │         │    └────────────────────────┴─> COMPLETED
+                       │    └───────────┴────────────┴──────────┴─────────┴─> FAILED, CANCELLED
+                  RECOVERING <─ a death, a lost or a leaving cluster, a restart of the mediator
 
-A run stops in RESERVED and READY when it was submitted with a stage, and goes on when asked to `advance`.
+A run stops in RESERVED and READY when it was submitted with a stage, and goes on when asked to `advance`. Out of
+RECOVERING it either runs the open round again (all committed states are intact), or, under a new generation, goes
+through RESERVING once more and starts from the last durable checkpoint.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from icrf.errors import AgentError, IcrfError, InternalError, RunError, error_from_json, make_error
 from icrf.ports import Write
@@ -25,182 +29,50 @@ from icrf.protocol import (
     IDLE,
     QUEUED,
     READY,
+    RECOVERING,
     RESERVED,
     RESERVING,
     RUNNING,
     STAGES,
     AbortAttempt,
-    Activate,
     Activated,
+    Checkpointed,
+    HeldRun,
     ModelStored,
     PeerAddress,
-    Plan,
-    Release,
-    Reserve,
     Reserved,
-    Resources,
     RoundReport,
-    RoundResult,
-    RunEvent,
-    RunInfo,
+    SaveCheckpoint,
     StoreModel,
-    Submission,
 )
 from icrf_mediator.effects import Effects, Now
-from icrf_mediator.rounds import Commit, RoundLedger
-from icrf_mediator.run_record import RunRecord
+from icrf_mediator.placement import Placement
+from icrf_mediator.rounds import Commit, attempt_row, differs
+from icrf_mediator.run_base import LIVE, NEVER, RunBase
 
-MODEL_ARTIFACT = "model.safetensors"
+MAX_RECOVERIES = 12
 
 
-class RunMachine:
-    """One run from submission to its end.
-
-    Args:
-        run_id: identity of the run.
-        submission: what was submitted.
-        now: time of submission.
-        reserve_s: how long clusters may take to reserve.
-        activate_s: how long they may take to set up their nodes.
-    """
-
-    def __init__(
-        self, run_id: str, submission: Submission, now: Now, *, reserve_s: float = 60.0, activate_s: float = 300.0
-    ) -> None:
-        self.run_id = run_id
-        self.submission = submission
-        self.config = json.loads(submission.config_json)
-        self._reserve_s = reserve_s
-        self._activate_s = activate_s
-        self.record = RunRecord(run_id, submission, self.config, now)
-        self.generation = 0
-        self.plan: Plan | None = None
-        self.ledger: RoundLedger | None = None
-        self._stage = submission.stage
-        self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
-        self._finishing = not submission.keep
-        self._assignment: tuple[int, ...] = ()
-        self._peers: tuple[PeerAddress, ...] = ()
-        self._resources: dict[str, Resources] = {}
-        self._pending: set[str] = set()
-        self._held: set[str] = set()
-        self._samples: dict[int, int] = {}
-        self._absmax: dict[str, tuple[float, ...]] = {}
-        self._hashes: dict[str, bytes] = {}
-        self._model_hash = ""
-        self._deadline_s = float("inf")
-        self._opened_wall_s = 0.0
-
-    # ------------------------------------------------------------ what it is
-
-    @property
-    def info(self) -> RunInfo:
-        """The run as users see it."""
-        return self.record.info
-
-    @property
-    def events(self) -> list[RunEvent]:
-        """Everything that happened so far; the live list."""
-        return self.record.events
-
-    @property
-    def terminal(self) -> bool:
-        return self.record.terminal
-
-    @property
-    def ended(self) -> bool:
-        """Terminal, and every cluster has released what it held."""
-        return self.terminal and not self._held
-
-    @property
-    def is_activated(self) -> bool:
-        """Whether its nodes are live on their hosts."""
-        return self.info.status in (READY, RUNNING, IDLE)
-
-    @property
-    def slots(self) -> dict[str, int]:
-        return dict(self.plan.slots) if self.plan else {}
-
-    @property
-    def _clusters(self) -> tuple[str, ...]:
-        assert self.plan is not None
-        return self.plan.clusters
-
-    def cluster_of(self, node: int) -> str:
-        return self._clusters[self._assignment[node]]
-
-    def node_index(self, node_id: str) -> int:
-        """Index of a node; P012 with the known ids when there is none."""
-        for index, node in enumerate(self.submission.nodes):
-            if node.id == node_id:
-                return index
-        known = ", ".join(n.id for n in self.submission.nodes[:6])
-        raise make_error("P012", f"no node '{node_id}' in {self.info.federation}", allowed=f"{known}, ...")
+class RunMachine(RunBase):
+    """One run from submission to its end; see the module's docstring."""
 
     # ------------------------------------------------------------ events from the SDK
 
     def submitted(self, effects: Effects, now: Now) -> None:
         """Journal the submission."""
         effects.writes.append(Write("submissions", (self.run_id,), asdict(self.submission)))
+        self._save_goal(effects)
         self.record.status(effects, now, QUEUED)
 
     def queued(self, effects: Effects, now: Now, waiting_for: str) -> None:
         """Say what a queued run waits for, once per reason."""
         self.record.waits(effects, now, waiting_for)
 
-    def start(
-        self,
-        effects: Effects,
-        now: Now,
-        *,
-        plan: Plan,
-        assignment: tuple[int, ...],
-        peers: tuple[PeerAddress, ...],
-        resources: dict[str, Resources],
-    ) -> None:
-        """Leave the queue: reserve on every cluster that the assignment names."""
-        self.generation += 1
-        self.plan, self._assignment, self._peers, self._resources = plan, assignment, peers, resources
-        members: dict[str, list[int]] = {c: [] for c in plan.clusters}
-        for node, position in enumerate(assignment):
-            members[plan.clusters[position]].append(node)
-        self.ledger = RoundLedger(
-            self.submission.flow,
-            plan.clusters,
-            {c: tuple(nodes) for c, nodes in members.items()},
-            plan.clusters[self._coordinator()],
-        )
-        effects.writes.append(
-            Write(
-                "assignments",
-                (self.run_id, self.generation),
-                {"clusters": list(plan.clusters), "assignment": list(assignment), "plan": asdict(plan)},
-            )
-        )
-        self.record.change(clusters=plan.clusters)
-        self._expect(plan.clusters, now, self._reserve_s + 30.0)
-        self._held = set(plan.clusters)
-        self.record.status(effects, now, RESERVING, f"reservations on {', '.join(plan.clusters)}")
-        for cluster in plan.clusters:
-            effects.send(
-                cluster,
-                Reserve(
-                    self.run_id,
-                    self.generation,
-                    self.info.federation,
-                    plan.slots[cluster],
-                    resources[cluster],
-                    self.config["placement_group_strategy"],
-                    self._reserve_s,
-                ),
-            )
-
-    def _coordinator(self) -> int:
-        if self.submission.flow == CENTRALIZED:
-            for node, spec in enumerate(self.submission.nodes):
-                if "aggregate" in spec.role.split("-"):
-                    return self._assignment[node]
-        return self._assignment[0]
+    def start(self, effects: Effects, now: Now, placement: Placement) -> None:
+        """Leave the queue: reserve on every cluster of the placement."""
+        self._place(placement)
+        self.record.change(clusters=placement.clusters)
+        self._reserve(effects, now)
 
     def advance(self, effects: Effects, now: Now, stage: str, rounds: int) -> None:
         """Go on to `stage`; for ``run``, `rounds` is the total to reach (0: as configured). Repeating is harmless."""
@@ -213,6 +85,7 @@ class RunMachine:
         if stage == "run":
             self._rounds_wanted = max(self._rounds_wanted, rounds or self.info.rounds_planned)
             self.record.change(rounds_planned=max(self.info.rounds_planned, rounds))
+        self._save_goal(effects)
         if self.info.status != RUNNING:
             self._go_on(effects, now)
 
@@ -221,9 +94,10 @@ class RunMachine:
         if self.terminal:
             return
         self._finishing = True
+        self._save_goal(effects)
         if self.info.status == IDLE:
             self._go_on(effects, now)
-        elif self.info.status != RUNNING:
+        elif self.info.status not in (RUNNING, RECOVERING):
             self._end(effects, now, CANCELLED, RunError("F003", "finished before its first round"))
 
     def cancel(self, effects: Effects, now: Now) -> None:
@@ -231,14 +105,14 @@ class RunMachine:
         if not self.terminal:
             self._end(effects, now, CANCELLED, RunError("F003", f"run {self.run_id[:8]} was cancelled"))
 
-    # ------------------------------------------------------------ events from agents and the clock
+    # ------------------------------------------------------------ reports of agents
 
     def reserved(self, effects: Effects, now: Now, cluster: str, report: Reserved) -> None:
         """One cluster's reservation; all or nothing."""
-        if self.info.status != RESERVING or report.generation != self.generation:
+        if self.info.status != RESERVING or report.generation != self.generation or cluster not in self._pending:
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
+            return self._setback(effects, now, cluster, error_from_json(report.error_json))
         if self._arrived(cluster):
             self.record.status(effects, now, RESERVED)
             self._go_on(effects, now)
@@ -248,129 +122,119 @@ class RunMachine:
         if self.info.status != ACTIVATING or report.generation != self.generation or cluster not in self._pending:
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
-        self._samples.update(report.num_samples)
-        self._absmax[cluster] = report.absmax
-        self._hashes[cluster] = report.state_hashes
-        self._model_hash = report.model_hash or self._model_hash
+            return self._setback(effects, now, cluster, error_from_json(report.error_json))
+        self._parts[cluster] = report
         if self._arrived(cluster):
             self._ready(effects, now)
 
-    def _ready(self, effects: Effects, now: Now) -> None:
-        assert self.ledger is not None
-        trains = [i for i, n in enumerate(self.submission.nodes) if "train" in n.role.split("-")]
-        missing = [self.submission.nodes[i].id for i in trains if self._samples.get(i, 0) < 1]
-        if missing:
-            error = InternalError("X001", f"no sample count for {', '.join(missing[:5])}")
-            return self.fail(effects, now, error)
-        if self.submission.flow == CENTRALIZED:
-            head = self._model_hash
-        else:
-            head = RoundLedger.root(self.ledger.leaves(self._hashes))
-        self.ledger.begin(list(self._absmax.values()), head, sum(self._samples[i] for i in trains))
-        self.record.status(effects, now, READY)
-        self._go_on(effects, now)
-
     def round_report(self, effects: Effects, now: Now, cluster: str, report: RoundReport) -> None:
         """One cluster's part of an attempt; stale ones are dropped."""
-        ledger = self.ledger
+        ledger = self._ledger
         if self.info.status != RUNNING or ledger is None or report.generation != self.generation:
             return
         if not ledger.accepts(report) or cluster not in ledger.clusters:
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
+            error = error_from_json(report.error_json)
+            if not report.recovery:
+                return self.fail(effects, now, error)
+            return self.recover(effects, now, f"{cluster}: {error.message}", report.recovery == "restore")
         if report.overflow:
-            return self._retry(effects, now, report.overflow)
+            return self._retry_coarser(effects, now, report.overflow)
         effects.writes.append(
-            Write("attempts", (self.run_id, report.round, report.attempt, cluster), _attempt_row(report))
+            Write("attempts", (self.run_id, report.round, report.attempt, cluster), attempt_row(report))
         )
         commit = ledger.collect(cluster, report)
         self._pending = set(ledger.open.missing) if ledger.open else set()
         if commit:
             self._committed(effects, now, commit)
         else:
-            self.record.waits(effects, now, f"round {report.round} on {', '.join(sorted(self._pending))}", quiet=True)
+            waiting = f"round {report.round} on {', '.join(sorted(self._pending))}"
+            self.record.waits(effects, now, waiting, quiet=True)
 
-    def _retry(self, effects: Effects, now: Now, overflow: tuple[int, ...]) -> None:
-        assert self.ledger is not None and self.ledger.open is not None
-        old = self.ledger.open.start
-        start = self.ledger.retry_coarser(overflow, now.monotonic_s)
-        names = ", ".join(self.submission.layout[t].name for t in overflow[:4])
-        if start is None:
-            error = make_error("W021", f"round {old.round}: values of {names} keep growing")
-            return self.fail(effects, now, error)
-        self.record.event(
-            effects,
-            now,
-            "warning",
-            f"round {old.round}: values of {names} left the exact grid; attempt {start.attempt} uses a coarser one",
-        )
-        for cluster in self._clusters:
-            effects.send(cluster, AbortAttempt(self.run_id, old.round, old.attempt))
-            effects.send(cluster, start)
-        self._expect(self._clusters, now, float(self.config["round_deadline_s"]))
-
-    def _committed(self, effects: Effects, now: Now, commit: Commit) -> None:
-        result = RoundResult(
-            number=commit.round,
-            attempt=commit.attempt,
-            generation=self.generation,
-            wall_s=max(0.0, now.wall_s - self._opened_wall_s),
-            train_s=commit.train_s,
-            exchange_s=commit.exchange_s,
-            commit_s=0.0,
-            metrics=commit.metrics,
-            bytes_inter_cluster=commit.bytes_inter_cluster,
-            bytes_intra_cluster=commit.bytes_intra_cluster,
-            participants=commit.num_participants,
-            model_sha256=commit.model_hash,
-            parent_sha256=commit.parent_hash,
-            consensus_sha256=commit.consensus_hash,
-            bytes_by_cluster=commit.bytes_by_cluster,
-        )
-        target = self.config.get("target_accuracy")
-        reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target
-        self.record.committed(effects, now, commit, result, reached)
-        if reached:
-            self._rounds_wanted = commit.round
-        self._go_on(effects, now)
+    def checkpointed(self, effects: Effects, now: Now, cluster: str, report: Checkpointed) -> None:
+        """One cluster's part of a checkpoint is durable, or could not be written."""
+        if self.terminal or report.generation != self.generation:
+            return
+        if report.error_json:
+            self.checkpoints.give_up()
+        elif self.checkpoints.arrived(cluster, report.round, report.artifact):
+            artifacts = self.checkpoints.durable[report.round]
+            effects.writes.append(Write("checkpoints", (self.run_id, report.round), {"artifacts": artifacts}))
+            effects.deletes += [(self.run_id, artifact) for artifact in self.checkpoints.outdated()]
+        if self.leaving and self.info.status in LIVE and not (self._ledger and self._ledger.open):
+            self._go_on(effects, now)
 
     def model_stored(self, effects: Effects, now: Now, report: ModelStored) -> None:
         """The final model is in the blob store: the run is complete."""
-        if self.terminal or report.generation != self.generation or not self._finishing:
+        if self.info.status not in (RUNNING, IDLE) or report.generation != self.generation or not self._finishing:
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
+            return self.recover(effects, now, error_from_json(report.error_json).message, lost_state=True)
         self.record.change(model_sha256=report.sha256)
         self._end(effects, now, COMPLETED, None)
 
-    def released(self, effects: Effects, now: Now, cluster: str) -> bool:
-        """A cluster freed what it held; True when it was the last one."""
+    def released(self, cluster: str) -> None:
+        """A cluster freed what it held."""
         self._held.discard(cluster)
-        return self.ended
-
-    def cluster_lost(self, effects: Effects, now: Now, cluster: str) -> None:
-        """The lease of a cluster ran out."""
-        self._held.discard(cluster)
-        if not self.terminal and self.plan and cluster in self.plan.clusters and self.info.status != QUEUED:
-            error = AgentError(
-                "A003",
-                f"cluster {cluster} was lost in {self._doing()}",
-                hint="start its fabric-agent again and submit once more",
-            )
-            self.fail(effects, now, error)
 
     def warned(self, effects: Effects, now: Now, text: str) -> None:
         """Pass on what an agent wants the user to see."""
         if not self.terminal:
             self.record.event(effects, now, "warning", text)
 
+    # ------------------------------------------------------------ clusters come and go
+
+    def cluster_lost(self, effects: Effects, now: Now, cluster: str) -> None:
+        """The lease of a cluster ran out, or its agent left."""
+        self._held.discard(cluster)
+        if self.terminal or cluster not in self.clusters:
+            return
+        error = AgentError(
+            "A003", f"cluster {cluster} was lost in {self._doing()}", hint="start its fabric-agent again"
+        )
+        left_in_order = cluster in self.leaving
+        self._away.add(cluster)
+        if self.config.get("on_cluster_loss") == "fail" and not left_in_order:
+            return self.fail(effects, now, error)
+        self.recover(effects, now, f"{cluster} is away", lost_state=self._lost_state or left_in_order)
+
+    def cluster_joined(self, effects: Effects, now: Now, cluster: str, held: HeldRun | None) -> None:
+        """The agent of a cluster has registered, again or for the first time since this mediator lives."""
+        if self.terminal or cluster not in self.clusters:
+            return
+        self.leaving.discard(cluster)
+        self._held.add(cluster)
+        was_away = cluster in self._away
+        self._away.discard(cluster)
+        if held is not None and held.generation == self.generation:
+            self._attempt_floor = max(self._attempt_floor, held.attempt)
+        elif self.info.status not in (QUEUED,):
+            self._lost_state = True
+        reason = f"{cluster} is back" if was_away else f"{cluster} has connected again"
+        self.recover(effects, now, reason, self._lost_state)
+
+    def cluster_reset(self, effects: Effects, now: Now, cluster: str, reason: str) -> None:
+        """A cluster was rebuilt: nothing that lived on it is left."""
+        if not self.terminal and cluster in self.clusters:
+            self.recover(effects, now, f"{cluster}: {reason}", lost_state=True)
+
+    def drain(self, effects: Effects, now: Now, cluster: str) -> None:
+        """The agent of a cluster wants to leave: make the state durable after the open round, then let it go."""
+        if self.terminal or cluster not in self.clusters:
+            return
+        self.leaving.add(cluster)
+        if self.info.status in LIVE and not (self._ledger and self._ledger.open):
+            self._go_on(effects, now)
+        elif self.info.status not in LIVE:
+            self._away.add(cluster)
+            self.recover(effects, now, f"{cluster} leaves", lost_state=True)
+
     def tick(self, effects: Effects, now: Now) -> None:
         """Check the deadline of what the run waits for."""
         if self.terminal or now.monotonic_s < self._deadline_s:
             return
-        late = ", ".join(sorted(self._pending))
+        late = ", ".join(sorted(self._away or self._pending))
         error = RunError("F002", f"{self._doing()} took too long on {late}", hint="raise round_deadline_s")
         self.fail(effects, now, error)
 
@@ -378,95 +242,225 @@ class RunMachine:
         """End the run with an error."""
         self._end(effects, now, FAILED, error)
 
-    # ------------------------------------------------------------ inside
+    # ------------------------------------------------------------ out of the journal
+
+    def load_goal(self, row: Mapping[str, Any]) -> None:
+        """How far the run was to go."""
+        self._stage, self._rounds_wanted = str(row["stage"]), int(row["rounds_wanted"])
+        self._finishing = bool(row["finishing"])
+
+    def load_placement(self, generation: int, placement: Placement) -> None:
+        """Where it lived."""
+        self.generation = generation
+        self._place(placement)
+
+    def load_progress(
+        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...]]]
+    ) -> None:
+        """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
+        assert self._ledger is not None
+        for row in activations:
+            if int(row["round"]) == 0:
+                self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
+        for number, model_hash, absmax in commits:
+            self._ledger.remember(number, model_hash, absmax)
+
+    def rejoin(self, effects: Effects, now: Now) -> None:
+        """After a restart of the mediator: wait for all clusters, which tell what they still hold."""
+        self._away = set(self.clusters)
+        self._held = set()
+        self.recover(effects, now, "the mediator was restarted", lost_state=False)
+
+    # ------------------------------------------------------------ recovery
+
+    def recover(self, effects: Effects, now: Now, reason: str, lost_state: bool) -> None:
+        """Leave what the run is doing and come back to it: at once if all clusters are there, else when they are."""
+        if self.info.status == QUEUED or self.placement is None:
+            return
+        unfinished = self.info.status in (RESERVING, RESERVED, ACTIVATING)
+        self._lost_state = self._lost_state or lost_state or unfinished
+        self._recoveries += self.info.status != RECOVERING
+        if self._recoveries > MAX_RECOVERIES:
+            error = RunError("F002", f"{MAX_RECOVERIES} recoveries without a new round, the last after: {reason}")
+            return self.fail(effects, now, error)
+        if self._ledger and self._ledger.open:
+            start, self._ledger.open = self._ledger.open.start, None
+            self._attempt_floor = max(self._attempt_floor, start.attempt)
+            for cluster in self.clusters:
+                effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
+        self.checkpoints.give_up()
+        self._pending = set()
+        self._deadline_s = now.monotonic_s + float(self.config["round_deadline_s"])
+        waiting = f"cluster {', '.join(sorted(self._away))} to come back" if self._away else ""
+        self.record.status(effects, now, RECOVERING, waiting, text=reason)
+        self._go_on(effects, now)
+
+    def _setback(self, effects: Effects, now: Now, cluster: str, error: IcrfError) -> None:
+        """Reserving or activating failed: final in a first attempt, or if it is not a death."""
+        if self.generation == 1 and self._recoveries == 0 and error.code != "U003":
+            return self.fail(effects, now, error)
+        if error.code in ("U003", "R003", "P003", "L008"):
+            return self.recover(effects, now, f"{cluster}: {error.message}", lost_state=True)
+        self.fail(effects, now, error)
+
+    def _comes_back(self, effects: Effects, now: Now) -> None:
+        assert self.placement is not None
+        if self._away:
+            return
+        if self._lost_state or self._ledger is None or not self._ledger.total_weight:
+            self._reserve(effects, now)
+            return
+        status = RUNNING if self._ledger.round < self._rounds_wanted or self._finishing else IDLE
+        if self._stage != "run":
+            status = READY
+        self.record.status(effects, now, status)
+        self._go_on(effects, now)
+
+    def _reserve(self, effects: Effects, now: Now) -> None:
+        """Start under a new generation."""
+        assert self.placement is not None
+        self.generation += 1
+        self._lost_state, self._attempt_floor, self._parts = False, 0, {}
+        effects.writes.append(self.placement.row(self.run_id, self.generation))
+        self._expect(self.clusters, now, self._reserve_s + 30.0)
+        self._held = set(self.clusters)
+        self.record.status(effects, now, RESERVING, f"reservations on {', '.join(self.clusters)}")
+        strategy = self.config["placement_group_strategy"]
+        federation = self.info.federation
+        effects.sends += self.placement.reserve(self.run_id, self.generation, federation, strategy, self._reserve_s)
+
+    def _activate(self, effects: Effects, now: Now) -> None:
+        assert self.placement is not None
+        done = self.info.rounds_done
+        over = done >= self._rounds_wanted and self.submission.flow != CENTRALIZED
+        # A consensus model is no part of the state: its round has to run again to make it.
+        self._restored_round = self.checkpoints.latest(done - 1 if over and done else done)
+        artifacts = {c: self.checkpoints.artifact(self._restored_round, c) for c in self.clusters}
+        peers = [PeerAddress(name, self._addresses(name)) for name in self.clusters]
+        self._expect(self.clusters, now, self._activate_s)
+        self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self.clusters)}")
+        restore = (self._restored_round, artifacts)
+        federation = self.info.federation
+        effects.sends += self.placement.activate(
+            self.run_id, self.generation, federation, self.submission, peers, restore
+        )
+
+    def _ready(self, effects: Effects, now: Now) -> None:
+        ledger = self._ledger
+        assert ledger is not None and self.placement is not None
+        samples = {node: count for part in self._parts.values() for node, count in part.num_samples}
+        trains = [i for i, n in enumerate(self.submission.nodes) if "train" in n.role.split("-")]
+        missing = [self.submission.nodes[i].id for i in trains if samples.get(i, 0) < 1]
+        if missing:
+            return self.fail(effects, now, InternalError("X001", f"no sample count for {', '.join(missing[:5])}"))
+        if self.submission.flow == CENTRALIZED:
+            head = "".join(part.model_hash for part in self._parts.values())
+        else:
+            head = ledger.root(ledger.leaves({c: part.state_hashes for c, part in self._parts.items()}))
+        known = ledger.recorded(self._restored_round)
+        if known and known != head:
+            return self.fail(effects, now, differs(self._restored_round, known, head))
+        total = sum(samples[i] for i in trains)
+        if self._restored_round == 0:
+            ledger.begin([part.absmax for part in self._parts.values()], head, total)
+        ledger.total_weight = total
+        ledger.rewind(self._restored_round)
+        row = {"total_weight": total, "head_hash": head, "absmax": list(ledger.absmax), "round": ledger.round}
+        effects.writes.append(Write("activations", (self.run_id, self.generation), row))
+        self.record.status(effects, now, READY)
+        self._go_on(effects, now)
+
+    # ------------------------------------------------------------ rounds
+
+    def _retry_coarser(self, effects: Effects, now: Now, overflow: Sequence[int]) -> None:
+        assert self._ledger is not None and self._ledger.open is not None
+        old = self._ledger.open.start
+        start = self._ledger.retry_coarser(overflow, now.monotonic_s)
+        names = ", ".join(self.submission.layout[t].name for t in overflow[:4])
+        if start is None:
+            return self.fail(effects, now, make_error("W021", f"round {old.round}: values of {names} keep growing"))
+        text = f"round {old.round}: values of {names} left the exact grid; attempt {start.attempt} uses a coarser one"
+        self.record.event(effects, now, "warning", text)
+        for cluster in self.clusters:
+            effects.send(cluster, AbortAttempt(self.run_id, old.round, old.attempt))
+            effects.send(cluster, start)
+        self._expect(self.clusters, now, float(self.config["round_deadline_s"]))
+
+    def _committed(self, effects: Effects, now: Now, commit: Commit) -> None:
+        assert self._ledger is not None and self.placement is not None
+        known = self._ledger.recorded(commit.round)
+        if known != commit.model_hash:
+            return self.fail(effects, now, differs(commit.round, known, commit.model_hash))
+        self._attempt_floor = 0
+        if commit.round > self.info.rounds_done:
+            self._recoveries = 0
+            target = self.config.get("target_accuracy")
+            reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target
+            wall_s = max(0.0, now.wall_s - self._opened_wall_s)
+            self.record.committed(effects, now, commit, commit.result(self.generation, wall_s), reached)
+            if reached:
+                self._rounds_wanted = commit.round
+                self._save_goal(effects)
+            every = int(self.config.get("checkpoint_every") or 0)
+            if every and commit.round % every == 0:
+                self._checkpoint(effects)
+        self._go_on(effects, now)
+
+    def _checkpoint(self, effects: Effects) -> None:
+        assert self._ledger is not None and self.placement is not None
+        clusters = self.placement.stateful(self.submission)
+        self.checkpoints.begin(self._ledger.round, clusters)
+        for cluster in clusters:
+            effects.send(cluster, SaveCheckpoint(self.run_id, self.generation, self._ledger.round))
 
     def _go_on(self, effects: Effects, now: Now) -> None:
+        """Take the next step towards what is wanted."""
         status, wanted = self.info.status, STAGES.index(self._stage)
-        if status == RESERVED and wanted >= STAGES.index("activate"):
+        done = self._ledger.round if self._ledger else 0
+        if status == RECOVERING:
+            self._comes_back(effects, now)
+        elif status == RESERVED and wanted >= STAGES.index("activate"):
             self._activate(effects, now)
+        elif status in LIVE and self.leaving:
+            self._let_go(effects, now)
         elif status == READY and wanted >= STAGES.index("run"):
             self.record.status(effects, now, RUNNING)
-            self._next_round(effects, now)
-        elif status in (RUNNING, IDLE) and self.info.rounds_done < self._rounds_wanted:
+            self._go_on(effects, now)
+        elif status in (RUNNING, IDLE) and done < self._rounds_wanted:
             if status == IDLE:
                 self.record.status(effects, now, RUNNING)
             self._next_round(effects, now)
         elif status in (RUNNING, IDLE) and self._finishing:
             self._store(effects, now)
         elif status == RUNNING:
-            self._deadline_s = float("inf")
+            self._deadline_s = NEVER
             self.record.status(effects, now, IDLE)
 
-    def _activate(self, effects: Effects, now: Now) -> None:
-        self._expect(self._clusters, now, self._activate_s)
-        self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self._clusters)}")
-        for cluster in self._clusters:
-            effects.send(
-                cluster,
-                Activate(
-                    run_id=self.run_id,
-                    generation=self.generation,
-                    federation=self.info.federation,
-                    config_json=self.submission.config_json,
-                    flow=self.submission.flow,
-                    nodes=self.submission.nodes,
-                    graph=self.submission.graph,
-                    layout=self.submission.layout,
-                    clusters=self._clusters,
-                    assignment=self._assignment,
-                    coordinator=self._coordinator(),
-                    peers=self._peers,
-                    num_slots=self.slots[cluster],
-                    code_path=self.submission.code_path,
-                ),
-            )
+    def _let_go(self, effects: Effects, now: Now) -> None:
+        """Clusters want to leave between two rounds: first the state must be durable."""
+        done = self._ledger.round if self._ledger else 0
+        if done and done not in self.checkpoints.durable:
+            if self.checkpoints.open_round != done:
+                self._checkpoint(effects)
+            return
+        self._away |= self.leaving
+        self.recover(effects, now, f"{', '.join(sorted(self.leaving))} left in order", lost_state=True)
 
     def _next_round(self, effects: Effects, now: Now) -> None:
-        assert self.ledger is not None
-        number = self.ledger.round + 1
+        assert self._ledger is not None
+        number = self._ledger.round + 1
         every = int(self.config["evaluate_every"])
         evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
-        start = self.ledger.open_round(self.run_id, self.generation, evaluate, now.monotonic_s)
+        attempt = self._attempt_floor + 1
+        start = self._ledger.open_round(self.run_id, self.generation, evaluate, now.monotonic_s, attempt)
         self._opened_wall_s = now.wall_s
-        self._expect(self._clusters, now, float(self.config["round_deadline_s"]))
-        for cluster in self._clusters:
+        self._expect(self.clusters, now, float(self.config["round_deadline_s"]))
+        for cluster in self.clusters:
             effects.send(cluster, start)
 
     def _store(self, effects: Effects, now: Now) -> None:
-        assert self.ledger is not None
-        self._expect((self.ledger.coordinator,), now, self._activate_s)
-        self.record.waits(effects, now, f"the model from {self.ledger.coordinator}", quiet=True)
-        effects.send(self.ledger.coordinator, StoreModel(self.run_id, self.generation, self.ledger.round))
-
-    def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
-        open_attempt = self.ledger.open if self.ledger else None
-        for cluster in sorted(self._held):
-            if open_attempt:
-                start = open_attempt.start
-                effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
-            effects.send(cluster, Release(self.run_id, self.generation))
-        self._deadline_s = float("inf")
-        self.record.end(effects, now, status, error)
-
-    def _expect(self, clusters: tuple[str, ...], now: Now, within_s: float) -> None:
-        self._pending = set(clusters)
-        self._deadline_s = now.monotonic_s + within_s
-
-    def _arrived(self, cluster: str) -> bool:
-        self._pending.discard(cluster)
-        return not self._pending
-
-    def _doing(self) -> str:
-        if self.ledger and self.ledger.open:
-            return f"round {self.ledger.open.start.round}"
-        return self.info.status.lower()
-
-
-def _attempt_row(report: RoundReport) -> dict[str, object]:
-    return {
-        "generation": report.generation,
-        "participants": report.participants.hex(),
-        "model_hash": report.model_hash,
-        "state_hashes": report.state_hashes.hex(),
-        "bytes_inter_cluster": report.bytes_inter_cluster,
-    }
+        assert self._ledger is not None
+        coordinator = self._ledger.coordinator
+        self._expect((coordinator,), now, self._activate_s)
+        self.record.waits(effects, now, f"the model from {coordinator}", quiet=True)
+        effects.send(coordinator, StoreModel(self.run_id, self.generation, self._ledger.round))

@@ -29,6 +29,7 @@ from icrf.protocol import (
     Submission,
 )
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.fail_places import BEFORE, DURABLE, TOLD, pass_by
 from icrf_mediator.mediator import FederationMediator, Policy
 from icrf_mediator.planning import make_plan
 
@@ -37,7 +38,16 @@ log = logging.getLogger("icrf.mediator")
 TICK_S = 0.5
 CALL_TIMEOUT_S = 600.0
 PLAN_ARTIFACT = "plan.json"
-_TABLES = ("submissions", "runs", "events")
+_TABLES = (
+    "submissions",
+    "runs",
+    "goals",
+    "assignments",
+    "activations",
+    "commits",
+    "checkpoints",
+    "events",
+)
 
 
 @dataclass(frozen=True)
@@ -208,6 +218,7 @@ class MediatorService:
 
     def _carry_out(self, effects: Effects, reporter: Session | None = None) -> None:
         """Carry out one decision. A refused reporter (one that lost its lease) is answered on its own stream."""
+        pass_by(effects, BEFORE)
         if effects.writes:
             began = time.perf_counter()
             self._store.apply(effects.writes)
@@ -215,16 +226,20 @@ class MediatorService:
             for event in effects.events:
                 if event.round is not None:
                     self._core.commit_took(event.run_id, event.round.number, took)
+        pass_by(effects, DURABLE)
         for cluster, instruction in effects.sends:
             session = self._sessions.get(self._by_cluster.get(cluster, ""))
             if isinstance(instruction, Reject) and reporter is not None:
                 reporter.port.send(instruction)
             elif session is not None:
                 session.port.send(instruction)
+        pass_by(effects, TOLD)
         for answer in effects.answers:
             future = self._calls.get(answer.call_id)
             if future is not None and not future.done():
                 future.set_result(answer)
+        for run_id, artifact in effects.deletes:
+            self._blobs.delete_run(run_id, artifact)
         for cluster in effects.dropped:
             session = self._sessions.get(self._by_cluster.get(cluster, ""))
             if session is not None:

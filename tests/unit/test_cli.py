@@ -46,6 +46,7 @@ class Command:
         self.port = ScriptedMediator(script)
         self.handle = Handle(self.port)
         self.asked: list[object] = []
+        self.states: list[Path | None] = []
 
     def __call__(self, *arguments: str) -> Any:
         doors = Doors(
@@ -60,8 +61,9 @@ class Command:
         self.asked.append(address)
         return self.port
 
-    def _local(self, clusters: int, on_progress: Callable[[str], None]) -> Handle:
+    def _local(self, clusters: int, state_dir: Path | None, on_progress: Callable[[str], None]) -> Handle:
         self.asked.append(clusters)
+        self.states.append(state_dir)
         for name in self.port.script.clusters:
             on_progress(f"cluster {name} ready")
         return self.handle
@@ -139,11 +141,90 @@ def test_ctrl_c_cancels_the_run_keeps_what_it_reached_and_closes_the_fabric(fabr
     assert (summary["status"], summary["rounds"]) == ("CANCELLED", 2)
 
 
-def test_resume_says_that_it_is_not_built(fabric: Command) -> None:
-    result = fabric("run", "fed.yaml", "--resume", "runs/abc")
-    assert result.exit_code == 78
-    assert "error C012 --resume" in result.stderr
+# ---------------------------------------------------------------- resume
+
+
+def terminated(fabric: Command) -> Command:
+    """A run with two of three rounds whose command was ended before the run was."""
+
+    def end() -> None:
+        raise SystemExit(143)
+
+    begun = Command(fabric.folder, Script(held=True, num_rounds=2))
+    begun.port = ScriptedMediator(begun.port.script, on_idle=end)
+    begun.handle = Handle(begun.port)
+    assert begun("run", "fed.yaml", "--out", "out", "--clusters", "2").exit_code == 143
+    assert begun.states == [Path("out/state")]
+    return begun
+
+
+def finish(begun: Command) -> None:
+    """Let the held run end."""
+    begun.port.finish(begun.port.list_runs()[0].run_id)
+
+
+def test_resume_goes_on_and_has_each_round_once(fabric: Command) -> None:
+    begun = terminated(fabric)
+    assert not (fabric.folder / "out" / "summary.json").exists()
+    finish(begun)
+    result = begun("run", "--resume", "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert begun.asked == [2, 2]
+    assert begun.states == [Path("out/state")] * 2
+    lines = (fabric.folder / "out" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2]
+    assert last_json(result) == json.loads((fabric.folder / "out" / "summary.json").read_text())
+    assert not (fabric.folder / "out" / "state").exists()
+
+
+def test_resuming_what_has_ended_shows_its_summary_again(fabric: Command) -> None:
+    assert fabric("run", "fed.yaml", "--out", "out").exit_code == 0
+    result = fabric("run", "--resume", "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert last_json(result) == json.loads((fabric.folder / "out" / "summary.json").read_text())
+    assert fabric.asked == [1]
+
+
+def test_resuming_a_failed_run_shows_its_error_again(fabric: Command) -> None:
+    error = ResourceError("R003", "slots were not ready within 60 s", place="us-east")
+    failing = scripted(fabric, Script(num_rounds=1, error=error))
+    assert failing("run", "fed.yaml", "--out", "out").exit_code == 75
+    result = failing("run", "--resume", "out")
+    assert result.exit_code == 75
+    assert "error R003 us-east: slots were not ready" in result.stderr
+    assert failing.asked == [1]
+    # It has ended: the folder may be used again.
+    assert scripted(fabric, Script())("run", "fed.yaml", "--out", "out").exit_code == 0
+
+
+def test_a_new_run_spares_one_that_can_go_on(fabric: Command) -> None:
+    begun = terminated(fabric)
+    result = begun("run", "fed.yaml", "--out", "out")
+    assert result.exit_code == 65
+    assert "error F005 --out: out holds a run that has not ended" in result.stderr
+    assert "--resume out" in result.stderr
+
+
+def test_resume_refuses_what_changes_the_run(fabric: Command) -> None:
+    terminated(fabric)
+    for flags in (["-o", "seed=1"], ["--out", "elsewhere"], ["--clusters", "3"]):
+        result = fabric("run", "--resume", "out", *flags)
+        assert (result.exit_code, "error L009 --" in result.stderr) == (2, True), result.output
     assert fabric.asked == []
+
+
+def test_nothing_to_resume(fabric: Command) -> None:
+    for folder in ("runs/abc", "."):
+        result = fabric("run", "fed.yaml", "--resume", folder)
+        assert result.exit_code == 65
+        assert f"error F001 --resume: {folder} holds no run to go on with" in result.stderr
+    result = fabric("run")
+    assert result.exit_code == 2
+    assert "error L009 FED.yaml: a federation is needed" in result.stderr
+    assert fabric.asked == []
+
+
+# ---------------------------------------------------------------- refused before it starts
 
 
 def test_a_wrong_model_is_refused_before_anything_starts(fabric: Command) -> None:

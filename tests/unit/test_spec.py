@@ -56,7 +56,8 @@ def test_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, HEAD)
     assert (config.number_of_clients, config.client_fraction, config.federated_learning_rounds) == (10, 1.0, 10)
     assert (config.number_of_epochs, config.batch_size, config.learning_rate, config.seed) == (1, 16, 0.05, 0)
-    assert (config.on_cluster_loss, config.round_deadline_s, config.resources) == ("fail", 600.0, "uniform")
+    assert (config.on_cluster_loss, config.round_deadline_s, config.resources) == ("wait", 600.0, "uniform")
+    assert config.checkpoint_every == 10
     assert config.min_nodes is None
     assert config.placement == {}
 
@@ -95,6 +96,10 @@ def test_every_key_says_what_it_is() -> None:
             {"client_0": "us-east", "client_1": {"zone": "1"}},
         ),
         ("data_dir: off", "data_dir", "off"),
+        ("checkpoint_every: 0", "checkpoint_every", 0),
+        ("checkpoint_every: 1000000", "checkpoint_every", 1_000_000),
+        ("on_cluster_loss: wait", "on_cluster_loss", "wait"),
+        ("on_cluster_loss: fail", "on_cluster_loss", "fail"),
     ],
 )
 def test_values(tmp_path: Path, line: str, key: str, value: Any) -> None:
@@ -307,6 +312,7 @@ def test_unknown_keys(tmp_path: Path) -> None:
         ("learning_rate: -0.1", "C007 # learning_rate: -0.1 not in [0, 1000000.0]"),
         ("target_accuracy: 0", "C007 # target_accuracy: 0 not in (0, 1]"),
         ("target_accuracy: x", "C006 # target_accuracy: expected a number in (0, 1] or null, got string 'x'"),
+        ("checkpoint_every: -1", "C007 # checkpoint_every: -1 not in [0, 1000000]"),
         ("momentum: 1", "C007 # momentum: 1 not in [0, 1)"),
         ("seed: 9223372036854775808", "C007 # seed: 9223372036854775808 not in [0, 9223372036854775808)"),
         ("number_of_clients: 8\nmin_nodes: 9", "C008 fed.yaml:5: min_nodes 9 > 8 nodes"),
@@ -357,10 +363,9 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "topology_adaptation_strategy: random",
         "clustering_period: 2",
         "do_cluster: true",
-        "on_cluster_loss: wait",
         "on_cluster_loss: reassign",
+        "on_cluster_loss: exclude",
         "inter_cluster_codec: bf16",
-        "checkpoint_every: 1",
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(tmp_path: Path, line: str) -> None:

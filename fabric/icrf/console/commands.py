@@ -20,7 +20,16 @@ from icrf.console.live import RunView, Steps, open_view
 from icrf.console.plan_view import nodes_by_cluster
 from icrf.console.runs_view import show_summary
 from icrf.console.terminal import Terminal
-from icrf.errors import IcrfError, RunError
+from icrf.console.unfinished import (
+    Unfinished,
+    find_unfinished,
+    new_state,
+    read_summary,
+    remember,
+    remove_state,
+    state_folder,
+)
+from icrf.errors import IcrfError, LocalError, RunError, error_from_dict
 from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, TERMINAL, Plan, RunInfo, Submission
 from icrf.run_folder import RunFolder, default_folder, require_writable, summarize
 
@@ -36,12 +45,39 @@ DEMO = "digits-star.yaml"
 
 
 def run_here(terminal: Terminal, doors: Doors, submission: Submission, clusters: int, out: Path | None) -> Outcome:
-    """``fabric run``: an embedded fabric for one federation."""
+    """``fabric run``: an embedded fabric for one federation. Its state lies in `out`, so that it can be resumed."""
     require_writable(out or Path("runs"))
-    with _embedded(terminal, doors, clusters) as fabric:
+    state = None if out is None else new_state(out)
+    with _embedded(terminal, doors, clusters, state) as fabric:
         run, folder, _ = _start(terminal, fabric, submission, out)
+        if state is not None:
+            remember(state, Unfinished(run.id, clusters))
         with folder:
-            return _follow_here(terminal, run, folder)
+            outcome = _follow_here(terminal, run, folder)
+    return _settled(outcome, state)
+
+
+def resume_here(terminal: Terminal, doors: Doors, out: Path, clusters: int | None) -> Outcome:
+    """``fabric run --resume``: go on with the run of a folder, or show again how it ended."""
+    found = find_unfinished(out)
+    if found is None:
+        return _shown_again(terminal, out)
+    if clusters not in (None, found.clusters):
+        raise LocalError(
+            "L009",
+            f"the run in {out} is on {format_count(found.clusters, 'local cluster')}",
+            place="--clusters",
+            value=clusters,
+            hint="leave --clusters out with --resume",
+        )
+    state = state_folder(out)
+    with _embedded(terminal, doors, found.clusters, state) as fabric:
+        run = fabric.run(found.run_id)
+        terminal.note(f"going on with run {short_id(run.id)} after round {run.info().rounds_done}")
+        # The journal has every committed round: the folder is written anew, with each of them once.
+        with RunFolder(out) as folder:
+            outcome = _follow_here(terminal, run, folder)
+    return _settled(outcome, state)
 
 
 def run_demo(terminal: Terminal, doors: Doors, submission: Submission, clusters: int, out: Path | None) -> Outcome:
@@ -49,7 +85,7 @@ def run_demo(terminal: Terminal, doors: Doors, submission: Submission, clusters:
     terminal.line(Text.assemble(("ICRF demo", "bold"), "  one federation over ", format_count(clusters, "Ray cluster")))
     terminal.line()
     require_writable(out or Path("runs"))
-    with _embedded(terminal, doors, clusters) as fabric:
+    with _embedded(terminal, doors, clusters, None) as fabric:
         run, folder, plan = _start(terminal, fabric, submission, out)
         with folder:
             summary, code = _follow_here(terminal, run, folder)
@@ -109,9 +145,9 @@ def demo_file() -> Iterator[Path]:
 
 
 @contextmanager
-def _embedded(terminal: Terminal, doors: Doors, clusters: int) -> Iterator[Fabric]:
+def _embedded(terminal: Terminal, doors: Doors, clusters: int, state: Path | None) -> Iterator[Fabric]:
     with Steps(terminal, f"starting {format_count(clusters, 'local Ray cluster')}") as steps:
-        handle = doors.local(clusters, steps.done)
+        handle = doors.local(clusters, state, steps.done)
     with Fabric(handle.port, local=handle) as fabric:
         yield fabric
 
@@ -131,8 +167,34 @@ def _start(terminal: Terminal, fabric: Fabric, submission: Submission, out: Path
     return run, folder, plan
 
 
+def _settled(outcome: Outcome, state: Path | None) -> Outcome:
+    """The state of a run that is complete is of no more use; that of a failed one has the logs that say why."""
+    if state is not None and outcome[0]["status"] == COMPLETED:
+        remove_state(state)
+    return outcome
+
+
+def _shown_again(terminal: Terminal, out: Path) -> Outcome:
+    """The summary of a run that has ended."""
+    summary = read_summary(out)
+    if summary is None:
+        raise RunError(
+            "F001",
+            f"{out} holds no run to go on with",
+            place="--resume",
+            hint="a run can be resumed from the folder that it was started with by --out",
+        )
+    show_summary(terminal, summary, out)
+    if summary["status"] == COMPLETED:
+        return summary, 0
+    known = f"run {short_id(str(summary['run_id']))} was cancelled"
+    error = error_from_dict(summary["error"]) if summary.get("error") else RunError("F003", known)
+    terminal.error(error)
+    return summary, error.exit_code
+
+
 def _follow_here(terminal: Terminal, run: Run, folder: RunFolder) -> Outcome:
-    """Follow a run of an embedded fabric: it cannot outlive this command, so an interruption cancels it."""
+    """Follow a run of an embedded fabric; an interruption cancels it. (A command that is killed cancels nothing.)"""
     try:
         return _follow(terminal, run, folder)
     except KeyboardInterrupt:

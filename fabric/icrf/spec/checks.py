@@ -51,7 +51,7 @@ def _unusable_names(values: Values) -> Iterator[Problem]:
 
 
 def _only_today(values: Values) -> Iterator[Problem]:
-    for key, works in (("client_fraction", 1.0), ("clustering_period", 0), ("checkpoint_every", 0)):
+    for key, works in (("client_fraction", 1.0), ("clustering_period", 0)):
         if key in values and values[key] != works:
             yield not_built(key, values[key], str(works))
     if values.get("do_cluster"):

@@ -120,7 +120,7 @@ CHOICES: dict[str, Choice] = {
     "assignment_strategy": Choice(("locality", "round_robin"), ("random", "metis", "louvain"), kind="assignment"),
     "placement_group_strategy": Choice(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
     "topology_adaptation_strategy": Choice(("static",), ("random", "similarity", "dissimilarity", "affinity")),
-    "on_cluster_loss": Choice(("fail",), ("wait", "reassign", "exclude")),
+    "on_cluster_loss": Choice(("wait", "fail"), ("reassign", "exclude")),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
     "determinism": Choice(("strict", "recorded")),

@@ -158,14 +158,15 @@ class FederationConfig(BaseModel):
     # ---- policy of a round
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
     """Seconds that one attempt of a round may take; null: 600."""
-    on_cluster_loss: Text = "fail"
-    """What happens to a run whose cluster is lost: ``fail`` once its lease has ended."""
+    on_cluster_loss: Text = "wait"
+    """What happens to a run whose cluster is lost: ``wait`` for its return, or ``fail`` once its lease has ended."""
     inter_cluster_codec: Text = "none"
     """How payloads are compressed between clusters."""
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
-    checkpoint_every: CountOrZero = 0
-    """Rounds between durable checkpoints; 0: none."""
+    checkpoint_every: CountOrZero = 10
+    """Rounds between durable checkpoints: after a loss of state at most so many rounds run again; 0: only the initial
+    state is durable."""
     store_node_models: bool = False
     """Decentralized: also keep every node's own model in the results."""
 

@@ -63,6 +63,7 @@ class InlineFabric:
         self._templates = dict(templates or {})
         self._labels = {k: dict(v) for k, v in (labels or {}).items()}
         self._policy = policy
+        self._current: MediatorService | None = None
         self.agents: dict[str, AgentService] = {}
         self._serving: list[asyncio.Task[None]] = []
         self.service: MediatorService = self._thread.call(self._start(names))
@@ -71,6 +72,7 @@ class InlineFabric:
     async def _start(self, names: Sequence[str]) -> MediatorService:
         service = MediatorService(self.store, self.blobs, MonotonicClock(), self._policy)
         await service.start()
+        self._current = service
         for name in names:
             await self._add(service, name)
         return service
@@ -79,11 +81,23 @@ class InlineFabric:
         substrate = InlineSubstrate(self._capacity, lambda: InProcessTransport(self._hub, name))
         runtime = HostedRuntime(name, substrate, templates=self._templates)
         identity = AgentIdentity(name, uuid.uuid4().hex, self._labels.get(name, {}))
-        agent = AgentService(identity, InProcessLink(service), runtime)
+        agent = AgentService(identity, InProcessLink(lambda: self._current), runtime)
         await agent.start()
         self._serving.append(asyncio.create_task(agent.serve()))
         await agent.registered.wait()
         self.agents[name] = agent
+
+    def restart_mediator(self) -> None:
+        """The mediator dies without a word, and a new one starts on its journal."""
+        self._thread.call(self._restart())
+        self.port = InProcessMediator(self.service, self._thread.loop)
+
+    async def _restart(self) -> None:
+        old, self._current = self.service, None
+        await old.stop()
+        self.service = MediatorService(self.store, self.blobs, MonotonicClock(), self._policy)
+        await self.service.start()
+        self._current = self.service
 
     def close(self) -> None:
         """Stop agents and mediator; harmless when called twice."""

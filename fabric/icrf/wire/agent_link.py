@@ -16,7 +16,7 @@ import tenacity
 from icrf.errors import IcrfError, LocalError, ProtocolError
 from icrf.protocol import Heartbeat, Instruction, Reject, Report
 from icrf.wire._generated.icrf.v1 import cluster_pb2 as pb
-from icrf.wire._generated.icrf.v1 import cluster_pb2_grpc
+from icrf.wire._generated.icrf.v1 import cluster_pb2_grpc, federation_pb2, federation_pb2_grpc
 from icrf.wire.addresses import CHANNEL_OPTIONS, CHUNK_BYTES, dial_target
 from icrf.wire.codec import pack_report, unpack_instruction
 from icrf.wire.status import ACCEPTED_KEY, from_rpc_error, from_status
@@ -209,6 +209,24 @@ class GrpcAgentLink:
         if stored != digest.hexdigest():
             raise ProtocolError("P021", "the mediator stored other bytes than were sent", place=artifact, value=stored)
         return stored
+
+    async def download(self, run_id: str, artifact: str) -> bytes:
+        """See :meth:`icrf.ports.AgentLink.download`.
+
+        Raises:
+            IcrfError: F006 if there is no such artifact, L001 if the mediator is gone.
+        """
+        stub: Any = federation_pb2_grpc.FederationStub(self._channel("bulk"))
+        call = stub.Fetch(federation_pb2.FetchRequest(run_id=run_id, artifact=artifact), timeout=_UPLOAD_TIMEOUT_S)
+        parts = []
+        try:
+            async for chunk in call:
+                parts.append(chunk.data)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._address) from None
+        finally:
+            call.cancel()
+        return b"".join(parts)
 
     # ------------------------------------------------------------ end
 

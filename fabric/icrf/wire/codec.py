@@ -166,6 +166,16 @@ def unpack_instruction(message: Message) -> Instruction:
     return typing.cast(Instruction, _unpack(message, _kinds(types_pb2.Instruction, Instruction)))
 
 
+def dump_instruction(instruction: Instruction) -> bytes:
+    """An instruction in its envelope as bytes, for the journals of agents."""
+    return pack_instruction(instruction).SerializeToString(deterministic=True)
+
+
+def load_instruction(raw: bytes) -> Instruction:
+    """The inverse of :func:`dump_instruction`; P001 if the bytes are no instruction."""
+    return unpack_instruction(parse(raw, types_pb2.Instruction))
+
+
 def pack_report(report: Report) -> Message:
     """Put a report into its envelope."""
     return _pack(report, types_pb2.Report)

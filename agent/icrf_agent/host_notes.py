@@ -1,0 +1,64 @@
+"""What a host notes for its agent, so that it can be read after the host's process was killed.
+
+Two small files below a common prefix: ``PREFIX.current`` names the node whose code runs, ``PREFIX.fault`` is where
+Python writes its stack on a fatal signal. What was written stays in the kernel's page cache when the writer dies.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+from pathlib import Path
+
+IDLE = -1
+TAIL_LINES = 8
+_CURRENT, _FAULT = ".current", ".fault"
+
+
+class HostNotes:
+    """The host's side.
+
+    Args:
+        prefix: path prefix of the two files; nothing is noted if it is empty or its folder is not on this machine.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix if prefix and os.path.isdir(os.path.dirname(prefix)) else ""
+        # Opened without truncation: what an earlier life of the host noted is the agent's to read.
+        self._file = open(self._prefix + _CURRENT, "ab", buffering=0) if self._prefix else None  # noqa: SIM115
+        if self._file is not None:
+            self._file.close()
+            self._file = open(self._prefix + _CURRENT, "r+b", buffering=0)  # noqa: SIM115 - lives as long as the host
+
+    def enter(self, index: int) -> None:
+        """The code of node `index` is about to run."""
+        if self._file is not None:
+            os.pwrite(self._file.fileno(), b"%11d\n" % index, 0)
+
+    def leave(self) -> None:
+        """It has returned."""
+        self.enter(IDLE)
+
+    def record_faults(self) -> None:
+        """Have this process write its stacks there when it gets a fatal signal; for processes of their own only."""
+        if self._prefix:
+            # Kept open on purpose: the handler needs the descriptor until the end.
+            self._faults = open(self._prefix + _FAULT, "ab", buffering=0)  # noqa: SIM115
+            faulthandler.enable(self._faults, all_threads=False)
+
+
+def read_notes(prefix: str) -> tuple[int, str]:
+    """The agent's side: (node whose code ran, or -1; the end of the fault report), and both files are emptied."""
+    current = _take(prefix + _CURRENT).strip()
+    lines = [line.strip() for line in _take(prefix + _FAULT).splitlines() if line.strip()]
+    index = int(current) if current.removeprefix("-").isdigit() else IDLE
+    return index, " | ".join(lines[:TAIL_LINES])
+
+
+def _take(path: str) -> str:
+    try:
+        text = Path(path).read_text(errors="replace")
+        os.truncate(path, 0)
+    except FileNotFoundError:
+        return ""
+    return text.replace("\0", "")

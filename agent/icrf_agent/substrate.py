@@ -1,0 +1,115 @@
+"""What carries a cluster's hosts, topology manager and gateway, as the runtime sees it, and its record of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from icrf.errors import NodeError, RunError
+from icrf.ports import ClusterFacts
+from icrf.protocol import CENTRALIZED, Activate, Reserve
+from icrf_agent.host_nodes import HostSetup
+
+
+class Actor(Protocol):
+    """Something that lives elsewhere and can be called; raises IcrfErrors only.
+
+    When its process dies, calls raise U003. It comes back empty and behind the same handle: by itself or, where
+    processes are only played, with :meth:`Substrate.revive`.
+    """
+
+    async def call(self, method: str, *arguments: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all runs of a cluster share; no gateway where there is no other cluster."""
+
+    manager: Actor
+    gateway: Actor | None
+
+
+class Substrate(Protocol):
+    """Where hosts live. What it starts outlives the agent and is found again by name."""
+
+    async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
+        """Connect, and start the shared actors or take over living ones; the gateway is open."""
+
+    async def reserve(self, request: Reserve) -> None:
+        """Reserve the slots of a run, all or none, or keep an equal reservation; R001, R003."""
+
+    async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
+        """A host in slot `slot` of the run's reservation, named `name` in the run's namespace; a living one is kept."""
+
+    async def find_host(self, run_id: str, name: str, slot: int) -> Actor | None:
+        """The living host of that name and slot, or None; changes nothing."""
+
+    async def keep_hosts(self, run_id: str, names: Collection[str]) -> None:
+        """End the hosts of a run that have other names."""
+
+    async def open_gateway(self, address: str) -> str:
+        """Open a gateway that came back empty, at the `address` it had; harmless when it is open. Its address."""
+
+    async def revive(self, actor: Actor, hung: bool) -> None:
+        """Help an actor that does not answer to come back; one that is `hung` is killed first."""
+
+    async def release(self, run_id: str) -> None:
+        """Kill the run's hosts and give its slots back; harmless when nothing is there."""
+
+    async def lost(self) -> str:
+        """Returns, with the reason, when the cluster itself has died; every call in flight has raised U003 by then."""
+
+    async def rebuild(self, cluster: str) -> tuple[ClusterFacts, Shared]:
+        """Connect to what takes the lost cluster's place, and `start` there."""
+
+    async def close(self) -> None:
+        """End everything; harmless when called twice."""
+
+
+@dataclass
+class Hosted:
+    """A run on this cluster.
+
+    Attributes:
+        nodes: the node indices of each host, in slot order.
+        setups: what each host was set up with, without states.
+        lives: the life of each host that was set up.
+        position: the newest round and attempt that were begun here.
+        active: whether all hosts have been set up.
+        quarantine: why a node may not run any more.
+    """
+
+    activation: Activate
+    nodes: list[tuple[int, ...]]
+    setups: list[HostSetup]
+    hosts: list[Actor] = field(default_factory=list)
+    lives: list[str] = field(default_factory=list)
+    position: tuple[int, int] = (0, 0)
+    active: bool = False
+    quarantine: NodeError | None = None
+
+    def host_of(self, index: int) -> Actor:
+        for host, nodes in zip(self.hosts, self.nodes, strict=True):
+            if index in nodes:
+                return host
+        raise RunError("F005", f"{self.activation.nodes[index].id} does not live on this cluster")
+
+    @property
+    def centralized(self) -> bool:
+        return self.activation.flow == CENTRALIZED
+
+    @property
+    def aggregator(self) -> int:
+        """Index of the node that makes the global model of a centralized run; -1 if there is none."""
+        roles = [node.role.split("-") for node in self.activation.nodes]
+        return next((i for i, words in enumerate(roles) if self.centralized and "aggregate" in words), -1)
+
+    @property
+    def model_host(self) -> Actor:
+        """The host that makes the global or consensus model, on the coordinator's cluster."""
+        return self.host_of(self.aggregator) if self.centralized else self.hosts[0]
+
+    def keeps_state(self, slot: int) -> bool:
+        """Whether a host keeps what rounds start from."""
+        return not self.centralized or self.aggregator in self.nodes[slot]

@@ -1,0 +1,131 @@
+"""Where a run lives: its assignment under a generation, and the instructions that put it there. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from icrf.ports import Write
+from icrf.protocol import (
+    CENTRALIZED,
+    Activate,
+    LinkBytes,
+    PeerAddress,
+    Plan,
+    Reserve,
+    Resources,
+    Submission,
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """An assignment of all nodes to clusters.
+
+    Attributes:
+        plan: the plan it came from; its clusters are those that have nodes.
+        assignment: index into ``plan.clusters`` per node.
+        resources: what one slot takes, by cluster.
+    """
+
+    plan: Plan
+    assignment: tuple[int, ...]
+    resources: dict[str, Resources]
+
+    @property
+    def clusters(self) -> tuple[str, ...]:
+        return self.plan.clusters
+
+    @property
+    def slots(self) -> dict[str, int]:
+        return dict(self.plan.slots)
+
+    def cluster_of(self, node: int) -> str:
+        return self.clusters[self.assignment[node]]
+
+    def members(self) -> dict[str, tuple[int, ...]]:
+        """Node indices per cluster, ascending."""
+        found: dict[str, list[int]] = {c: [] for c in self.clusters}
+        for node, position in enumerate(self.assignment):
+            found[self.clusters[position]].append(node)
+        return {c: tuple(nodes) for c, nodes in found.items()}
+
+    def coordinator(self, submission: Submission) -> int:
+        """Index of the cluster that makes the global or consensus model."""
+        if submission.flow == CENTRALIZED:
+            for node, spec in enumerate(submission.nodes):
+                if "aggregate" in spec.role.split("-"):
+                    return self.assignment[node]
+        return self.assignment[0]
+
+    def stateful(self, submission: Submission) -> tuple[str, ...]:
+        """The clusters that hold committed state: the coordinator, or all of a decentralized run."""
+        if submission.flow == CENTRALIZED:
+            return (self.clusters[self.coordinator(submission)],)
+        return self.clusters
+
+    def reserve(self, run_id: str, generation: int, federation: str, strategy: str, within_s: float) -> list[Any]:
+        """(cluster, Reserve) for every cluster."""
+        return [
+            (c, Reserve(run_id, generation, federation, self.slots[c], self.resources[c], strategy, within_s))
+            for c in self.clusters
+        ]
+
+    def activate(
+        self,
+        run_id: str,
+        generation: int,
+        federation: str,
+        submission: Submission,
+        peers: Sequence[PeerAddress],
+        restore: tuple[int, dict[str, str]],
+    ) -> list[Any]:
+        """(cluster, Activate) for every cluster; `restore` is the round to start from and its artifacts by cluster."""
+        round_number, artifacts = restore
+        return [
+            (
+                cluster,
+                Activate(
+                    run_id=run_id,
+                    generation=generation,
+                    federation=federation,
+                    config_json=submission.config_json,
+                    flow=submission.flow,
+                    nodes=submission.nodes,
+                    graph=submission.graph,
+                    layout=submission.layout,
+                    clusters=self.clusters,
+                    assignment=self.assignment,
+                    coordinator=self.coordinator(submission),
+                    peers=tuple(peers),
+                    num_slots=self.slots[cluster],
+                    code_path=submission.code_path,
+                    restore_round=round_number,
+                    checkpoint=artifacts.get(cluster, ""),
+                ),
+            )
+            for cluster in self.clusters
+        ]
+
+    def row(self, run_id: str, generation: int) -> Write:
+        """The journal row of this placement under a generation."""
+        return Write(
+            "assignments",
+            (run_id, generation),
+            {
+                "clusters": list(self.clusters),
+                "assignment": list(self.assignment),
+                "plan": asdict(self.plan),
+                "resources": {name: asdict(each) for name, each in self.resources.items()},
+            },
+        )
+
+    @classmethod
+    def from_row(cls, row: Any) -> Placement:
+        """The inverse of :meth:`row`."""
+        plan = dict(row["plan"])
+        plan["clusters"], plan["problems"] = tuple(plan["clusters"]), tuple(plan["problems"])
+        plan["links"] = tuple(LinkBytes(**link) for link in plan["links"])
+        resources = {name: Resources(**each) for name, each in row["resources"].items()}
+        return cls(Plan(**plan), tuple(row["assignment"]), resources)

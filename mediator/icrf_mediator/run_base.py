@@ -1,0 +1,151 @@
+"""What a run is made of; ``runs.py`` has its life. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from icrf.errors import IcrfError, make_error
+from icrf.ports import Write
+from icrf.protocol import (
+    IDLE,
+    READY,
+    RUNNING,
+    AbortAttempt,
+    Activated,
+    Release,
+    RunEvent,
+    RunInfo,
+    Submission,
+)
+from icrf_mediator.checkpoints import Checkpoints
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.placement import Placement
+from icrf_mediator.rounds import RoundLedger
+from icrf_mediator.run_record import RunRecord
+
+NEVER = float("inf")
+LIVE = frozenset({READY, RUNNING, IDLE})
+
+
+class RunBase:
+    """What a run is, and the small steps that every part of its life uses.
+
+    Args:
+        run_id: identity of the run.
+        submission: what was submitted.
+        now: time of submission.
+        addresses: where the gateways of clusters can be dialled now, by cluster.
+        reserve_s: how long clusters may take to reserve.
+        activate_s: how long they may take to set up their nodes.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        submission: Submission,
+        now: Now,
+        addresses: Callable[[str], str],
+        *,
+        reserve_s: float = 60.0,
+        activate_s: float = 300.0,
+    ) -> None:
+        self.run_id, self.submission = run_id, submission
+        self.config = json.loads(submission.config_json)
+        self.record = RunRecord(run_id, submission, self.config, now)
+        self.placement: Placement | None = None
+        self.checkpoints = Checkpoints()
+        self.generation = 0
+        self.leaving: set[str] = set()
+        self._addresses, self._reserve_s, self._activate_s = addresses, reserve_s, activate_s
+        self._ledger: RoundLedger | None = None
+        self._stage = submission.stage
+        self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
+        self._finishing = not submission.keep
+        self._pending: set[str] = set()
+        self._held: set[str] = set()
+        self._away: set[str] = set()
+        self._lost_state = False
+        self._recoveries = 0
+        self._attempt_floor = 0
+        self._restored_round = 0
+        self._parts: dict[str, Activated] = {}
+        self._deadline_s = NEVER
+        self._opened_wall_s = 0.0
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def info(self) -> RunInfo:
+        """The run as users see it."""
+        return self.record.info
+
+    @property
+    def events(self) -> list[RunEvent]:
+        """Everything that happened so far; the live list."""
+        return self.record.events
+
+    @property
+    def terminal(self) -> bool:
+        return self.record.terminal
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether its nodes are live on their hosts."""
+        return self.info.status in LIVE
+
+    @property
+    def clusters(self) -> tuple[str, ...]:
+        """The clusters it is placed on; none while it is queued."""
+        return self.placement.clusters if self.placement else ()
+
+    def may_leave(self, cluster: str) -> bool:
+        """Whether nothing of this run is lost when `cluster` goes now."""
+        return self.terminal or cluster not in self.clusters or (cluster in self._away and cluster in self.leaving)
+
+    def node_index(self, node_id: str) -> int:
+        """Index of a node; P012 with known ids when there is none."""
+        for index, node in enumerate(self.submission.nodes):
+            if node.id == node_id:
+                return index
+        known = ", ".join(n.id for n in self.submission.nodes[:6])
+        raise make_error("P012", f"no node '{node_id}' in {self.info.federation}", allowed=f"{known}, ...")
+
+    def cluster_of(self, node: int) -> str:
+        assert self.placement is not None
+        return self.placement.cluster_of(node)
+
+    # ------------------------------------------------------------ small things
+
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        coordinator = placement.clusters[placement.coordinator(self.submission)]
+        self._ledger = RoundLedger(self.submission.flow, placement.clusters, placement.members(), coordinator)
+
+    def _save_goal(self, effects: Effects) -> None:
+        goal = {"stage": self._stage, "rounds_wanted": self._rounds_wanted, "finishing": self._finishing}
+        effects.writes.append(Write("goals", (self.run_id,), goal))
+
+    def _expect(self, clusters: Sequence[str], now: Now, within_s: float) -> None:
+        self._pending = set(clusters)
+        self._deadline_s = now.monotonic_s + within_s
+
+    def _arrived(self, cluster: str) -> bool:
+        self._pending.discard(cluster)
+        return not self._pending
+
+    def _doing(self) -> str:
+        if self._ledger and self._ledger.open:
+            return f"round {self._ledger.open.start.round}"
+        return self.info.status.lower()
+
+    def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
+        open_attempt = self._ledger.open if self._ledger else None
+        for cluster in sorted(self._held):
+            if open_attempt:
+                start = open_attempt.start
+                effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
+            effects.send(cluster, Release(self.run_id, self.generation))
+        self._deadline_s = NEVER
+        effects.deletes += [(self.run_id, a) for parts in self.checkpoints.durable.values() for a in parts.values()]
+        self.record.end(effects, now, status, error)

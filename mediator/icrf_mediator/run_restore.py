@@ -1,0 +1,105 @@
+"""A run out of the journal: what an earlier life of the mediator knew about it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from icrf.ports import Write
+from icrf.protocol import (
+    QUEUED,
+    Graph,
+    NodeSpec,
+    RoundResult,
+    RunEvent,
+    RunInfo,
+    Submission,
+    TensorSpec,
+)
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.placement import Placement
+from icrf_mediator.runs import RunMachine
+
+Tables = Mapping[str, Sequence[Write]]
+
+
+def run_info(row: Mapping[str, Any]) -> RunInfo:
+    """A row of ``runs``."""
+    return RunInfo(**{**row, "clusters": tuple(row["clusters"])})
+
+
+def run_event(row: Mapping[str, Any]) -> RunEvent:
+    """A row of ``events``."""
+    parts = dict(row)
+    if parts.get("round"):
+        parts["round"] = RoundResult(**parts["round"])
+    return RunEvent(**parts)
+
+
+def submission_of(row: Mapping[str, Any]) -> Submission:
+    """A row of ``submissions``."""
+    parts = dict(row)
+    parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
+    graph = parts["graph"]
+    parts["graph"] = Graph(graph["num_nodes"], tuple(graph["indptr"]), tuple(graph["indices"]))
+    parts["layout"] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in parts["layout"])
+    return Submission(**parts)
+
+
+def restore_run(
+    info: RunInfo,
+    tables: Tables,
+    events: Sequence[RunEvent],
+    addresses: Callable[[str], str],
+    now: Now,
+    effects: Effects,
+    **times: float,
+) -> RunMachine:
+    """The machine of a run that had not ended. It waits for its clusters, and goes on from the last commit."""
+    run_id = info.run_id
+    submission = submission_of(_rows(tables, "submissions", run_id)[0].row)
+    run = RunMachine(run_id, submission, now, addresses, **times)
+    run.record.info = progressed(info, list(events))
+    run.record.events = list(events)
+    goals = _rows(tables, "goals", run_id)
+    assignments = _rows(tables, "assignments", run_id)
+    activations = _rows(tables, "activations", run_id)
+    commits = _rows(tables, "commits", run_id)
+    if goals:
+        run.load_goal(goals[-1].row)
+    if not assignments:
+        run.record.status(effects, now, QUEUED)
+        return run
+    run.load_placement(int(assignments[-1].key[1]), Placement.from_row(assignments[-1].row))
+    run.load_progress(
+        [a.row for a in activations],
+        [(int(c.key[1]), str(c.row["model_sha256"]), tuple(c.row["absmax"])) for c in commits],
+    )
+    for row in _rows(tables, "checkpoints", run_id):
+        run.checkpoints.load(int(row.key[1]), row.row["artifacts"])
+    run.rejoin(effects, now)
+    return run
+
+
+def progressed(info: RunInfo, events: Sequence[RunEvent]) -> RunInfo:
+    """The row of a run is as old as its last status; what rounds have added since is in its events."""
+    rounds = [e.round for e in events if e.round is not None]
+    if not rounds:
+        return info
+    accuracies = [r.metrics["accuracy"] for r in rounds if "accuracy" in r.metrics]
+    return replace(
+        info,
+        rounds_done=rounds[-1].number,
+        accuracy=accuracies[-1] if accuracies else info.accuracy,
+        bytes_inter_cluster=sum(r.bytes_inter_cluster for r in rounds),
+    )
+
+
+def _rows(tables: Tables, name: str, run_id: str) -> list[Write]:
+    return [write for write in tables.get(name, ()) if write.key[0] == run_id]
+
+
+def request_id(row: Mapping[str, Any]) -> str:
+    """The client's request id of a row of ``submissions``."""
+    return str(row["client_request_id"])
