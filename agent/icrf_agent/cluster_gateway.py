@@ -86,7 +86,8 @@ class HybridClusterGateway:
                 if read > 0:
                     del self._arrivals[:read]
                     self._dropped = cursor[1]
-            if not self._arrivals and not self._closed:
+            # A reader of an earlier life has something to ask the manager first.
+            if not self._arrivals and not self._closed and cursor[0] in ("", self._life):
                 self._came.wait(wait_s)
             return (self._life, self._dropped + len(self._arrivals)), list(self._arrivals)
 

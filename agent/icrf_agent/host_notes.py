@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import weakref
 from pathlib import Path
 
 IDLE = -1
@@ -24,16 +25,16 @@ class HostNotes:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix if prefix and os.path.isdir(os.path.dirname(prefix)) else ""
-        # Opened without truncation: what an earlier life of the host noted is the agent's to read.
-        self._file = open(self._prefix + _CURRENT, "ab", buffering=0) if self._prefix else None  # noqa: SIM115
-        if self._file is not None:
-            self._file.close()
-            self._file = open(self._prefix + _CURRENT, "r+b", buffering=0)  # noqa: SIM115 - lives as long as the host
+        self._file = -1
+        if self._prefix:
+            # Not truncated: what an earlier life of the host noted is the agent's to read.
+            self._file = os.open(self._prefix + _CURRENT, os.O_RDWR | os.O_CREAT, 0o600)
+            weakref.finalize(self, os.close, self._file)
 
     def enter(self, index: int) -> None:
         """The code of node `index` is about to run."""
-        if self._file is not None:
-            os.pwrite(self._file.fileno(), b"%11d\n" % index, 0)
+        if self._file >= 0:
+            os.pwrite(self._file, b"%11d\n" % index, 0)
 
     def leave(self) -> None:
         """It has returned."""

@@ -263,6 +263,7 @@ class RaySubstrate:
         await asyncio.to_thread(ray.shutdown)
         if self.renew is not None:
             self.address = await asyncio.to_thread(self.renew)
+        _forget_token()
         await self._await_head()
         self._watch = ClusterWatch()
         return await self.start(cluster)
@@ -296,6 +297,13 @@ class RaySubstrate:
 
 # Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated.
 _LASTING: dict[str, Any] = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": 0}
+
+
+def _forget_token() -> None:
+    """Ray reads its token once per process, but a new cluster has another one."""
+    loader = getattr(ray._raylet, "AuthenticationTokenLoader", None)
+    if loader is not None:
+        loader.instance().reset_cache()
 
 
 def _group_name(run_id: str) -> str:

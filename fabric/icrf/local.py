@@ -12,6 +12,7 @@ import atexit
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ Progress = Callable[[str], None]
 
 AGENT_START_S = 180.0
 AGENT_STOP_S = 60.0
+ORPHAN_GRACE_S = 2.0
 OBJECT_STORE_BYTES = 1 << 30
 _ENVIRONMENT = {
     # Without it Ray binds the machine's outer interface even for a cluster of one process.
@@ -251,7 +253,7 @@ class _AgentProcesses:
         self._server = self._thread.call(self._serve())
         say(f"mediator on {self._server.address}")
         for name in self._names:
-            _await_unlocked(self._state_of(name))
+            _take_over(self._state_of(name))
             self._processes[name] = self._spawn(name, self._server.address)
         waiting = set(self._names)
         while waiting:
@@ -309,18 +311,34 @@ class _AgentProcesses:
             )
 
 
-def _await_unlocked(state: Path) -> None:
-    """Wait for the agent of an earlier fabric in the same folder, which ends soon after its parent."""
+def _take_over(state: Path) -> None:
+    """Wait for the agent that an earlier fabric left in this folder when it was killed.
+
+    It has noticed by itself and wants to leave in order, for which it lacks the mediator: a second SIGTERM ends it at
+    once. Its cluster lives on for the agent that comes next. The folder belongs to this fabric alone, whose lock the
+    caller holds, so whoever holds the agent's lock is such a leftover.
+    """
     deadline = time.monotonic() + AGENT_STOP_S
+    told = time.monotonic()
     while True:
         try:
             StateFolder(state).close()
         except LocalError as error:
             if error.code != "L006" or time.monotonic() > deadline:
                 raise
-            time.sleep(0.05)
         else:
             return
+        if time.monotonic() - told > ORPHAN_GRACE_S:
+            told = time.monotonic()
+            _terminate((state / "lock").read_text())
+        time.sleep(0.05)
+
+
+def _terminate(holder: str) -> None:
+    try:
+        os.kill(int(holder), signal.SIGTERM)
+    except (ValueError, ProcessLookupError):
+        return  # it has just ended, or is writing its id
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

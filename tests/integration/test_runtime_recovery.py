@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,13 +32,19 @@ from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, PeerA
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.update import choose_grid
+from icrf_agent import keeper
+from icrf_agent.cluster_gateway import GatewaySettings
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
 from icrf_agent.inline_substrate import InlineSubstrate
 from icrf_agent.local_ray import LocalRay
 from icrf_agent.runtime import HostedRuntime
 
-SCHEMAS = {CENTRALIZED: ("TraditionalFederatedLearning", "star"), DECENTRALIZED: ("DecentralizedFederatedLearning", "ring")}
+SCHEMAS = {
+    CENTRALIZED: ("TraditionalFederatedLearning", "star"),
+    DECENTRALIZED: ("DecentralizedFederatedLearning", "ring"),
+}
 CLUSTER, RUN = "a", "run-1"
+OBJECT_STORE_BYTES = 100 << 20
 
 
 def activation(flow: str, num_slots: int = 2, clusters: tuple[str, ...] = (CLUSTER,), **settings: Any) -> Activate:
@@ -390,7 +397,8 @@ def test_a_lost_cluster_is_rebuilt_empty_and_loads_the_checkpoint(
 def test_a_restarted_agent_adopts_what_lives(undisturbed: dict[str, dict[int, str]], flow: str) -> None:
     async def work(driver: Drive, substrate: InlineSubstrate) -> None:
         await driver.round(1)
-        await driver.runtime.train(RUN, driver.next_start(2)) if flow == DECENTRALIZED else None
+        if flow == DECENTRALIZED:
+            await driver.runtime.train(RUN, driver.next_start(2))
         again = HostedRuntime(CLUSTER, substrate)
         await again.start()
         assert await again.adopt(replace(driver.request, generation=7)) is None
@@ -446,9 +454,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_code() -> None:
 def ray_cluster(tmp_path: Path) -> Iterator[tuple[Path, LocalRay, str]]:
     with StateFolder(tmp_path / "state") as state:
         cluster = LocalRay()
-        address = cluster.ensure(state.path, 2, lock_file=state.lock_file, object_store_bytes=100 << 20)
+        address = cluster.ensure(state.path, 2, lock_file=state.lock_file, object_store_bytes=OBJECT_STORE_BYTES)
         yield state.path, cluster, address
-        LocalRay.stop(cluster)
+        cluster.stop()
 
 
 def live(state: Path, ray: LocalRay, address: str, life: str, flow: str) -> dict[str, Any]:
@@ -474,7 +482,11 @@ def test_on_ray_every_death_leaves_the_same_bits(
 ) -> None:
     state, ray, address = ray_cluster
     first = live(state, ray, address, "first", flow)
-    assert first["words"] == {"manager": "retry", "host": "retry" if flow == CENTRALIZED else "restore"}
+    assert first["words"] == {
+        "manager": "retry",
+        "gateway": "retry",
+        "host": "retry" if flow == CENTRALIZED else "restore",
+    }
     second = live(state, ray, address, "second", flow)
     assert second["held"] == [RUN, first["generation"], 2]
     hashes = {int(n): h for n, h in {**first["hashes"], **second["hashes"]}.items()}
@@ -482,9 +494,8 @@ def test_on_ray_every_death_leaves_the_same_bits(
 
 
 async def _kill(actor: Any) -> None:
-    """SIGKILL for the process of an actor; returns when Ray has started another."""
-    old = await actor.handle.pid.remote()
-    os.kill(old, signal.SIGKILL)
+    """SIGKILL for the process of an actor."""
+    os.kill(await actor.handle.pid.remote(), signal.SIGKILL)
 
 
 async def _first_life(driver: Drive) -> dict[str, Any]:
@@ -496,6 +507,14 @@ async def _first_life(driver: Drive) -> dict[str, Any]:
     assert driver.runtime._shared is not None
     await _kill(driver.runtime._shared.manager)
     words["manager"] = await driver.runtime.recover(RUN, await driver.fails(2))
+    gateway = driver.runtime._shared.gateway
+    assert gateway is not None
+    address = await gateway.call("address")
+    await _kill(gateway)
+    with pytest.raises(NodeError) as caught:
+        await gateway.call("next_arrivals", 30.0)
+    words["gateway"] = await driver.runtime.recover(RUN, caught.value)
+    assert await gateway.call("address") == address
     await _kill(driver.runtime._runs[RUN].hosts[1])
     words["host"] = await driver.runtime.recover(RUN, await driver.fails(2))
     if words["host"] == "restore":
@@ -504,21 +523,43 @@ async def _first_life(driver: Drive) -> dict[str, Any]:
     return {"words": words, "hashes": driver.hashes, "generation": driver.request.generation}
 
 
-async def _second_life(driver: Drive) -> dict[str, Any]:
-    """Adopt, round 3; then the head is killed, and the state of round 1 is loaded into a new cluster."""
+async def _second_life(driver: Drive, ray: LocalRay) -> dict[str, Any]:
+    """Adopt; then the head is killed while a call waits, and the state of round 2 is loaded into a new cluster."""
     held = await driver.runtime.adopt(driver.request)
     assert held is not None
     checkpoint = await driver.runtime.checkpoint(RUN, 2)
-    # What the mediator knows and a fresh driver does not: as a restored activation says it.
-    driver.knows(await driver.activate(restored(driver.request, 2), checkpoint))
+    assert driver.runtime._shared is not None
+    gateway = driver.runtime._shared.gateway
+    assert gateway is not None
+    waiting = asyncio.create_task(gateway.call("next_arrivals", 600.0))
+    losing = asyncio.create_task(driver.runtime.lost())
+    for pid in keeper.session_members(ray.session_id):
+        if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    reason = await asyncio.wait_for(losing, 30.0)
+    with pytest.raises(NodeError) as caught:
+        await waiting
+    assert await driver.runtime.recover(RUN, caught.value) == "restore"
+    await driver.runtime.rebuild()
+    await driver.activate(restored(driver.request, 2), checkpoint)
     await driver.round(3)
-    return {"held": [held.run_id, held.generation, held.round], "hashes": driver.hashes}
+    return {"held": [held.run_id, held.generation, held.round], "hashes": driver.hashes, "reason": reason}
 
 
 async def _main(life: str, address: str, state: Path, flow: str) -> None:
     from icrf_agent.ray_substrate import RaySubstrate  # noqa: PLC0415 - Ray belongs into this process only
 
-    runtime = HostedRuntime(CLUSTER, RaySubstrate(address), notes=state / "notes")
+    ray = LocalRay()
+
+    def renew() -> str:
+        ray.stop()
+        found = ray.ensure(state, 2, lock_file=state / "lock", object_store_bytes=OBJECT_STORE_BYTES)
+        os.environ.update(ray.environment())
+        return found
+
+    ray.ensure(state, 2, lock_file=state / "lock", object_store_bytes=OBJECT_STORE_BYTES)
+    settings = GatewaySettings(CLUSTER, uuid.uuid4().hex, "127.0.0.1:0", None)
+    runtime = HostedRuntime(CLUSTER, RaySubstrate(address, settings, renew=renew), notes=state / "notes")
     await runtime.start()
     request = activation(flow)
     remembered = state / "generation"
@@ -528,11 +569,15 @@ async def _main(life: str, address: str, state: Path, flow: str) -> None:
     else:
         generation = int(remembered.read_text())
         request = replace(request, generation=generation, restore_round=generation - 1)
-        found = await _second_life(Drive(runtime, request))
-        await runtime.close()
+        try:
+            found = await _second_life(Drive(runtime, request), ray)
+            await runtime.close()
+        finally:
+            await asyncio.to_thread(ray.stop)
     sys.stdout.write(json.dumps(found) + "\n")
     sys.stdout.flush()
     if life == "first":
+        # Killed rather than ended: nothing is closed.
         os._exit(0)
 
 
