@@ -25,6 +25,7 @@ KILL_GRACE_S = 5.0
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", default=False, help="run the tests marked slow too")
+    parser.addoption("--seeds", type=int, default=300, help="how many histories the simulation tests (default: 300)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

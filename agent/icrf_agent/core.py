@@ -101,6 +101,7 @@ class AgentCore:
     def __init__(self, cluster: str) -> None:
         self.cluster = cluster
         self._runs: dict[str, _Run] = {}
+        self._reserved: set[str] = set()
 
     def instructed(self, instruction: Instruction, now_s: float) -> list[Action]:
         """The mediator says something. Repeated instructions are answered again and never done twice."""
@@ -114,8 +115,12 @@ class AgentCore:
             return self._start(instruction, now_s)
         if isinstance(instruction, AbortAttempt):
             return self._abort(instruction)
+        if isinstance(instruction, Reserve):
+            self._reserved.add(instruction.run_id)
+            return [Perform(instruction)]
         if isinstance(instruction, Release):
             self._runs.pop(instruction.run_id, None)
+            self._reserved.discard(instruction.run_id)
             return [Perform(instruction)]
         if isinstance(instruction, Lease | Dismiss | Reject):
             return []
@@ -164,6 +169,12 @@ class AgentCore:
         )
         return [Say(run.report)]
 
+    def reserved(self, order: Reserve) -> list[Action]:
+        """A reservation was made; it is given back at once if the run was released while it was being made."""
+        if order.run_id in self._reserved:
+            return [Say(Reserved(order.run_id, order.generation))]
+        return [Perform(Release(order.run_id, order.generation))]
+
     def activated(self, run_id: str, generation: int) -> None:
         """The nodes of a run are live."""
         run = self._runs.get(run_id)
@@ -177,14 +188,15 @@ class AgentCore:
         self._runs[activation.run_id] = run
 
     def held(self) -> tuple[HeldRun, ...]:
-        """The runs that are live here."""
-        return tuple(
-            HeldRun(run_id, run.activation.generation, *run.position) for run_id, run in self._runs.items() if run.live
-        )
+        """The runs that are live here, and under generation 0 those of which only a reservation may be left."""
+        live = {run_id: run for run_id, run in self._runs.items() if run.live}
+        held = [HeldRun(run_id, run.activation.generation, *run.position) for run_id, run in live.items()]
+        return (*held, *(HeldRun(run_id, 0, 0, 0) for run_id in sorted(self._reserved - live.keys())))
 
     def reset(self) -> None:
         """The cluster was rebuilt: nothing is live any more."""
         self._runs.clear()
+        self._reserved.clear()
 
     # ------------------------------------------------------------ inside
 

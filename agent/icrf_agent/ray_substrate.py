@@ -77,6 +77,7 @@ class RaySubstrate:
         if self.address is not None and not ray.is_initialized():
             # On the main thread, where Ray wants it; nothing else runs yet that this could hold up.
             self._connect(self.address)
+        logging.getLogger("ray.actor").addFilter(_is_news)
         self._resources = dict(await asyncio.to_thread(ray.cluster_resources))
         self._nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
         manager = await self._shared_actor(
@@ -297,6 +298,11 @@ class RaySubstrate:
 
 # Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated.
 _LASTING: dict[str, Any] = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": 0}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Ray warns at every host that it ends with its placement group, which is just what is wanted."""
+    return "restartable detached actor with a placement group" not in record.getMessage()
 
 
 def _forget_token() -> None:

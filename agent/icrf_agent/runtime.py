@@ -65,8 +65,7 @@ class HostedRuntime:
         self._healer = Healer(cluster, substrate, self._alive, warn or (lambda run_id, text: None))
         self._gateway_address = ""
         self._arrived: dict[str, set[PayloadHeader]] = {}
-        self._own_notes = notes is None
-        self._notes = notes if notes is not None else Path(tempfile.mkdtemp(prefix="icrf-notes-"))
+        self._notes, self._own_notes = notes, notes is None
 
     async def start(self) -> ClusterFacts:
         return await self._started(*await self._substrate.start(self._cluster))
@@ -302,7 +301,7 @@ class HostedRuntime:
         for run_id in list(self._runs):
             await self.release(run_id)
         await self._substrate.close()
-        if self._own_notes:
+        if self._own_notes and self._notes is not None:
             await asyncio.to_thread(shutil.rmtree, self._notes, True)
 
     # ------------------------------------------------------------ inside
@@ -323,6 +322,8 @@ class HostedRuntime:
             shutil.rmtree(self._notes_of(run_id), ignore_errors=True)
 
     def _notes_of(self, run_id: str) -> Path:
+        if self._notes is None:
+            self._notes = Path(tempfile.mkdtemp(prefix="icrf-notes-"))
         return self._notes / quote(run_id, safe="").replace(".", "%2E")
 
     def _setups(self, request: Activate) -> list[HostSetup]:

@@ -14,7 +14,7 @@ def check(bench: Bench, flow: str, cluster: str, phase: str) -> None:
     lives = agent.starts
     name = f"agent-{cluster}@{phase}:3"
     outcome = bench.disturbed(federation(flow), name)
-    assert agent.starts == lives + 1
+    assert agent.starts == lives + 1, agent.log()
     told = next((text for text in outcome.texts if cluster in text and "connected again" in text), "")
     bench.measured(
         f"agent {cluster} in {phase}, {flow}",

@@ -1,0 +1,278 @@
+"""Hosts of tally nodes: what the processes of a simulated cluster hold, and what they do in each phase of a round.
+
+A phase is a function of (manager, run, host, start) that takes no time; the cluster decides when it happens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from icrf.errors import InternalError, NodeError, RunError, WeightsError
+from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, Transfer
+from icrf.ports import ModelFile, PhaseReport
+from icrf.protocol import Activate, Activated, StartRound
+from icrf.testing.sim_tally import Tally, Vector, absmax, digest
+from icrf_agent.host_state import VersionedState
+from icrf_agent.topology_manager import HybridTopologyManager, Posting
+
+
+class References:
+    """The object store: an array is its own reference."""
+
+    def put(self, array: Vector) -> Vector:
+        return array
+
+    def get(self, reference: Any) -> Vector:
+        found: Vector = reference[0] if isinstance(reference, list) else reference
+        return found
+
+
+@dataclass
+class SimHost:
+    """The process of some nodes: takes one call at a time, may die, comes back empty."""
+
+    nodes: tuple[int, ...]
+    life: int = 1
+    generation: int = 0
+    state: VersionedState | None = None
+    consensus: tuple[int, Vector] | None = None
+    clear_s: float = 0.0
+
+    def die(self) -> None:
+        """Everything it held is gone; another life begins."""
+        self.life += 1
+        self.generation, self.state, self.consensus, self.clear_s = 0, None, None, 0.0
+
+
+@dataclass
+class SimRun:
+    """A run on this cluster."""
+
+    activation: Activate
+    tally: Tally
+    hosts: list[SimHost]
+    lives: list[int] = field(default_factory=list)
+    position: tuple[int, int] = (0, 0)
+    active: bool = False
+
+    def keeps_state(self, host: SimHost) -> bool:
+        return not self.tally.centralized or self.tally.aggregator in host.nodes
+
+    @property
+    def model_host(self) -> SimHost:
+        if not self.tally.centralized:
+            return self.hosts[0]
+        return next(h for h in self.hosts if self.tally.aggregator in h.nodes)
+
+
+Phase = Callable[[HybridTopologyManager, SimRun, SimHost, StartRound], PhaseReport | None]
+
+
+# ---------------------------------------------------------------- phases
+
+
+def publish_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> None:
+    """Coordinator: publish the committed model to the participants."""
+    assert host.state is not None
+    tally = run.tally
+    recipients = tuple(i for i in tally.participants if i != tally.aggregator)
+    manager.publish_many(_posting(start, MODEL, (tally.aggregator,), host.state.rebase(start), recipients))
+
+
+def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
+    """Make the contributions of a host's nodes and publish them."""
+    tally = run.tally
+    local = tuple(n for n in host.nodes if n in tally.participants)
+    overflow: tuple[int, ...] = ()
+    if tally.centralized:
+        if not local:
+            return PhaseReport()
+        postings = manager.collect(start.run_id, start.round, start.attempt, MODEL)
+        if len(postings) != 1:
+            raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
+        base = array_of(postings[0])
+        made = np.sum([tally.contribution(n, start.round, base) for n in local], axis=0, dtype=np.int64)
+        weight = sum(tally.samples(n) for n in local)
+        if local[0] == tally.participants[0] and tally.overflows(start.round, start.grid):
+            overflow = (0,)
+        else:
+            manager.publish_many(_posting(start, PARTIAL, local, made, (tally.aggregator,), weight))
+    else:
+        assert host.state is not None
+        rows = host.state.rebase(start)
+        updates = [rows[k] + tally.contribution(n, start.round, rows[k]) for k, n in enumerate(host.nodes)]
+        manager.publish_many(_posting(start, UPDATE, host.nodes, np.stack(updates)))
+    losses = [tally.loss(n, start.round) for n in local]
+    sums = {"train_loss": (sum(n for n, _ in losses), sum(w for _, w in losses))}
+    return PhaseReport(nodes=local, overflow=overflow, metric_sums=sums)
+
+
+def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
+    """Merge the partials into the new model, or mix each node's neighbours, in node order."""
+    tally = run.tally
+    assert host.state is not None
+    if tally.centralized:
+        added = [array_of(p) for p in manager.collect(start.run_id, start.round, start.attempt, PARTIAL)]
+        model = np.sum([host.state.rebase(start), *added], axis=0, dtype=np.int64)
+        host.state.stage(start, model)
+        metrics = {"accuracy": start.round / tally.rounds} if start.evaluate else {}
+        return PhaseReport(absmax=absmax([model]), metrics=metrics, model_hash=digest(model).hex())
+    if 0 in host.nodes and tally.overflows(start.round, start.grid):
+        return PhaseReport(overflow=(0,))
+    rows: dict[int, Vector] = {}
+    for posting in manager.collect(start.run_id, start.round, start.attempt, UPDATE):
+        array = array_of(posting).reshape(len(posting.senders), -1)
+        rows.update({sender: array[k] for k, sender in enumerate(posting.senders)})
+    state = np.stack([tally.mix(n, rows) for n in host.nodes])
+    if start.evaluate:
+        manager.publish_many(_posting(start, CONSENSUS, host.nodes, state.sum(axis=0)))
+    host.state.rebase(start)
+    host.state.stage(start, state)
+    return PhaseReport(absmax=absmax(list(state)), state_hashes=b"".join(digest(row) for row in state))
+
+
+def evaluate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
+    """Make the consensus model."""
+    postings = manager.collect(start.run_id, start.round, start.attempt, CONSENSUS)
+    model: Vector = np.sum([array_of(p) for p in postings], axis=0, dtype=np.int64)
+    host.consensus = (start.round, model)
+    return PhaseReport(metrics={"accuracy": start.round / run.tally.rounds}, model_hash=digest(model).hex())
+
+
+def posted(manager: HybridTopologyManager, start: StartRound, transfer: Transfer) -> tuple[Posting, Vector]:
+    """What a transfer carries."""
+    key = (start.run_id, start.round, start.attempt, transfer.kind)
+    if transfer.kind in (PARTIAL, CONSENSUS):
+        posting = manager.cluster_partial(*key)
+        return posting, array_of(posting)
+    for posting in manager.collect(*key):
+        if transfer.sender in posting.senders:
+            row = posting.senders.index(transfer.sender)
+            return posting, array_of(posting).reshape(len(posting.senders), -1)[row]
+    raise RunError("F005", f"node {transfer.sender} has posted no {transfer.kind} in round {start.round}")
+
+
+# ---------------------------------------------------------------- states
+
+
+def set_up(run: SimRun, host: SimHost, states: Mapping[int, Vector]) -> list[Vector]:
+    """Build the nodes of a host, from `states` after the first round; the states that it holds."""
+    tally, order = run.tally, run.activation
+    host.consensus, host.state = None, None
+    held: list[Vector] = []
+    if run.keeps_state(host):
+        keys = (tally.aggregator,) if tally.centralized else host.nodes
+        missing = [n for n in keys if n not in states] if order.restore_round else []
+        if missing:
+            raise WeightsError("W010", f"the state of node {missing[0]} is missing", place="checkpoint")
+        held = [states[n] if order.restore_round else tally.initial() for n in keys]
+        host.state = VersionedState(held[0] if tally.centralized else np.stack(held), order.restore_round)
+    host.generation = order.generation
+    return held
+
+
+def activated(run: SimRun, parts: Sequence[Sequence[Vector]]) -> Activated:
+    """What a cluster reports of the states its hosts start from."""
+    order, tally = run.activation, run.tally
+    held = [row for part in parts for row in part]
+    return Activated(
+        order.run_id,
+        order.generation,
+        num_samples=tuple((n, tally.samples(n)) for h in run.hosts for n in h.nodes if n in tally.participants),
+        absmax=absmax(held) if held else (),
+        state_hashes=b"" if tally.centralized else b"".join(digest(row) for row in held),
+        model_hash=digest(held[0]).hex() if held and tally.centralized else "",
+    )
+
+
+def state_rows(run: SimRun, host: SimHost, round_number: int) -> dict[str, list[int]]:
+    """A host's part of a committed state; F006 if it is not here."""
+    state = host.state.at(round_number) if host.state else None
+    if state is None:
+        raise RunError("F006", f"no state of round {round_number}")
+    keys = (run.tally.aggregator,) if run.tally.centralized else host.nodes
+    return {str(n): [int(v) for v in row] for n, row in zip(keys, np.atleast_2d(state), strict=True)}
+
+
+def pack_states(parts: Sequence[Mapping[str, list[int]]], round_number: int) -> bytes:
+    """A cluster's part of a committed state as bytes."""
+    return json.dumps({"round": round_number, "rows": {n: row for part in parts for n, row in part.items()}}).encode()
+
+
+def unpack_states(data: bytes, round_number: int) -> dict[int, Vector]:
+    """The inverse of :func:`pack_states`; empty where no checkpoint is given."""
+    if not data:
+        return {}
+    packed = json.loads(data)
+    if packed["round"] != round_number:
+        raise WeightsError("W010", f"checkpoint of round {packed['round']}, not {round_number}", place="checkpoint")
+    return {int(n): np.array(row, np.int64) for n, row in packed["rows"].items()}
+
+
+def model_file(run: SimRun, host: SimHost, round_number: int) -> ModelFile:
+    """The global or consensus model of a round; F006 where there is none."""
+    if run.tally.centralized:
+        model = host.state.at(round_number) if host.state else None
+    else:
+        model = host.consensus[1] if host.consensus and host.consensus[0] == round_number else None
+    if model is None:
+        raise RunError("F006", f"no model of round {round_number}")
+    return ModelFile(np.asarray(model, np.int64).tobytes(), digest(model).hex())
+
+
+# ---------------------------------------------------------------- small things
+
+
+def array_of(posting: Posting) -> Vector:
+    """The payload of a posting."""
+    found: Vector = posting.reference[0] if isinstance(posting.reference, list) else posting.reference
+    return found
+
+
+def require_nodes(host: SimHost) -> None:
+    """U003 for a host that came back empty."""
+    if not host.generation:
+        raise NodeError("U003", "this host was restarted and holds no nodes", place="host")
+
+
+def split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:
+    """Contiguous groups whose sizes differ by one at most."""
+    base, more = divmod(len(nodes), parts)
+    sizes = [base + (k < more) for k in range(parts)]
+    return [tuple(nodes[sum(sizes[:k]) : sum(sizes[: k + 1])]) for k in range(parts)]
+
+
+def merged(reports: Sequence[PhaseReport]) -> PhaseReport:
+    """One report of a cluster from those of its hosts."""
+    sums: dict[str, tuple[int, int]] = {}
+    for report in reports:
+        for name, (numerator, weight) in report.metric_sums.items():
+            old = sums.get(name, (0, 0))
+            sums[name] = (old[0] + numerator, old[1] + weight)
+    rows = [r.absmax for r in reports if r.absmax]
+    return PhaseReport(
+        nodes=tuple(n for r in reports for n in r.nodes),
+        overflow=tuple(sorted({t for r in reports for t in r.overflow})),
+        absmax=tuple(max(column) for column in zip(*rows, strict=True)),
+        metric_sums=sums,
+        metrics={k: v for r in reports for k, v in r.metrics.items()},
+        model_hash="".join(r.model_hash for r in reports),
+        state_hashes=b"".join(r.state_hashes for r in reports),
+    )
+
+
+def _posting(
+    start: StartRound,
+    kind: str,
+    senders: tuple[int, ...],
+    array: Vector,
+    recipients: tuple[int, ...] | None = None,
+    weight: int = 0,
+) -> Posting:
+    at = (start.run_id, start.generation, start.round, start.attempt)
+    return Posting(*at, kind, senders, array, recipients, weight)

@@ -1,0 +1,186 @@
+"""The tally: a federation whose final state reads out which contribution was lost or counted twice. Integers only.
+
+A state is a vector of ``num_nodes + 2`` integers. Slot i counts how often node i has contributed; slot ``num_nodes``
+sums ``round * prime_i mod 2^31``; the last slot depends on the state that a contribution was made from, so that work on
+a stale state shows. Addition of integers is exact in every order, so the states of a run are known beforehand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from icrf.protocol import CENTRALIZED, NodeSpec, Submission, TensorSpec
+from icrf.topology.hybrid import HybridAdjacencyMatrix
+from icrf.update import METRIC_UNIT_BITS, choose_grid, merkle_root, metric_mean
+
+Vector = np.ndarray[Any, Any]
+
+PRIMES = (1_000_003, 1_299_709, 15_485_863, 32_452_843, 49_979_687, 67_867_967, 86_028_121, 104_395_301, 122_949_823)
+MODULUS = 1 << 31
+ESCALATION_BITS = 8
+
+
+def digest(state: Vector) -> bytes:
+    """sha256 of a state's values."""
+    return hashlib.sha256(np.ascontiguousarray(state, dtype=np.int64).tobytes()).digest()
+
+
+def absmax(states: Sequence[Vector]) -> tuple[float, ...]:
+    """The largest value of the one tensor."""
+    return (float(max(int(np.abs(s).max()) for s in states)),)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a fault-free run commits in one round.
+
+    Attributes:
+        states: the global model, or one state per node.
+        head: hash of the model, or the Merkle root over the nodes' states.
+        consensus: sum of all nodes' states (decentralized).
+    """
+
+    states: tuple[Vector, ...]
+    head: str
+    consensus: Vector | None
+
+    @property
+    def model(self) -> Vector:
+        """What is stored as the model of the run, if this is its last round."""
+        return self.states[0] if self.consensus is None else self.consensus
+
+
+class Tally:
+    """The arithmetic of one tally federation.
+
+    Args:
+        submission: its nodes, graph and flow.
+    """
+
+    def __init__(self, submission: Submission) -> None:
+        self.submission = submission
+        self.num_nodes = len(submission.nodes)
+        self.centralized = submission.flow == CENTRALIZED
+        roles = [node.role.split("-") for node in submission.nodes]
+        self.participants = tuple(i for i, words in enumerate(roles) if "train" in words)
+        self.aggregator = next((i for i, words in enumerate(roles) if "aggregate" in words), -1)
+        self.config: Mapping[str, Any] = json.loads(submission.config_json)
+        self.rounds = int(self.config["federated_learning_rounds"])
+        self._expected = [self._summary([self.initial() for _ in range(1 if self.centralized else self.num_nodes)])]
+        for number in range(1, self.rounds + 1):
+            self._expected.append(self._summary(self._step(self._expected[-1].states, number)))
+
+    # ------------------------------------------------------------ what nodes do
+
+    def initial(self) -> Vector:
+        """The state before the first round."""
+        return np.zeros(self.num_nodes + 2, np.int64)
+
+    @staticmethod
+    def samples(node: int) -> int:
+        """Training samples of a node."""
+        return node + 1
+
+    def contribution(self, node: int, number: int, base: Vector) -> Vector:
+        """What `node` adds in round `number` to the state `base`."""
+        made = self.initial()
+        prime = PRIMES[node % len(PRIMES)]
+        made[node] = 1
+        made[-2] = number * prime % MODULUS
+        made[-1] = (int(base[-1]) * 31 + prime) % MODULUS
+        return made
+
+    def mix(self, node: int, rows: Mapping[int, Vector]) -> Vector:
+        """The new state of `node` from its own update and its neighbours', in node order; its own count stays."""
+        mixed = rows[node].copy()
+        for other in self.neighbours[node]:
+            mixed = (mixed + (other + 2) * rows[other]) % MODULUS
+        mixed[node] = rows[node][node]
+        return mixed
+
+    @cached_property
+    def neighbours(self) -> tuple[tuple[int, ...], ...]:
+        """Per node the nodes whose updates it mixes in, ascending."""
+        graph = HybridAdjacencyMatrix.from_graph(self.submission.graph)
+        return tuple(tuple(int(j) for j in graph.in_neighbors(i)) for i in range(self.num_nodes))
+
+    def loss(self, node: int, number: int) -> tuple[int, int]:
+        """(numerator, weight) of a node's training loss."""
+        weight = self.samples(node)
+        return (((100 * number + node) << METRIC_UNIT_BITS) * weight, weight)
+
+    def overflows(self, number: int, grid: Sequence[int]) -> bool:
+        """Whether the values of a round leave this grid: a property of the round, equal whenever it is repeated."""
+        wanted = int(self.config["tally_escalations"][number - 1])
+        found = (grid[0] - self._base_grid(number)) // ESCALATION_BITS
+        return found < wanted
+
+    # ------------------------------------------------------------ what must come out
+
+    def expected(self, number: int) -> Expected:
+        """The outcome of a round without any fault."""
+        return self._expected[number]
+
+    def expected_loss(self, number: int) -> float:
+        """The mean training loss of a round."""
+        parts = [self.loss(node, number) for node in self.participants]
+        return metric_mean(sum(n for n, _ in parts), sum(w for _, w in parts))
+
+    def bitmap(self) -> bytes:
+        """All participants."""
+        out = bytearray((self.num_nodes + 7) // 8)
+        for node in self.participants:
+            out[node // 8] |= 1 << (node % 8)
+        return bytes(out)
+
+    def counts(self, states: Sequence[Vector]) -> list[int]:
+        """How often each participant was counted, as the state itself says."""
+        return [int((states[0] if self.centralized else states[i])[i]) for i in self.participants]
+
+    # ------------------------------------------------------------ inside
+
+    def _base_grid(self, number: int) -> int:
+        total = sum(self.samples(i) for i in self.participants)
+        return choose_grid(absmax(self._expected[number - 1].states), total)[0]
+
+    def _step(self, states: Sequence[Vector], number: int) -> list[Vector]:
+        if self.centralized:
+            added = [self.contribution(i, number, states[0]) for i in self.participants]
+            return [np.sum([states[0], *added], axis=0, dtype=np.int64)]
+        rows = {i: states[i] + self.contribution(i, number, states[i]) for i in range(self.num_nodes)}
+        return [self.mix(i, rows) for i in range(self.num_nodes)]
+
+    def _summary(self, states: Sequence[Vector]) -> Expected:
+        if self.centralized:
+            return Expected(tuple(states), digest(states[0]).hex(), None)
+        consensus = np.sum(states, axis=0, dtype=np.int64)
+        return Expected(tuple(states), merkle_root([digest(s) for s in states]), consensus)
+
+
+def tally_submission(
+    request_id: str, flow: str, edges: Sequence[tuple[int, int]], num_nodes: int, config: Mapping[str, Any]
+) -> Submission:
+    """A tally federation.
+
+    Args:
+        edges: undirected; of a centralized flow, a star around node 0, which aggregates.
+        config: the resolved configuration; `tally_escalations` lists per round how often its grid is too fine.
+    """
+    roles = ["train"] * num_nodes
+    if flow == CENTRALIZED:
+        roles[0] = "aggregate"
+    return Submission(
+        client_request_id=request_id,
+        config_json=json.dumps(dict(config), sort_keys=True),
+        flow=flow,
+        nodes=tuple(NodeSpec(f"node_{i}", role) for i, role in enumerate(roles)),
+        graph=HybridAdjacencyMatrix.from_edges(num_nodes, list(edges)).to_graph(),
+        layout=(TensorSpec("tally", (num_nodes + 2,), "int64"),),
+    )

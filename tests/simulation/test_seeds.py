@@ -1,0 +1,154 @@
+"""Whole histories of faults under simulated time, one per seed, with every invariant checked on the way.
+
+A failing seed says how to repeat it, and shows its last steps. The second half breaks the fabric on purpose: a checker
+that lets a broken fence pass proves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from icrf.ports import PayloadHeader
+from icrf.protocol import COMPLETED, Register, RoundReport, StartRound
+from icrf.testing.simulation import FAULTS, SimulationFailed, simulate
+from icrf_agent.host_state import VersionedState
+from icrf_agent.topology_manager import HybridTopologyManager
+from icrf_mediator.membership import Membership
+from icrf_mediator.rounds import RoundLedger
+from icrf_mediator.run_record import RunRecord
+from icrf_mediator.runs import RunMachine
+
+CHUNK = 50
+MUST_CATCH_WITHIN = 300
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seeds" in metafunc.fixturenames:
+        count = metafunc.config.getoption("--seeds")
+        chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+        metafunc.parametrize("seeds", chunks, ids=[f"{c.start}-{c.stop - 1}" for c in chunks])
+
+
+def test_every_seed_ends_as_without_faults(seeds: range) -> None:
+    for seed in seeds:
+        simulate(seed)
+
+
+def test_every_kind_of_fault_strikes_and_most_runs_complete() -> None:
+    outcomes = [simulate(seed) for seed in range(1000, 1050)]
+    struck = {kind for outcome in outcomes for kind in outcome.faults}
+    statuses = [status for outcome in outcomes for status in outcome.statuses.values()]
+    assert struck >= set(FAULTS)
+    assert statuses.count(COMPLETED) > len(statuses) * 0.8
+
+
+def test_a_seed_repeats_itself_in_another_process() -> None:
+    script = "from icrf.testing.simulation import simulate; print([simulate(s).signature for s in (3, 26, 182)])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "12345"}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str([simulate(seed).signature for seed in (3, 26, 182)])
+
+
+# ---------------------------------------------------------------- a broken fabric is caught
+
+
+def caught() -> str:
+    """The first violation that the seeds find."""
+    for seed in range(MUST_CATCH_WITHIN):
+        try:
+            simulate(seed)
+        except SimulationFailed as failure:
+            assert f"simulate({seed}, trace=True)" in str(failure)
+            return str(failure).splitlines()[0]
+    pytest.fail(f"no seed below {MUST_CATCH_WITHIN} has noticed")
+
+
+def wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method by one that is handed the original first."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: around(original, *args, **kwargs))
+
+
+def test_a_ledger_that_accepts_every_report_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundLedger, "accepts", lambda self, report: self.open is not None)
+    assert "I6" in caught() or "I7" in caught() or "I1" in caught()
+
+
+def test_a_mediator_without_a_generation_check_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def any_generation(
+        original: Any, self: RunMachine, effects: Any, now: Any, cluster: str, report: RoundReport
+    ) -> Any:
+        return original(self, effects, now, cluster, replace(report, generation=self.generation))
+
+    wrap(monkeypatch, RunMachine, "round_report", any_generation)
+    assert "I6" in caught()
+
+
+def test_a_cluster_without_a_generation_check_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def any_generation(original: Any, self: HybridTopologyManager, header: PayloadHeader, *rest: Any) -> Any:
+        room = self._rooms.get(header.run_id)
+        generation = room.activation.generation if room else header.generation
+        return original(self, replace(header, generation=generation), *rest)
+
+    wrap(monkeypatch, HybridTopologyManager, "deliver", any_generation)
+    assert "I2" in caught()
+
+
+def test_a_cluster_that_takes_in_payloads_of_old_attempts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def anything(original: Any, self: HybridTopologyManager, *payload: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "_require_open", lambda room, position: None)
+            original(self, *payload)
+
+    wrap(monkeypatch, HybridTopologyManager, "deliver", anything)
+    assert "I2" in caught()
+
+
+def test_a_repeated_partial_that_is_merged_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(self: HybridTopologyManager, room: Any, posting: Any) -> None:
+        room.postings.setdefault((posting.position, posting.kind), []).append(posting)
+
+    monkeypatch.setattr(HybridTopologyManager, "_keep", keep)
+    monkeypatch.setattr(HybridTopologyManager, "_drop", lambda self, room, key: room.postings.pop(key))
+    assert "I1" in caught()
+
+
+def test_a_state_that_counts_an_abandoned_attempt_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rebase(original: Any, self: VersionedState, start: StartRound) -> Any:
+        pending = self._pending
+        if pending and pending[1] != start.attempt:
+            self._pending = (start.round - 1, pending[1], pending[2])
+        return original(self, start)
+
+    wrap(monkeypatch, VersionedState, "rebase", rebase)
+    assert "I1" in caught()
+
+
+def test_a_round_that_is_committed_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(original: Any, self: RunRecord, effects: Any, now: Any, commit: Any, *rest: Any) -> None:
+        original(self, effects, now, commit, *rest)
+        original(self, effects, now, replace(commit, round=commit.round + 1), *rest)
+
+    wrap(monkeypatch, RunRecord, "committed", twice)
+    assert "I7" in caught()
+
+
+def test_a_cluster_that_is_given_to_two_agents_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def anyone(original: Any, self: Membership, request: Register, peer: str, now_s: float) -> Any:
+        self._members.pop(request.cluster, None)
+        return original(self, request, peer, now_s)
+
+    wrap(monkeypatch, Membership, "register", anyone)
+    assert "I4" in caught()
+
+
+def test_reports_of_an_agent_that_lost_its_cluster_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Membership, "owns", lambda self, cluster, incarnation: cluster in self._members)
+    assert "I4" in caught()
