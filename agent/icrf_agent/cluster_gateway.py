@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from icrf.exchange import MESSAGE
 from icrf.ports import Arrival, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
 from icrf_agent.gateway import GrpcTransport
-from icrf_agent.topology_manager import MESSAGE, HybridTopologyManager, References
+from icrf_agent.topology_manager import HybridTopologyManager, References
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,12 @@ class HybridClusterGateway:
 
     def _receive(self, header: PayloadHeader, array: np.ndarray[Any, Any], wire_bytes: int) -> None:
         if header.kind == MESSAGE:
-            self._manager.deliver_letters(header, array.tobytes())
+            is_new = self._manager.deliver_letters(header, array.tobytes())
         else:
             # In a list, because an actor would get the array itself in place of a bare reference.
-            self._manager.deliver(header, [self._references.put(array)])
+            is_new = self._manager.deliver(header, [self._references.put(array)])
+        if not is_new:
+            return
         with self._came:
             self._arrivals.append(Arrival(header, wire_bytes))
             self._came.notify_all()

@@ -79,26 +79,29 @@ class NodeHost:
 
     def host_call(self, index: int, method: str, arguments: bytes) -> bytes:
         """Call a public method of a node with its current state loaded; values in and out are ``icrf.values``."""
-        assert self._flow is not None and self._nodes is not None
+        assert self._nodes is not None
         node = self._nodes.get(index)
         if method.startswith("_") or not callable(getattr(node, method, None)):
             raise RunError("F005", f"{node.id} has no method '{method}'", place=node.id, value=method)
-        node.context.model.load(self._flow.state_of(index))
         positional, keywords = values.decode(arguments)
-        result = _plain(self._nodes.call(index, method, *positional, **keywords))
+        result = _plain(self._between_rounds(index).call(index, method, *positional, **keywords))
         return values.encode(result, root=f"{node.id}.{method}()")
 
     def host_invoke(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """The same inside one cluster, where arguments and results are passed by Ray itself."""
-        assert self._flow is not None and self._nodes is not None
-        node = self._nodes.get(index)
-        node.context.model.load(self._flow.state_of(index))
-        return self._nodes.call(index, method, *arguments, **keywords)
+        return self._between_rounds(index).call(index, method, *arguments, **keywords)
 
     def _at(self, start: StartRound) -> Flow:
         assert self._flow is not None and self._nodes is not None
-        self._nodes.mailbox.position = (start.round, start.attempt)
+        self._nodes.enter(start)
         return self._flow
+
+    def _between_rounds(self, index: int) -> HostNodes:
+        """Load a node's current state; what it sends now belongs to the last round, whichever that is."""
+        assert self._flow is not None and self._nodes is not None
+        self._nodes.get(index).context.model.load(self._flow.state_of(index))
+        self._nodes.mailbox.position = None
+        return self._nodes
 
 
 def _plain(result: Any) -> Any:

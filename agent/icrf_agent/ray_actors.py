@@ -148,12 +148,20 @@ class RayActor:
     name: str
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        try:
-            outcome = await self.handle.invoke.remote(method, *arguments)
-        except ray.exceptions.RayActorError as error:
-            raise NodeError(
-                "U003", f"{self.name} died during {method}", place=self.name, hint="its worker's log says why"
-            ) from error
-        except ray.exceptions.RayError as error:
-            raise InternalError("X001", f"{self.name}.{method}: {type(error).__name__}: {error}") from error
-        return outcome.take()
+        return await answer(self.handle.invoke.remote(method, *arguments), self.name, method)
+
+
+async def answer(reference: Any, name: str, method: str) -> Any:
+    """The value behind the reference of an :class:`Outcome`; no exception of Ray's comes out of here.
+
+    Raises:
+        NodeError: U003 when the actor died.
+        IcrfError: what the actor answered, X001 for anything else that Ray reports.
+    """
+    try:
+        outcome: Outcome = await reference
+    except ray.exceptions.RayActorError as error:
+        raise NodeError("U003", f"{name} died during {method}", place=name, hint="its worker's log says why") from error
+    except ray.exceptions.RayError as error:
+        raise InternalError("X001", f"{name}.{method}: {type(error).__name__}: {error}") from error
+    return outcome.take()

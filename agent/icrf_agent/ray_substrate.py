@@ -7,6 +7,7 @@ Payloads are put by those actors and never by the agent, whose objects would die
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from icrf.errors import LocalError, ResourceError
+from icrf.errors import IcrfError, LocalError, ResourceError, RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts
@@ -23,11 +24,12 @@ from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.cluster_gateway import GatewaySettings
 from icrf_agent.host_nodes import LOCAL_TEMPLATE, HostSetup
-from icrf_agent.ray_actors import GatewayActor, HostActor, ManagerActor, RayActor, own_actor_class
+from icrf_agent.ray_actors import GatewayActor, HostActor, ManagerActor, RayActor, answer, own_actor_class
 from icrf_agent.runtime import Actor, Shared
 
+log = logging.getLogger("icrf.agent")
+
 NUM_THREADS = 1
-CONNECT_DEADLINE_S = 60.0
 
 
 @dataclass
@@ -46,6 +48,7 @@ class RaySubstrate:
     _groups: dict[str, PlacementGroup] = field(default_factory=dict)
     _hosts: dict[str, list[Any]] = field(default_factory=dict)
     _shared: list[Any] = field(default_factory=list)
+    _gateway: RayActor | None = None
     _resources: dict[str, float] = field(default_factory=dict)
     _nodes: int = 1
 
@@ -54,37 +57,31 @@ class RaySubstrate:
             # On the main thread, where Ray wants it; nothing else runs yet that this could hold up.
             self._connect(self.address)
         self._resources = dict(await asyncio.to_thread(ray.cluster_resources))
-        self._nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-        namespace = "icrf"
-        manager = (
-            ray.remote(ManagerActor)
-            .options(
-                name=f"{cluster}/topology-manager",
-                namespace=namespace,
-                lifetime="detached",
-                num_cpus=0,
-                max_concurrency=16,
-            )
-            .remote(cluster)
-        )
-        self._shared.append(manager)
-        gateway: Actor | None = None
+        nodes = await asyncio.to_thread(ray.nodes)
+        self._nodes = max(1, sum(1 for node in nodes if node["Alive"]))
+        manager = self._share(ManagerActor, f"{cluster}/topology-manager", 16, cluster)
         if self.gateway is not None:
-            handle = (
-                ray.remote(GatewayActor)
-                .options(
-                    name=f"{cluster}/gateway",
-                    namespace=namespace,
-                    lifetime="detached",
-                    num_cpus=0,
-                    max_concurrency=32,
-                )
-                .remote(self.gateway, manager)
-            )
-            self._shared.append(handle)
-            (await handle.open.remote()).take()
-            gateway = RayActor(handle, f"gateway of {cluster}")
-        return self._facts(), Shared(RayActor(manager, f"topology manager of {cluster}"), gateway)
+            handle = self._share(GatewayActor, f"{cluster}/gateway", 32, self.gateway, manager)
+            name = f"gateway of {cluster}"
+            await answer(handle.open.remote(), name, "open")
+            self._gateway = RayActor(handle, name)
+        return self._facts(), Shared(RayActor(manager, f"topology manager of {cluster}"), self._gateway)
+
+    def _share(self, kind: type, name: str, num_threads: int, *arguments: Any) -> Any:
+        """Start a threaded detached actor; L008 where one of that name lives already."""
+        options = {"namespace": "icrf", "lifetime": "detached", "num_cpus": 0, "max_concurrency": num_threads}
+        try:
+            handle = ray.remote(kind).options(name=name, **options).remote(*arguments)
+        except ValueError as error:
+            raise LocalError(
+                "L008",
+                f"the Ray cluster has an actor '{name}' already",
+                place="--ray-address",
+                value=name,
+                hint="another agent serves this Ray cluster under this name, or one was killed and left it",
+            ) from error
+        self._shared.append(handle)
+        return handle
 
     def _connect(self, address: str) -> None:
         try:
@@ -125,7 +122,10 @@ class RaySubstrate:
             name=f"icrf-{request.run_id}-{request.generation}",
         )
         self._groups[request.run_id] = group
-        if not await asyncio.to_thread(group.wait, request.deadline_s):
+        ready = await asyncio.to_thread(group.wait, request.deadline_s)
+        if self._groups.get(request.run_id) is not group:
+            raise RunError("F005", f"run {request.run_id[:8]} was released while it was reserving")
+        if not ready:
             await self.release(request.run_id)
             free = await asyncio.to_thread(ray.available_resources)
             raise ResourceError(
@@ -153,7 +153,9 @@ class RaySubstrate:
 
     async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
         run_id = setup.activation.run_id
-        group = self._groups[run_id]
+        group = self._groups.get(run_id)
+        if group is None or slot >= len(group.bundle_specs):
+            raise RunError("F005", f"no slot {slot} is reserved for {name}", place=name)
         bundle = group.bundle_specs[slot]
         kind: type = HostActor
         if len(setup.nodes) == 1:
@@ -178,14 +180,19 @@ class RaySubstrate:
         await asyncio.to_thread(_end, hosts, group)
 
     async def close(self) -> None:
-        for run_id in list(self._groups):
-            await self.release(run_id)
-        if len(self._shared) > 1:
-            (await self._shared[1].invoke.remote("close")).take()
-        await asyncio.to_thread(_end, self._shared, None)
-        self._shared = []
-        if self.address is not None:
-            await asyncio.to_thread(ray.shutdown)
+        gateway, self._gateway = self._gateway, None
+        shared, self._shared = self._shared, []
+        try:
+            for run_id in {*self._groups, *self._hosts}:
+                await self.release(run_id)
+            if gateway is not None:
+                await gateway.call("close")
+        except IcrfError as error:
+            log.warning("%s did not close in order: %s", gateway.name if gateway else "a run", error)
+        finally:
+            await asyncio.to_thread(_end, shared, None)
+            if self.address is not None:
+                await asyncio.to_thread(ray.shutdown)
 
 
 def _end(actors: list[Any], group: PlacementGroup | None) -> None:

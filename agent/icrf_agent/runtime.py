@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
-from icrf.errors import RunError
-from icrf.exchange import CONSENSUS, PARTIAL, UPDATE, Transfer
+from icrf.errors import RoutingError, RunError
+from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import CENTRALIZED, Activate, Activated, PeerAddress, Reserve, StartRound
 from icrf_agent.host_nodes import HostSetup
-from icrf_agent.topology_manager import MESSAGE, Posting
+from icrf_agent.topology_manager import Posting
 
 ARRIVALS_POLL_S = 20.0
 SEND_TIMEOUT_S = 120.0
@@ -62,18 +63,36 @@ class _Hosted:
     activation: Activate
     hosts: list[Actor]
     nodes: list[tuple[int, ...]]
+    setting_up: asyncio.Future[Activated]
+    position: tuple[int, int] = (0, 0)
+
+    @cached_property
+    def _slot_of(self) -> dict[int, int]:
+        return {node: slot for slot, nodes in enumerate(self.nodes) for node in nodes}
+
+    @cached_property
+    def _index_of(self) -> dict[str, int]:
+        return {node.id: index for index, node in enumerate(self.activation.nodes)}
+
+    def index_of(self, node_id: str) -> int:
+        if node_id not in self._index_of:
+            raise RoutingError("P012", f"no node '{node_id}'", value=node_id)
+        return self._index_of[node_id]
 
     def host_of(self, index: int) -> Actor:
-        for host, nodes in zip(self.hosts, self.nodes, strict=True):
-            if index in nodes:
-                return host
-        raise RunError("F005", f"{self.activation.nodes[index].id} does not live on this cluster")
+        if index not in self._slot_of:
+            owner = self.activation.clusters[self.activation.assignment[index]]
+            raise RunError("F005", f"{self.activation.nodes[index].id} lives on cluster {owner}", value=owner)
+        return self.hosts[self._slot_of[index]]
+
+    def shares_host(self, index: int) -> bool:
+        return len(self.nodes[self._slot_of[index]]) > 1
 
     @property
     def centralized(self) -> bool:
         return self.activation.flow == CENTRALIZED
 
-    @property
+    @cached_property
     def model_host(self) -> Actor:
         """The host that makes the global or consensus model, on the coordinator's cluster."""
         if self.centralized:
@@ -107,6 +126,8 @@ class HostedRuntime:
         self._runs: dict[str, _Hosted] = {}
         self._shared: Shared | None = None
         self._closing = asyncio.Event()
+        # Creating and releasing hosts must not overlap: what one makes, the other has to find.
+        self._lifecycle = asyncio.Lock()
 
     async def start(self) -> ClusterFacts:
         facts, self._shared = await self._substrate.start(self._cluster)
@@ -118,7 +139,15 @@ class HostedRuntime:
         await self._substrate.reserve(request)
 
     async def activate(self, request: Activate) -> Activated:
-        """Split this cluster's nodes over its slots in index order and set them up."""
+        """Split this cluster's nodes over its slots in index order and set them up; repeating waits for the first."""
+        async with self._lifecycle:
+            run = self._runs.get(request.run_id)
+            if run is None or run.activation.generation != request.generation:
+                run = self._runs[request.run_id] = await self._create(request)
+        return await run.setting_up
+
+    async def _create(self, request: Activate) -> _Hosted:
+        """The hosts of a run, about to set up their nodes."""
         here = request.clusters.index(self._cluster)
         local = [n for n, c in enumerate(request.assignment) if c == here]
         groups = _split(local, min(request.num_slots, len(local)))
@@ -132,7 +161,9 @@ class HostedRuntime:
                 for slot, setup in enumerate(setups)
             )
         )
-        self._runs[request.run_id] = _Hosted(request, list(hosts), groups)
+        return _Hosted(request, list(hosts), groups, asyncio.ensure_future(self._set_up(request, hosts, setups)))
+
+    async def _set_up(self, request: Activate, hosts: Sequence[Actor], setups: Sequence[HostSetup]) -> Activated:
         parts = await asyncio.gather(*(h.call("host_setup", s) for h, s in zip(hosts, setups, strict=True)))
         return Activated(
             request.run_id,
@@ -150,7 +181,7 @@ class HostedRuntime:
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
         run = await self._begin(run_id, start)
         report = await self._on_all(run, "host_train", start)
-        await self._send_letters(run, start)
+        await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
@@ -159,11 +190,13 @@ class HostedRuntime:
             report: PhaseReport = await run.model_host.call("host_aggregate", start)
         else:
             report = await self._on_all(run, "host_aggregate", start)
-        await self._send_letters(run, start)
+        await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
-        report: PhaseReport = await self._run(run_id).model_host.call("host_evaluate", start)
+        run = self._run(run_id)
+        report: PhaseReport = await run.model_host.call("host_evaluate", start)
+        await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def send_payload(self, run_id: str, start: StartRound, transfer: Transfer) -> None:
@@ -173,7 +206,7 @@ class HostedRuntime:
         layout = run.activation.layout
         header = self._header(
             run,
-            start,
+            (start.round, start.attempt),
             transfer.kind,
             transfer.target,
             sender=transfer.sender,
@@ -202,30 +235,39 @@ class HostedRuntime:
 
     async def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes:
         run = self._run(run_id)
-        index = next(i for i, node in enumerate(run.activation.nodes) if node.id == node_id)
+        index = run.index_of(node_id)
         result: bytes = await run.host_of(index).call("host_call", index, method, arguments)
+        await self._send_letters(run, *run.position)
         return result
 
     def actor_of(self, run_id: str, index: int) -> tuple[Actor, bool]:
         """The actor of a node's host, and whether the node has it alone."""
         run = self._run(run_id)
         host = run.host_of(index)
-        return host, len(run.nodes[run.hosts.index(host)]) == 1
+        return host, not run.shares_host(index)
 
     async def send_message(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         await self._manager.call("publish_supervisor", run_id, tuple(recipients), message)
 
     async def release(self, run_id: str) -> None:
-        self._runs.pop(run_id, None)
-        if self._shared is not None:
-            await self._manager.call("unlink", run_id)
-        await self._substrate.release(run_id)
+        async with self._lifecycle:
+            run = self._runs.pop(run_id, None)
+            if run is not None:
+                run.setting_up.cancel()
+            try:
+                if self._shared is not None:
+                    await self._manager.call("unlink", run_id)
+            finally:
+                await self._substrate.release(run_id)
 
     async def close(self) -> None:
         self._closing.set()
-        for run_id in list(self._runs):
-            await self.release(run_id)
-        await self._substrate.close()
+        try:
+            for run_id in list(self._runs):
+                await self.release(run_id)
+        finally:
+            self._shared = None
+            await self._substrate.close()
 
     # ------------------------------------------------------------ inside
 
@@ -242,6 +284,7 @@ class HostedRuntime:
     async def _begin(self, run_id: str, start: StartRound) -> _Hosted:
         run = self._run(run_id)
         await self._manager.call("begin_round", run_id, start.generation, start.round, start.attempt)
+        run.position = max(run.position, (start.round, start.attempt))
         return run
 
     async def _on_all(self, run: _Hosted, method: str, start: StartRound) -> PhaseReport:
@@ -259,23 +302,24 @@ class HostedRuntime:
                 return posting, row
         raise RunError("F005", f"node {transfer.sender} has posted no {transfer.kind} in round {start.round}")
 
-    async def _send_letters(self, run: _Hosted, start: StartRound) -> None:
+    async def _send_letters(self, run: _Hosted, round_number: int, attempt: int) -> None:
         """Letters to other clusters leave before the phase ends, so that they are there before the round commits."""
         if len(run.activation.clusters) == 1:
             return
-        bundles = await self._manager.call("take_outbox", start.run_id, (start.round, start.attempt))
+        position = (round_number, attempt)
+        bundles = await self._manager.call("take_outbox", run.activation.run_id, position)
         for target, bundle in bundles.items():
-            header = self._header(run, start, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
+            header = self._header(run, position, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
             assert self._shared is not None and self._shared.gateway is not None
             peer = self._peer(run, target)
             await self._shared.gateway.call("send_bytes", header, bundle, peer, SEND_TIMEOUT_S)
 
-    def _header(self, run: _Hosted, start: StartRound, kind: str, target: int, **parts: Any) -> PayloadHeader:
+    def _header(self, run: _Hosted, position: tuple[int, int], kind: str, target: int, **parts: Any) -> PayloadHeader:
         return PayloadHeader(
-            run_id=start.run_id,
-            generation=start.generation,
-            round=start.round,
-            attempt=start.attempt,
+            run_id=run.activation.run_id,
+            generation=run.activation.generation,
+            round=position[0],
+            attempt=position[1],
             kind=kind,
             source=self._cluster,
             target=run.activation.clusters[target],

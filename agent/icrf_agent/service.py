@@ -131,8 +131,17 @@ class AgentService:
             self._link.report(Heartbeat(self._identity.incarnation))
 
     async def _watch_arrivals(self) -> None:
-        async for arrival in self._runtime.arrivals():
-            self._act(self._core.arrived(arrival, time.monotonic()))
+        async def watch() -> None:
+            async for arrival in self._runtime.arrivals():
+                self._act(self._core.arrived(arrival, time.monotonic()))
+
+        try:
+            await guarded(watch)
+        except IcrfError as error:
+            # Deaf to other clusters, this one would keep every round waiting until its deadline.
+            log.error("cluster %s receives no payloads any more: %s", self._identity.cluster, error)
+            self._refusal = error
+            await self._link.close()
 
     # ------------------------------------------------------------ actions
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
+from icrf.errors import IcrfError, LocalError
 from icrf.protocol import (
     ClusterInfo,
     Instruction,
@@ -19,6 +23,8 @@ from icrf.protocol import (
 )
 from icrf_mediator.service import MediatorService
 
+log = logging.getLogger("icrf.mediator")
+
 T = TypeVar("T")
 
 
@@ -31,6 +37,7 @@ class InProcessLink:
         self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
         self._session = ""
         self._pump: asyncio.Task[None] | None = None
+        self._closing = False
 
     def send(self, instruction: Instruction) -> None:
         """The mediator's side (:class:`icrf.ports.AgentPort`)."""
@@ -40,14 +47,18 @@ class InProcessLink:
         self._instructions.put_nowait(None)
 
     async def run(self, register: Callable[[], Report], deliver: Callable[[Instruction], None]) -> None:
-        request = register()
-        assert isinstance(request, Register)
-        self._session = await self._service.agent_connected(request, self, "this process")
-        self._pump = asyncio.create_task(self._forward())
-        while (instruction := await self._instructions.get()) is not None:
-            deliver(instruction)
-            if isinstance(instruction, Reject):
-                return
+        while not self._closing:
+            request = register()
+            assert isinstance(request, Register)
+            self._session = await self._service.agent_connected(request, self, "this process")
+            if self._pump is None:
+                self._pump = asyncio.create_task(self._forward())
+            while (instruction := await self._instructions.get()) is not None:
+                deliver(instruction)
+                if isinstance(instruction, Reject):
+                    return
+            # The mediator has ended the stream, for instance with the lease: come back as over a socket.
+            await self._service.agent_disconnected(self._session)
 
     def report(self, report: Report) -> None:
         self._reports.put_nowait(report)
@@ -63,6 +74,7 @@ class InProcessLink:
             raise
 
     async def close(self) -> None:
+        self._closing = True
         self._reports.put_nowait(None)
         if self._pump is not None:
             await self._pump
@@ -72,7 +84,11 @@ class InProcessLink:
 
     async def _forward(self) -> None:
         while (report := await self._reports.get()) is not None:
-            await self._service.agent_report(self._session, report)
+            try:
+                await self._service.agent_report(self._session, report)
+            except IcrfError as error:
+                # Over a socket the stream would break and come back; here the next report just follows.
+                log.error("a report was not taken: %s", error)
 
 
 class InProcessMediator:
@@ -107,7 +123,9 @@ class InProcessMediator:
             while (event := self._wait(_next(events))) is not None:
                 yield event
         finally:
-            self._wait(_close(events))
+            # A stopped mediator has closed it already.
+            with contextlib.suppress(LocalError):
+                self._wait(_close(events))
 
     def cancel(self, run_id: str) -> RunInfo:
         return self._wait(self._service.cancel(run_id))
@@ -131,7 +149,22 @@ class InProcessMediator:
         """Nothing is held."""
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop is closed
+            work.close()
+            raise _stopped() from None
+        try:
+            return future.result()
+        except CancelledError:
+            raise _stopped() from None
+        finally:
+            # Ctrl-C ends the wait only: without this the work would go on, and a watch could not be closed.
+            future.cancel()
+
+
+def _stopped() -> LocalError:
+    return LocalError("L001", "the mediator of this process is stopped", hint="open a new one with connect()")
 
 
 async def _next(events: AsyncIterator[RunEvent]) -> RunEvent | None:

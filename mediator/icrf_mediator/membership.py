@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from icrf.errors import AgentError, IcrfError, ProtocolError
+from icrf.daemon import CLUSTER_NAME
+from icrf.errors import AgentError, ConfigError, IcrfError, ProtocolError
 from icrf.protocol import PROTOCOL_VERSION, ClusterInfo, Register
 
 
@@ -37,6 +38,9 @@ class Membership:
 
     def register(self, request: Register, peer: str, now_s: float) -> IcrfError | None:
         """Admit an agent, or say why not. The same incarnation may come back as often as it likes."""
+        if CLUSTER_NAME.fullmatch(request.cluster) is None:
+            shown = ascii(request.cluster[:80])
+            return ConfigError("C013", f"{shown} is no cluster name", place="--cluster", allowed=CLUSTER_NAME.pattern)
         if request.protocol_version != PROTOCOL_VERSION:
             return ProtocolError(
                 "P004",
@@ -117,6 +121,8 @@ class Membership:
             member = self._members.get(cluster)
             if member is None:
                 return f"cluster {cluster} to register"
+            if not member.connected:
+                return f"cluster {cluster} to come back"
             if member.free_slots < slots[cluster]:
                 users = ", ".join(run[:8] for run in sorted(member.slots_by_run))
                 return f"{slots[cluster]} slots on {cluster} ({member.free_slots} free; held by {users})"

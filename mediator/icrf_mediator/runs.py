@@ -12,9 +12,10 @@ A run stops in RESERVED and READY when it was submitted with a stage, and goes o
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
-from icrf.errors import AgentError, IcrfError, InternalError, RunError, error_from_json, make_error
+from icrf.errors import AgentError, IcrfError, InternalError, RunError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
     ACTIVATING,
@@ -32,6 +33,8 @@ from icrf.protocol import (
     AbortAttempt,
     Activate,
     Activated,
+    Fingerprint,
+    Instruction,
     ModelStored,
     PeerAddress,
     Plan,
@@ -43,9 +46,11 @@ from icrf.protocol import (
     RoundResult,
     RunEvent,
     RunInfo,
+    StartRound,
     StoreModel,
     Submission,
 )
+from icrf_mediator.checks import ReportChecks, error_of
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.rounds import Commit, RoundLedger
 from icrf_mediator.run_record import RunRecord
@@ -79,10 +84,12 @@ class RunMachine:
         self._stage = submission.stage
         self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
         self._finishing = not submission.keep
+        self._storing = False
         self._assignment: tuple[int, ...] = ()
         self._peers: tuple[PeerAddress, ...] = ()
         self._resources: dict[str, Resources] = {}
-        self._pending: set[str] = set()
+        # What is asked of each cluster and not answered yet.
+        self._pending: dict[str, Instruction] = {}
         self._held: set[str] = set()
         self._samples: dict[int, int] = {}
         self._absmax: dict[str, tuple[float, ...]] = {}
@@ -116,6 +123,10 @@ class RunMachine:
     def is_activated(self) -> bool:
         """Whether its nodes are live on their hosts."""
         return self.info.status in (READY, RUNNING, IDLE)
+
+    def holds(self, cluster: str) -> bool:
+        """Whether a cluster may still have something of this run."""
+        return cluster in self._held
 
     @property
     def slots(self) -> dict[str, int]:
@@ -157,6 +168,7 @@ class RunMachine:
         assignment: tuple[int, ...],
         peers: tuple[PeerAddress, ...],
         resources: dict[str, Resources],
+        fingerprints: dict[str, Fingerprint],
     ) -> None:
         """Leave the queue: reserve on every cluster that the assignment names."""
         self.generation += 1
@@ -164,12 +176,10 @@ class RunMachine:
         members: dict[str, list[int]] = {c: [] for c in plan.clusters}
         for node, position in enumerate(assignment):
             members[plan.clusters[position]].append(node)
-        self.ledger = RoundLedger(
-            self.submission.flow,
-            plan.clusters,
-            {c: tuple(nodes) for c, nodes in members.items()},
-            plan.clusters[self._coordinator()],
-        )
+        nodes_by_cluster = {c: tuple(nodes) for c, nodes in members.items()}
+        coordinator = plan.clusters[self._coordinator()]
+        self.ledger = RoundLedger(self.submission.flow, plan.clusters, nodes_by_cluster, coordinator)
+        self._checks = ReportChecks(self.submission.flow, len(self.submission.layout), nodes_by_cluster, coordinator)
         effects.writes.append(
             Write(
                 "assignments",
@@ -178,22 +188,22 @@ class RunMachine:
             )
         )
         self.record.change(clusters=plan.clusters)
-        self._expect(plan.clusters, now, self._reserve_s + 30.0)
         self._held = set(plan.clusters)
         self.record.status(effects, now, RESERVING, f"reservations on {', '.join(plan.clusters)}")
-        for cluster in plan.clusters:
-            effects.send(
-                cluster,
-                Reserve(
-                    self.run_id,
-                    self.generation,
-                    self.info.federation,
-                    plan.slots[cluster],
-                    resources[cluster],
-                    self.config["placement_group_strategy"],
-                    self._reserve_s,
-                ),
+        self.record.fingerprints(effects, now, self.config.get("determinism", ""), fingerprints)
+        orders: dict[str, Instruction] = {
+            cluster: Reserve(
+                self.run_id,
+                self.generation,
+                self.info.federation,
+                plan.slots[cluster],
+                resources[cluster],
+                self.config["placement_group_strategy"],
+                self._reserve_s,
             )
+            for cluster in plan.clusters
+        }
+        self._ask(effects, now, orders, self._reserve_s + 30.0)
 
     def _coordinator(self) -> int:
         if self.submission.flow == CENTRALIZED:
@@ -208,10 +218,14 @@ class RunMachine:
             raise RunError("F005", f"unknown stage '{stage}'", allowed=", ".join(STAGES))
         if self.terminal:
             raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}, it cannot go on")
+        # As configured means: not beyond the target, once it was reached.
+        wanted = rounds or (0 if self.info.rounds_to_target else self.info.rounds_planned)
+        if self._storing and stage == "run" and wanted > self._rounds_wanted:
+            raise RunError("F005", f"run {self.run_id[:8]} stores its model, it cannot go on")
         if STAGES.index(stage) >= STAGES.index(self._stage):
             self._stage = stage
         if stage == "run":
-            self._rounds_wanted = max(self._rounds_wanted, rounds or self.info.rounds_planned)
+            self._rounds_wanted = max(self._rounds_wanted, wanted)
             self.record.change(rounds_planned=max(self.info.rounds_planned, rounds))
         if self.info.status != RUNNING:
             self._go_on(effects, now)
@@ -235,10 +249,10 @@ class RunMachine:
 
     def reserved(self, effects: Effects, now: Now, cluster: str, report: Reserved) -> None:
         """One cluster's reservation; all or nothing."""
-        if self.info.status != RESERVING or report.generation != self.generation:
+        if self.info.status != RESERVING or report.generation != self.generation or cluster not in self._pending:
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
+            return self.fail(effects, now, error_of(cluster, report.error_json))
         if self._arrived(cluster):
             self.record.status(effects, now, RESERVED)
             self._go_on(effects, now)
@@ -248,7 +262,8 @@ class RunMachine:
         if self.info.status != ACTIVATING or report.generation != self.generation or cluster not in self._pending:
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
+            return self.fail(effects, now, error_of(cluster, report.error_json))
+        self._checks.activated(cluster, report)
         self._samples.update(report.num_samples)
         self._absmax[cluster] = report.absmax
         self._hashes[cluster] = report.state_hashes
@@ -279,14 +294,13 @@ class RunMachine:
         if not ledger.accepts(report) or cluster not in ledger.clusters:
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
+            return self.fail(effects, now, error_of(cluster, report.error_json))
+        self._checks.round_report(cluster, report)
         if report.overflow:
             return self._retry(effects, now, report.overflow)
-        effects.writes.append(
-            Write("attempts", (self.run_id, report.round, report.attempt, cluster), _attempt_row(report))
-        )
+        self.record.attempt(effects, cluster, report)
         commit = ledger.collect(cluster, report)
-        self._pending = set(ledger.open.missing) if ledger.open else set()
+        self._arrived(cluster)
         if commit:
             self._committed(effects, now, commit)
         else:
@@ -308,8 +322,7 @@ class RunMachine:
         )
         for cluster in self._clusters:
             effects.send(cluster, AbortAttempt(self.run_id, old.round, old.attempt))
-            effects.send(cluster, start)
-        self._expect(self._clusters, now, float(self.config["round_deadline_s"]))
+        self._ask_round(effects, now, start)
 
     def _committed(self, effects: Effects, now: Now, commit: Commit) -> None:
         result = RoundResult(
@@ -330,18 +343,22 @@ class RunMachine:
             bytes_by_cluster=commit.bytes_by_cluster,
         )
         target = self.config.get("target_accuracy")
-        reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target
+        # Only the first time: whoever asks for more rounds after that gets them.
+        reached = (
+            target is not None and commit.metrics.get("accuracy", -1.0) >= target and not self.info.rounds_to_target
+        )
         self.record.committed(effects, now, commit, result, reached)
         if reached:
             self._rounds_wanted = commit.round
         self._go_on(effects, now)
 
-    def model_stored(self, effects: Effects, now: Now, report: ModelStored) -> None:
+    def model_stored(self, effects: Effects, now: Now, cluster: str, report: ModelStored) -> None:
         """The final model is in the blob store: the run is complete."""
-        if self.terminal or report.generation != self.generation or not self._finishing:
+        asked = self._pending.get(cluster) if self._storing else None
+        if self.terminal or asked != StoreModel(report.run_id, report.generation, report.round):
             return
         if report.error_json:
-            return self.fail(effects, now, error_from_json(report.error_json))
+            return self.fail(effects, now, error_of(cluster, report.error_json))
         self.record.change(model_sha256=report.sha256)
         self._end(effects, now, COMPLETED, None)
 
@@ -349,6 +366,14 @@ class RunMachine:
         """A cluster freed what it held; True when it was the last one."""
         self._held.discard(cluster)
         return self.ended
+
+    def reconnected(self, effects: Effects, cluster: str) -> None:
+        """An agent is back on a new stream: say again what it may have missed, as far as an agent may repeat it."""
+        asked = self._pending.get(cluster)
+        if self.terminal and cluster in self._held:
+            effects.send(cluster, Release(self.run_id, self.generation))
+        elif not self.terminal and isinstance(asked, StartRound | StoreModel):
+            effects.send(cluster, asked)
 
     def cluster_lost(self, effects: Effects, now: Now, cluster: str) -> None:
         """The lease of a cluster ran out."""
@@ -371,7 +396,8 @@ class RunMachine:
         if self.terminal or now.monotonic_s < self._deadline_s:
             return
         late = ", ".join(sorted(self._pending))
-        error = RunError("F002", f"{self._doing()} took too long on {late}", hint="raise round_deadline_s")
+        hint = "raise round_deadline_s" if self.ledger and self.ledger.open else "see the log of the late agents"
+        error = RunError("F002", f"{self._doing()} took too long on {late}", hint=hint)
         self.fail(effects, now, error)
 
     def fail(self, effects: Effects, now: Now, error: IcrfError) -> None:
@@ -394,32 +420,30 @@ class RunMachine:
         elif status in (RUNNING, IDLE) and self._finishing:
             self._store(effects, now)
         elif status == RUNNING:
-            self._deadline_s = float("inf")
             self.record.status(effects, now, IDLE)
 
     def _activate(self, effects: Effects, now: Now) -> None:
-        self._expect(self._clusters, now, self._activate_s)
         self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self._clusters)}")
-        for cluster in self._clusters:
-            effects.send(
-                cluster,
-                Activate(
-                    run_id=self.run_id,
-                    generation=self.generation,
-                    federation=self.info.federation,
-                    config_json=self.submission.config_json,
-                    flow=self.submission.flow,
-                    nodes=self.submission.nodes,
-                    graph=self.submission.graph,
-                    layout=self.submission.layout,
-                    clusters=self._clusters,
-                    assignment=self._assignment,
-                    coordinator=self._coordinator(),
-                    peers=self._peers,
-                    num_slots=self.slots[cluster],
-                    code_path=self.submission.code_path,
-                ),
+        orders: dict[str, Instruction] = {
+            cluster: Activate(
+                run_id=self.run_id,
+                generation=self.generation,
+                federation=self.info.federation,
+                config_json=self.submission.config_json,
+                flow=self.submission.flow,
+                nodes=self.submission.nodes,
+                graph=self.submission.graph,
+                layout=self.submission.layout,
+                clusters=self._clusters,
+                assignment=self._assignment,
+                coordinator=self._coordinator(),
+                peers=self._peers,
+                num_slots=self.slots[cluster],
+                code_path=self.submission.code_path,
             )
+            for cluster in self._clusters
+        }
+        self._ask(effects, now, orders, self._activate_s)
 
     def _next_round(self, effects: Effects, now: Now) -> None:
         assert self.ledger is not None
@@ -428,15 +452,20 @@ class RunMachine:
         evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
         start = self.ledger.open_round(self.run_id, self.generation, evaluate, now.monotonic_s)
         self._opened_wall_s = now.wall_s
-        self._expect(self._clusters, now, float(self.config["round_deadline_s"]))
-        for cluster in self._clusters:
-            effects.send(cluster, start)
+        self._ask_round(effects, now, start)
+
+    def _ask_round(self, effects: Effects, now: Now, start: StartRound) -> None:
+        self._ask(effects, now, dict.fromkeys(self._clusters, start), float(self.config["round_deadline_s"]))
 
     def _store(self, effects: Effects, now: Now) -> None:
         assert self.ledger is not None
-        self._expect((self.ledger.coordinator,), now, self._activate_s)
-        self.record.waits(effects, now, f"the model from {self.ledger.coordinator}", quiet=True)
-        effects.send(self.ledger.coordinator, StoreModel(self.run_id, self.generation, self.ledger.round))
+        if self._storing:
+            return
+        self._storing = True
+        coordinator = self.ledger.coordinator
+        self.record.waits(effects, now, f"the model from {coordinator}", quiet=True)
+        order = StoreModel(self.run_id, self.generation, self.ledger.round)
+        self._ask(effects, now, {coordinator: order}, self._activate_s)
 
     def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
         open_attempt = self.ledger.open if self.ledger else None
@@ -448,25 +477,20 @@ class RunMachine:
         self._deadline_s = float("inf")
         self.record.end(effects, now, status, error)
 
-    def _expect(self, clusters: tuple[str, ...], now: Now, within_s: float) -> None:
-        self._pending = set(clusters)
+    def _ask(self, effects: Effects, now: Now, orders: Mapping[str, Instruction], within_s: float) -> None:
+        self._pending = dict(orders)
         self._deadline_s = now.monotonic_s + within_s
+        for cluster, instruction in orders.items():
+            effects.send(cluster, instruction)
 
     def _arrived(self, cluster: str) -> bool:
-        self._pending.discard(cluster)
+        self._pending.pop(cluster, None)
+        if not self._pending:
+            # Whatever is asked next sets its own; a run that is held between two stages may wait as long as it likes.
+            self._deadline_s = float("inf")
         return not self._pending
 
     def _doing(self) -> str:
         if self.ledger and self.ledger.open:
             return f"round {self.ledger.open.start.round}"
         return self.info.status.lower()
-
-
-def _attempt_row(report: RoundReport) -> dict[str, object]:
-    return {
-        "generation": report.generation,
-        "participants": report.participants.hex(),
-        "model_hash": report.model_hash,
-        "state_hashes": report.state_hashes.hex(),
-        "bytes_inter_cluster": report.bytes_inter_cluster,
-    }
