@@ -277,6 +277,9 @@ class _AgentProcesses:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **_ENVIRONMENT},
+                # Ctrl-C is for this process, which ends its agents in order: a signal of the terminal besides would be
+                # their second one, at which they drop everything, their clusters too.
+                start_new_session=True,
             )
 
     def _log(self, name: str) -> Path:

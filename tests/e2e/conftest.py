@@ -19,8 +19,8 @@ import pytest
 
 MARK = "ICRF_TEST_COMMANDS"
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
-COMMAND_S = 110.0
-END_S = 30.0
+COMMAND_S = 240.0
+END_S = 60.0
 
 
 @dataclass(frozen=True)
