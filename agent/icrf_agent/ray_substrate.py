@@ -122,9 +122,15 @@ class RaySubstrate:
             name=f"icrf-{request.run_id}-{request.generation}",
         )
         self._groups[request.run_id] = group
-        ready = await asyncio.to_thread(group.wait, request.deadline_s)
+        released = RunError("F005", f"run {request.run_id[:8]} was released while it was reserving")
+        try:
+            ready = await asyncio.to_thread(group.wait, request.deadline_s)
+        except Exception as error:  # Ray raises the bare class when the group is removed meanwhile
+            if self._groups.get(request.run_id) is group:
+                raise
+            raise released from error
         if self._groups.get(request.run_id) is not group:
-            raise RunError("F005", f"run {request.run_id[:8]} was released while it was reserving")
+            raise released
         if not ready:
             await self.release(request.run_id)
             free = await asyncio.to_thread(ray.available_resources)

@@ -165,7 +165,7 @@ def thread() -> Iterator[LoopThread]:
 def rig(request: pytest.FixtureRequest, thread: LoopThread) -> Iterator[Rig]:
     if request.param == "inline":
         hub = TransportHub()
-        capacity = Capacity(4, 2.0, 0.0, 1 << 30)
+        capacity = Capacity(4, 4.0, 0.0, 1 << 30)
         found = Rig(
             lambda: InlineSubstrate(capacity, lambda: InProcessTransport(hub, HERE)),
             InProcessTransport(hub, THERE),
@@ -174,7 +174,7 @@ def rig(request: pytest.FixtureRequest, thread: LoopThread) -> Iterator[Rig]:
         )
     else:
         ray.init(
-            num_cpus=2,
+            num_cpus=4,
             include_dashboard=False,
             namespace="icrf",
             log_to_driver=False,
@@ -208,7 +208,7 @@ def active(rig: Rig) -> Iterator[tuple[Activate, Activated]]:
 
 def test_a_runtime_says_what_it_found(rig: Rig) -> None:
     capacity = rig.facts.capacity
-    assert (capacity.num_slots, capacity.num_cpus, capacity.num_ray_nodes) == (4, 2.0, 1)
+    assert (capacity.num_slots, capacity.num_cpus, capacity.num_ray_nodes) == (4, 4.0, 1)
     assert rig.facts.fingerprint.num_threads == 1
     assert bool(rig.facts.gateway_address) == rig.is_ray
 
@@ -229,8 +229,8 @@ def test_a_repeated_activation_is_the_same_one(rig: Rig, active: tuple[Activate,
 
 
 def test_what_never_fits_is_refused_with_numbers(rig: Rig) -> None:
-    error = rig.fails("R001", rig.reserve(rig.activation(), num_cpus=1.5))
-    assert all(number in str(error) for number in ("2 slots", "1.5 CPU", "3 CPU", "2 in total"))
+    error = rig.fails("R001", rig.reserve(rig.activation(), num_cpus=2.5))
+    assert all(number in str(error) for number in ("2 slots", "2.5 CPU", "5 CPU", "4 in total"))
 
 
 def test_nothing_is_created_without_a_reservation(rig: Rig) -> None:

@@ -144,7 +144,7 @@ def test_a_bad_configuration_is_refused_before_anything_starts(
     assert (done.code, error["code"]) == (78, code)
     assert error["place"].startswith(f"{file.name}:{line}") or error["place"].startswith(f"{file}:{line}")
     assert allowed in str(error["allowed"]) + error["message"]
-    assert hint in str(error["hint"])
+    assert hint in error["message"] + str(error["hint"])
     assert here.left() == []
 
 
@@ -169,10 +169,10 @@ def test_a_bad_matrix_is_refused_with_its_place(here: Any, examples: Path, matri
 
 
 def test_more_than_this_machine_has(here: Any, examples: Path) -> None:
-    asked = ("-o", "resources={num_cpus: 64000}")
+    asked = ("-o", "resources={num_cpus: 4000}")
     done = here("fabric", "plan", examples / RING, *asked)
     assert done.code == 69
-    assert "64000 CPU" in done.out
+    assert "4000 CPU" in done.out
 
 
 def test_a_mediator_that_does_not_answer(here: Any, examples: Path) -> None:

@@ -367,8 +367,9 @@ def test_a_graph_of_ones_own(fabric: Fabric) -> None:
     with FederatedBase(plain, nodes=nodes, topology=path, fabric=fabric) as base:
         base.train(blocking=True)
         assert list(base.test()) == ["left", "middle", "right"]
-    wrong = FederatedBase(plain, nodes=nodes, topology=np.zeros((2, 2)), fabric=fabric)
-    assert failure(IcrfError, wrong.train).code in ("T006", "T010")
+    for wrong, code in ((np.zeros((2, 2)), "T010"), (np.diag([1, 0], 1) + np.diag([1, 0], -1), "T006")):
+        error = failure(IcrfError, FederatedBase(plain, nodes=nodes, topology=wrong, fabric=fabric).train)
+        assert (error.code, error.place) == (code, "adjacency")
 
 
 # ---------------------------------------------------------------- messages and versions
