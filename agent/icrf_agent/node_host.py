@@ -74,7 +74,8 @@ class NodeHost:
         if flat is None:
             raise RunError("F006", f"no model of round {round_number} on {self._nodes.cluster}")
         layout = self._nodes.layout
-        metadata = {"round": str(round_number), "federation": self._nodes.config.federation_id}
+        # One entry: safetensors writes several in no fixed order, and equal models shall be equal files.
+        metadata = {"icrf": f"{self._nodes.config.federation_id} round {round_number}"}
         return ModelFile(layout.to_safetensors(flat, metadata), layout.model_sha256(flat))
 
     def host_call(self, index: int, method: str, arguments: bytes) -> bytes:

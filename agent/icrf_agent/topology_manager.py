@@ -190,8 +190,8 @@ class HybridTopologyManager:
             raise RoutingError("P003", f"no {kind} of round {round_number} attempt {attempt} on {self._cluster}")
         if len(postings) == 1:
             return postings[0]
-        total = np.zeros_like(self._references.get(postings[0].reference))
-        for posting in postings:
+        total = np.array(self._references.get(postings[0].reference))
+        for posting in postings[1:]:
             total += self._references.get(posting.reference)
         first = postings[0]
         senders = tuple(sorted(n for p in postings for n in p.senders))

@@ -217,6 +217,10 @@ class FederationMediator:
 
     # ------------------------------------------------------------ agents
 
+    def holder(self, cluster: str, now: Now) -> str | None:
+        """The incarnation of the agent that holds a cluster now, if any does."""
+        return self._members.holder(cluster, now.monotonic_s)
+
     def register(self, request: Register, peer: str, now: Now) -> tuple[IcrfError | None, Effects]:
         """An agent asks to serve a cluster."""
         effects = Effects()

@@ -104,6 +104,11 @@ class Membership:
         member = self._members.get(cluster)
         return member is not None and member.info.incarnation == incarnation
 
+    def holder(self, cluster: str, now_s: float) -> str | None:
+        """The incarnation that holds a cluster now, if any does."""
+        member = self._members.get(cluster)
+        return member.info.incarnation if member is not None and member.lease_until > now_s else None
+
     def take(self, run_id: str, slots: Mapping[str, int]) -> None:
         """Account the slots of a run."""
         for cluster, count in slots.items():

@@ -190,6 +190,10 @@ class MediatorService:
 
     # ------------------------------------------------------------ agents
 
+    def holder(self, cluster: str) -> str | None:
+        """The incarnation of the agent that holds a cluster now, if any does. Of the event loop."""
+        return self._core.holder(cluster, self._now())
+
     async def agent_connected(self, register: Register, port: AgentPort, peer: str) -> str:
         """Admit an agent's stream; a refused one gets a Reject through its port. Returns the session id."""
         session_id = uuid.uuid4().hex

@@ -431,7 +431,7 @@ def test_a_release_during_the_set_up_leaves_nothing(rig: Rig) -> None:
 @pytest.mark.parametrize("rig", ["ray"], indirect=True)
 def test_a_reservation_that_is_released_while_it_waits_ends(rig: Rig) -> None:
     first, second = rig.activation(), rig.activation()
-    rig.call(rig.reserve(first, num_cpus=1.0))
+    rig.call(rig.reserve(first, num_cpus=1.5))
 
     async def overlap() -> BaseException | None:
         waiting = asyncio.ensure_future(rig.reserve(second, num_cpus=1.0, deadline_s=PATIENCE_S))
