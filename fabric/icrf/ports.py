@@ -261,8 +261,8 @@ class Write:
 class FederationStore(Protocol):
     """The mediator's journal. Adapters: in memory, SQLite.
 
-    Tables (key): ``runs`` (run_id), ``assignments`` (run_id, generation), ``attempts`` (run_id, round, attempt,
-    cluster), ``commits`` (run_id, round), ``events`` (run_id, seq), ``meta`` (name).
+    Tables (key): ``submissions`` (run_id), ``runs`` (run_id), ``assignments`` (run_id, generation), ``attempts``
+    (run_id, round, attempt, cluster), ``commits`` (run_id, round), ``events`` (run_id, seq), ``meta`` (name).
     """
 
     def apply(self, writes: Sequence[Write]) -> None:

@@ -20,7 +20,7 @@ APPS = {"fabric": icrf.cli.app, "fabric-agent": icrf_agent.cli.app, "fabric-medi
 
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(r"(?<![\w/.-])(fabric|fabric-agent|fabric-mediator) ([^#\n]+)")
+COMMAND = re.compile(r"^(?:docker .* exec \w+ )?(fabric|fabric-agent|fabric-mediator) ([^#\n]+)", re.MULTILINE)
 
 
 def links(page: Path) -> list[tuple[str, Path]]:
