@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from icrf.exchange import MESSAGE
 from icrf.ports import Arrival, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
 from icrf_agent.gateway import GrpcTransport
-from icrf_agent.topology_manager import MESSAGE, HybridTopologyManager, References
+from icrf_agent.topology_manager import HybridTopologyManager, References
 
 Cursor = tuple[str, int]
 """How far a reader of arrivals has come: the gateway's life, and the number of arrivals read in it."""
@@ -27,6 +28,7 @@ class GatewaySettings:
     """How a gateway on sockets is reached.
 
     Attributes:
+        incarnation: whose gateway it is: the id of the agent, over all its lives.
         listen: ``HOST:PORT`` to accept peers on (port 0: any); None takes payloads through the relay only.
         relay: address of the mediator's relay.
     """
@@ -100,9 +102,11 @@ class HybridClusterGateway:
 
     def _receive(self, header: PayloadHeader, array: np.ndarray[Any, Any], wire_bytes: int) -> None:
         if header.kind == MESSAGE:
-            self._manager.deliver_letters(header, array.tobytes(), wire_bytes)
+            if not self._manager.deliver_letters(header, array.tobytes(), wire_bytes):
+                return
         else:
-            # In a list, because an actor would get the array itself in place of a bare reference.
+            # In a list, because an actor would get the array itself in place of a bare reference. Known ones arrive
+            # too: an earlier life of the gateway may have died before it could tell; its reader knows what it has.
             self._manager.deliver(header, [self._references.put(array)], wire_bytes)
         with self._came:
             self._arrivals.append(Arrival(header, wire_bytes))

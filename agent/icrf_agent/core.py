@@ -83,12 +83,18 @@ class _Run:
     report: RoundReport | None = None
     early: list[Arrival] = field(default_factory=list)
     floor: tuple[int, int] = (0, 0)
+    aborted: bool = False
 
     @property
     def position(self) -> tuple[int, int]:
         """(round, attempt) that was begun last, by this agent or the one before it."""
         start = self.machine.start if self.machine else None
         return (start.round, start.attempt) if start else self.floor
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an attempt that waits for its report."""
+        return self.machine is not None and self.report is None and not self.aborted
 
 
 class AgentCore:
@@ -106,11 +112,7 @@ class AgentCore:
     def instructed(self, instruction: Instruction, now_s: float) -> list[Action]:
         """The mediator says something. Repeated instructions are answered again and never done twice."""
         if isinstance(instruction, Activate):
-            held = self._runs.get(instruction.run_id)
-            if held is None or held.activation.generation <= instruction.generation:
-                self._runs[instruction.run_id] = self._compile(instruction)
-                return [Perform(instruction)]
-            return []
+            return self._activate(instruction)
         if isinstance(instruction, StartRound):
             return self._start(instruction, now_s)
         if isinstance(instruction, AbortAttempt):
@@ -136,7 +138,9 @@ class AgentCore:
         if position > run.position:
             run.early.append(arrival)
             return []
-        if position < run.position or run.machine is None:
+        if position < run.position or run.machine is None or run.aborted:
+            return []
+        if header.source not in run.activation.clusters:
             return []
         source = run.activation.clusters.index(header.source)
         return self._actions(run, run.machine.arrived(arrival, source, now_s))
@@ -157,7 +161,7 @@ class AgentCore:
     def step_failed(self, start: StartRound, error: IcrfError, recovery: str = "") -> list[Action]:
         """A step failed: the attempt is over here, and the mediator decides; `recovery` is what it would take."""
         run = self._open(start)
-        if run is None or run.report is not None:
+        if run is None:
             return []
         run.report = RoundReport(
             start.run_id,
@@ -200,6 +204,18 @@ class AgentCore:
 
     # ------------------------------------------------------------ inside
 
+    def _activate(self, activation: Activate) -> list[Action]:
+        known = self._runs.get(activation.run_id)
+        if known is not None and known.activation.generation > activation.generation:
+            return []
+        if known is None or known.activation.generation < activation.generation:
+            try:
+                self._runs[activation.run_id] = self._compile(activation)
+            except IcrfError as error:
+                refusal = failure(activation, error)
+                return [Say(refusal)] if refusal else []
+        return [Perform(activation)]
+
     def _compile(self, activation: Activate) -> _Run:
         adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
         roles = [node.role for node in activation.nodes]
@@ -216,7 +232,7 @@ class AgentCore:
         if position < run.position:
             return []
         run.machine = RoundMachine(run.plan, run.cluster, start, run.activation.graph.num_nodes)
-        run.report = None
+        run.report, run.aborted = None, False
         actions = self._actions(run, run.machine.begin(now_s))
         early, run.early = run.early, []
         for arrival in early:
@@ -225,14 +241,14 @@ class AgentCore:
 
     def _abort(self, abort: AbortAttempt) -> list[Action]:
         run = self._runs.get(abort.run_id)
-        if run and run.machine and run.position == (abort.round, abort.attempt) and run.report is None:
-            start = run.machine.start
-            run.report = RoundReport(start.run_id, start.generation, start.round, start.attempt)
+        if run and run.position == (abort.round, abort.attempt):
+            # Its report, if there is one, is void: an attempt that was dropped here must never be committed.
+            run.aborted, run.report = True, None
         return [Discard(abort.run_id, abort.round, abort.attempt)]
 
     def _open(self, start: StartRound) -> _Run | None:
         run = self._runs.get(start.run_id)
-        if run is None or run.machine is None or run.report is not None:
+        if run is None or run.machine is None or not run.is_open:
             return None
         return run if run.machine.start == start else None
 

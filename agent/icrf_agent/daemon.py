@@ -9,6 +9,7 @@ import uuid
 from icrf import failpoints
 from icrf.daemon import stop_on_signals
 from icrf.errors import EXIT_TRY_AGAIN
+from icrf.protocol import Warned
 from icrf.wire.agent_link import GrpcAgentLink
 from icrf_agent.cluster_gateway import GatewaySettings
 from icrf_agent.journal import AgentJournal
@@ -29,10 +30,17 @@ async def serve_agent(settings: AgentSettings, stop: asyncio.Event) -> int:
     failpoints.set_role(f"agent-{settings.cluster}")
     journal = AgentJournal(settings.state_dir / "runs")
     incarnation = uuid.uuid4().hex
-    gateway = GatewaySettings(settings.cluster, incarnation, settings.advertise, settings.mediator)
+    # The gateway outlives the agent, whose next life takes it over.
+    gateway = GatewaySettings(settings.cluster, journal.agent_id, settings.advertise, settings.mediator)
     substrate = RaySubstrate(settings.ray_address, gateway, settings.num_slots, renew=settings.renew)
-    runtime = HostedRuntime(settings.cluster, substrate, allow=settings.allow)
     link = GrpcAgentLink(settings.mediator, on_state=lambda text: log.info("%s", text))
+    runtime = HostedRuntime(
+        settings.cluster,
+        substrate,
+        allow=settings.allow,
+        notes=settings.state_dir / "hosts",
+        warn=lambda run_id, text: link.report(Warned(run_id, text)),
+    )
     identity = AgentIdentity(settings.cluster, incarnation, dict(settings.labels), journal.agent_id)
     agent = AgentService(identity, link, runtime, journal)
     stopping = asyncio.create_task(stop.wait())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,13 +34,18 @@ MetricSums = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class HostTools:
-    """What both flows work with."""
+    """What both flows work with.
+
+    Attributes:
+        kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
+    """
 
     activation: Activate
     nodes: HostNodes
     layout: Layout
     manager: HybridTopologyManager
     references: References
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
         """Put an array into the object store and describe it."""
@@ -71,8 +76,17 @@ class HostTools:
         return rows * row_bytes
 
     def exact_sum(self, start: StartRound) -> ExactSum:
-        """An empty sum on the attempt's grid."""
-        return ExactSum(self.layout.sizes, start.grid, start.total_weight, self.layout.names)
+        """The host's one sum, emptied, on the attempt's grid; its last use is over."""
+        total: ExactSum | None = self.kept.get("sum")
+        if total is None:
+            total = self.kept["sum"] = ExactSum(self.layout.sizes, start.grid, start.total_weight, self.layout.names)
+        total.reset(start.grid, start.total_weight)
+        return total
+
+    @property
+    def has_last_word(self) -> bool:
+        """Whether any node of this host looks at new states itself."""
+        return any(type(self.nodes.get(i)).aggregate is not FederatedNode.aggregate for i in self.nodes.indices)
 
     def merge(self, start: StartRound, postings: Sequence[Posting], expected_weight: int) -> ExactSum:
         """Merge partials; every participant must be in, once."""
@@ -88,32 +102,33 @@ class HostTools:
             raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
         return total
 
-    def train_node(self, index: int, start: StartRound, sums: MetricSums) -> Array:
+    def train_node(self, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
-        node = self.nodes.get(index)
-        node.context.round = start.round
-        metrics = self.nodes.call(index, "train")
-        if metrics is not None and not isinstance(metrics, dict):
-            raise NodeError(
-                "U002", f"{node.id}.train returned {type(metrics).__name__}", allowed="a dict of metrics or None"
-            )
-        for name, value in (metrics or {}).items():
+        metrics = self.nodes.measure(index, "train")
+        weight = self.nodes.weight(index)
+        for name, value in metrics.items():
             old = sums.get(f"train_{name}", (0, 0))
             with self.nodes.blamed(index):
-                part = exact_metric(float(value), node.num_samples)
-            sums[f"train_{name}"] = (old[0] + part, old[1] + node.num_samples)
-        return node.context.model.flat
+                part = exact_metric(value, weight)
+            sums[f"train_{name}"] = (old[0] + part, old[1] + weight)
+        return self.nodes.model.flat
 
     def last_word(self, index: int, state: Array) -> Array:
         """Let a node's own `aggregate` see its new state, where its class has one."""
         node = self.nodes.get(index)
         if type(node).aggregate is FederatedNode.aggregate:
             return state
+        self.nodes.model.load(state)
         changed = self.nodes.call(index, "aggregate", state)
+        place = f"{node.id} on {self.nodes.cluster}, aggregate"
         if not isinstance(changed, np.ndarray):
-            raise NodeError("U002", f"{node.id}.aggregate returned {type(changed).__name__}", allowed="an array")
+            kind = type(changed).__name__
+            raise NodeError("U002", f"{node.id}.aggregate returned {kind}", place=place, allowed="a NumPy array")
         with self.nodes.blamed(index):
             self.layout.check(changed)
+        bad = self.layout.first_nonfinite(changed)
+        if bad:
+            raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
         return changed
 
 
@@ -130,9 +145,9 @@ class CentralizedFlow:
         flat, number = tools.nodes.initial, tools.activation.restore_round
         if self._holds_model and number:
             flat = unpack_model(tools.layout, restored, number)
-        self._state = VersionedState(flat, number) if self._holds_model else None
+        recycle = not tools.has_last_word
+        self._state = VersionedState(flat, number, recycle=recycle) if self._holds_model else None
         self._seen: Array = flat
-        self._sum: ExactSum | None = None
 
     def initial(self) -> Activated:
         """The state to start from, as far as this host holds it."""
@@ -164,16 +179,14 @@ class CentralizedFlow:
         if len(postings) != 1:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
         self._seen = t.references.get(postings[0].reference)
-        total = self._sum = self._sum or t.exact_sum(start)
-        total.reset(start.grid, start.total_weight)
+        total = t.exact_sum(start)
         sums: MetricSums = {}
         overflow: set[int] = set()
         for index in self._participants:
             t.nodes.get(index).context.model.load(self._seen)
-            flat = t.train_node(index, start, sums)
-            weight = t.nodes.get(index).num_samples
+            flat = t.train_node(index, sums)
             with t.nodes.blamed(index):
-                overflow.update(total.add(flat, weight))
+                overflow.update(total.add(flat, t.nodes.weight(index)))
         if not overflow:
             posting = t.posting(
                 start, PARTIAL, self._participants, total.sums, recipients=(self._aggregator,), weight=total.weight
@@ -193,15 +206,14 @@ class CentralizedFlow:
         t = self._t
         postings = t.collect(start, PARTIAL)
         total = t.merge(start, postings, start.total_weight)
-        model = t.last_word(self._aggregator, total.mean(t.layout.dtype))
+        self._state.rebase(start)
+        model = t.last_word(self._aggregator, total.mean(t.layout.dtype, out=self._state.spare()))
         self._state.stage(start, model)
         self._seen = model
         metrics: dict[str, float] = {}
         if start.evaluate:
-            node = t.nodes.get(self._aggregator)
-            node.context.model.load(model)
-            node.context.round = start.round
-            metrics = dict(t.nodes.call(self._aggregator, "evaluate", "test"))
+            t.nodes.model.load(model)
+            metrics = t.nodes.measure(self._aggregator, "evaluate", "test")
         return PhaseReport(
             absmax=t.layout.absmax(model),
             metrics=metrics,
@@ -244,7 +256,8 @@ class DecentralizedFlow:
             initial = unpack_nodes(t.layout, restored, number, t.nodes.indices)
         else:
             initial = np.tile(t.nodes.initial, (len(self._rows), 1))
-        self._state = VersionedState(initial, number)
+        self._state = VersionedState(initial, number, recycle=not t.has_last_word)
+        self._updates = np.empty_like(initial)
         adjacency = HybridAdjacencyMatrix.from_graph(t.activation.graph)
         weights = MIXINGS.get(t.nodes.config.mixing)(adjacency)
         self._mixing = {i: mixing_row(weights, i) for i in t.nodes.indices}
@@ -267,20 +280,21 @@ class DecentralizedFlow:
         """Train this host's nodes from their own states and publish their updates to their neighbours."""
         t = self._t
         state = self._state.rebase(start)
-        updates = np.empty_like(state)
+        updates = self._updates
         sums: MetricSums = {}
         trained = []
         for index, k in self._rows.items():
             node = t.nodes.get(index)
-            node.context.model.load(state[k])
+            t.nodes.model.load(state[k])
             if node.is_train_node:
-                t.train_node(index, start, sums)
+                t.train_node(index, sums)
                 trained.append(index)
-            updates[k] = node.context.model.flat
+            updates[k] = t.nodes.model.flat
             bad = t.layout.first_nonfinite(updates[k])
             if bad:
+                place = f"{node.id} on {t.nodes.cluster}"
                 raise WeightsError(
-                    "W020", f"{node.id} has non-finite values in {bad}", place=node.id, hint="lower the learning rate"
+                    "W020", f"{node.id} has non-finite values in {bad}", place=place, hint="lower the learning rate"
                 )
         t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), updates))
         return PhaseReport(nodes=tuple(trained), metric_sums=sums)
@@ -290,7 +304,8 @@ class DecentralizedFlow:
         t = self._t
         postings = t.collect(start, UPDATE)
         rows = self._neighbour_rows(postings)
-        state = np.empty_like(self._state.rebase(start))
+        self._state.rebase(start)
+        state = self._state.spare()
         for index, k in self._rows.items():
             neighbours, weights = self._mixing[index]
             weighted_mix([rows[int(j)] for j in neighbours], [float(w) for w in weights], state[k])
@@ -338,11 +353,8 @@ class DecentralizedFlow:
         postings = t.collect(start, CONSENSUS)
         model = t.merge(start, postings, len(t.activation.nodes)).mean(t.layout.dtype)
         self._consensus = (start.round, start.attempt, model)
-        index = t.nodes.indices[0]
-        node = t.nodes.get(index)
-        node.context.model.load(model)
-        node.context.round = start.round
-        metrics = dict(t.nodes.call(index, "evaluate", "test"))
+        t.nodes.model.load(model)
+        metrics = t.nodes.measure(t.nodes.indices[0], "evaluate", "test")
         return PhaseReport(
             metrics=metrics,
             model_hash=t.layout.model_sha256(model),
@@ -374,7 +386,7 @@ class DecentralizedFlow:
 
     @staticmethod
     def _digest(row: Array) -> bytes:
-        return hashlib.sha256(row.tobytes()).digest()
+        return hashlib.sha256(np.ascontiguousarray(row).data).digest()
 
 
 Flow = CentralizedFlow | DecentralizedFlow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 import sys
+import sysconfig
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, WeightsError, make_error
+import icrf
+import icrf_agent
+from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError, WeightsError, make_error
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, load_dataset
@@ -21,13 +25,21 @@ from icrf.learning.models import build_model
 from icrf.learning.partition import partition
 from icrf.learning.rng import derive_seed
 from icrf.learning.training import LocalTrainer, to_tensor
-from icrf.protocol import Activate
+from icrf.protocol import Activate, StartRound
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.topology_manager import HybridTopologyManager
 
 LOCAL_TEMPLATE = "local:"
+# A waiting node occupies a thread of the topology manager, which others need too: it asks again and again instead.
+_WAIT_SLICE_S = 0.2
+# Where files lie that no user of this package has written.
+_NOT_THE_USERS = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (icrf, icrf_agent)),
+    "<frozen",
+)
 
 
 @dataclass(frozen=True)
@@ -52,17 +64,35 @@ class HostSetup:
 
 
 class HostMailbox:
-    """A node's way to its neighbours: through the cluster's topology manager."""
+    """A node's way to its neighbours: through the cluster's topology manager.
+
+    Attributes:
+        position: the attempt that the host works on; None between rounds.
+        open: whether the nodes are set up; other clusters may not be before.
+    """
 
     def __init__(self, manager: HybridTopologyManager, run_id: str) -> None:
         self._manager, self._run_id = manager, run_id
-        self.position = (0, 0)
+        self.position: tuple[int, int] | None = None
+        self.open = False
 
     def publish(self, message: Message, to: Sequence[str] | str | None) -> int:
+        if not self.open:
+            raise RunError(
+                "F005",
+                f"{message.sender_id} cannot send before all nodes are set up",
+                place=message.sender_id,
+                hint="send in train, not in build",
+            )
         return self._manager.publish(self._run_id, message, to, self.position)
 
     def sync(self, node_id: str, wait_s: float) -> list[Message]:
-        return self._manager.sync(self._run_id, node_id, wait_s)
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            found = self._manager.sync(self._run_id, node_id, min(left_s, _WAIT_SLICE_S), self.position)
+            if found or left_s <= 0.0:
+                return found
 
     def get_neighbors(self, node_id: str) -> list[str]:
         return self._manager.get_neighbors(self._run_id, node_id)
@@ -105,6 +135,17 @@ class HostNodes:
         self.initial = self.model.snapshot()
         self._nodes: dict[int, FederatedNode] = {}
         self._build(dataset)
+        self._num_samples = dict(self.sample_counts())
+        self._entered = (0, 0)
+        self.mailbox.open = True
+
+    def enter(self, start: StartRound) -> None:
+        """Tell all nodes which attempt they are in; harmless when they are in it."""
+        self.mailbox.position = (start.round, start.attempt)
+        if self._entered != self.mailbox.position:
+            self._entered = self.mailbox.position
+            for node in self._nodes.values():
+                node.enter_round(start.round)
 
     def get(self, index: int) -> FederatedNode:
         return self._nodes[index]
@@ -137,6 +178,35 @@ class HostNodes:
     def sample_counts(self) -> tuple[tuple[int, int], ...]:
         """(node index, training samples) of the nodes that train."""
         return tuple((i, n.num_samples) for i, n in self._nodes.items() if n.is_train_node)
+
+    def weight(self, index: int) -> int:
+        """The sample count of a node, its weight; W030 where it is not that of the set-up any more."""
+        node = self._nodes[index]
+        if node.num_samples != self._num_samples[index]:
+            raise WeightsError(
+                "W030",
+                f"the sample count of {node.id} has changed",
+                place=f"{node.id} on {self.cluster}",
+                value=node.num_samples,
+                allowed=str(self._num_samples[index]),
+                hint="change the data of a node in build only",
+            )
+        return node.num_samples
+
+    def measure(self, index: int, method: str, *arguments: Any) -> dict[str, float]:
+        """Call `train` or `evaluate`, whose result must be metrics; U002 where it is not."""
+        found = self.call(index, method, *arguments)
+        try:
+            return {str(name): float(value) for name, value in ({} if found is None else found).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            node = self._nodes[index]
+            raise NodeError(
+                "U002",
+                f"{node.id}.{method} returned {type(found).__name__}",
+                place=f"{node.id} on {self.cluster}, {method}",
+                value=repr(found)[:80],
+                allowed="a dict of numbers by name, or None",
+            ) from error
 
     # ------------------------------------------------------------ inside
 
@@ -199,6 +269,8 @@ class HostNodes:
             "server_template": c.server_template,
             "model_type": c.model_type,
             "dataset_type": c.dataset_type,
+            "data_distribution_kind": c.data_distribution_kind,
+            "mixing": c.mixing,
         }
         for key, name in wanted.items():
             if name and ":" in name and name not in self._setup.allow:
@@ -214,9 +286,9 @@ class HostNodes:
     def _node_error(self, node_id: str, method: str, error: BaseException) -> NodeError:
         print(traceback.format_exc(), file=sys.stderr, flush=True)  # noqa: T201 - the worker's log keeps it whole
         frames = traceback.extract_tb(error.__traceback__)
-        own = inspect.getsourcefile(HostNodes)
-        user = [f for f in frames if f.filename != own]
-        where = f"{user[-1].filename}:{user[-1].lineno} in {user[-1].name}" if user else method
+        # The innermost line of the user's own: what torch or this package did with it says less.
+        user = [f for f in frames if not f.filename.startswith(_NOT_THE_USERS)] or frames
+        where = f"{user[-1].filename}:{user[-1].lineno} in {user[-1].name}"
         return NodeError(
             "U001",
             f"{type(error).__name__}: {error} ({where})",

@@ -36,16 +36,23 @@ class VersionedState:
     Args:
         initial: the state to start from.
         round_number: the round after which it was committed; 0: before the first.
+        recycle: whether `spare` may hand out buffers of states that are over; not where somebody may still look at
+            them. Fresh pages for a large model take longer than filling them.
     """
 
-    def __init__(self, initial: Array, round_number: int = 0) -> None:
+    def __init__(self, initial: Array, round_number: int = 0, *, recycle: bool = False) -> None:
         self.committed = initial
         self.round = round_number
+        self._first = round_number
+        self._recycle = recycle
         self._pending: tuple[int, int, Array] | None = None
+        self._over: Array | None = None
 
     def rebase(self, start: StartRound) -> Array:
         """The committed state an attempt starts from; P003 if this host does not have it."""
         if self._pending and self._pending[0] == start.round - 1:
+            # The initial state may be shared with others, so it is never handed out again.
+            self._over = self.committed if self._recycle and self.round > self._first else None
             self.round, _, self.committed = self._pending
             self._pending = None
         if self.round != start.round - 1:
@@ -74,9 +81,9 @@ class VersionedState:
         return self._pending[2] if self._pending else self.committed
 
     def spare(self) -> Array:
-        """A buffer like the state's, reused where an abandoned attempt left one."""
-        if self._pending:
-            _, _, array = self._pending
-            self._pending = None
-            return array
-        return np.empty_like(self.committed)
+        """A buffer like the state's for what an attempt makes."""
+        abandoned = self._pending[2] if self._pending and self._recycle else None
+        self._pending = None
+        found = self._over if self._over is not None else abandoned
+        self._over = None
+        return found if found is not None else np.empty_like(self.committed)

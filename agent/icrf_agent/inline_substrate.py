@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from icrf.errors import NodeError, ResourceError
+from icrf.errors import NodeError, ResourceError, RunError
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts, PayloadTransport
 from icrf.protocol import Capacity, Reserve
@@ -27,7 +27,35 @@ from icrf_agent.node_host import NUM_THREADS, NodeHost
 from icrf_agent.substrate import Actor, Shared
 from icrf_agent.topology_manager import HybridTopologyManager
 
-_HOSTS = ThreadPoolExecutor(1, thread_name_prefix="icrf-inline-host")
+# The calls of one cluster that may block at once, the wait for arrivals among them.
+_NUM_WORKERS = 8
+
+
+class _HostThread:
+    """The one thread in which hosts run; it lives as long as any inline cluster of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._users = 0
+
+    def take(self) -> ThreadPoolExecutor:
+        with self._lock:
+            self._users += 1
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="icrf-inline-host")
+            return self._executor
+
+    def give_back(self) -> None:
+        """Blocks, for the last user, until the hosts are idle."""
+        with self._lock:
+            self._users -= 1
+            ended, self._executor = (None, self._executor) if self._users else (self._executor, None)
+        if ended is not None:
+            ended.shutdown(cancel_futures=True)
+
+
+_HOST_THREAD = _HostThread()
 
 
 class InlineReferences:
@@ -103,16 +131,16 @@ class InlineProcess:
         except NodeError:
             return
 
-    async def call(self, executor: ThreadPoolExecutor | None, method: str, arguments: tuple[Any, ...]) -> Any:
+    async def call(self, executor: ThreadPoolExecutor, method: str, arguments: tuple[Any, ...]) -> Any:
         """Run a method in `executor`; what it does after its life has ended is nobody's."""
         target, _ = self.living()
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Any] = loop.create_future()
         with self._lock:
             self._waiting[waiter] = loop
-        inner = loop.run_in_executor(executor, getattr(target, method), *arguments)
-        inner.add_done_callback(lambda done: _settle(waiter, done))
         try:
+            inner = loop.run_in_executor(executor, getattr(target, method), *arguments)
+            inner.add_done_callback(lambda done: _settle(waiter, done))
             return await waiter
         finally:
             with self._lock:
@@ -166,14 +194,14 @@ class InlineRemote:
 
 @dataclass(frozen=True)
 class InlineActor:
-    """An object whose methods run in `executor`, or in a thread of the loop's own pool."""
+    """An object whose methods run in `executor`; like an actor's, `host_held` is answered while a phase runs."""
 
     process: InlineProcess
-    executor: ThreadPoolExecutor | None = None
+    executor: ThreadPoolExecutor
+    control: ThreadPoolExecutor
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        # Like an actor's, this question is answered while a phase runs.
-        executor = None if method == "host_held" else self.executor
+        executor = self.control if method == "host_held" else self.executor
         return await self.process.call(executor, method, arguments)
 
 
@@ -194,9 +222,15 @@ class InlineSubstrate:
     _hosts: dict[str, dict[str, tuple[int, InlineProcess]]] = field(default_factory=dict)
     _references: InlineReferences = field(default_factory=InlineReferences)
     _head: InlineProcess = field(default_factory=lambda: InlineProcess("head", lambda alive: object()))
+    _workers: ThreadPoolExecutor | None = None
+    _host_thread: ThreadPoolExecutor | None = None
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         torch.set_num_threads(NUM_THREADS)
+        if self._workers is None:
+            # Not the loop's own pool: it has few threads on a small machine, and one per cluster waits for arrivals.
+            self._workers = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix=f"icrf-inline-{cluster}")
+            self._host_thread = _HOST_THREAD.take()
         if self._manager is None:
             self._manager = InlineProcess(
                 f"topology manager of {cluster}", lambda alive: HybridTopologyManager(cluster, self._references)
@@ -207,9 +241,9 @@ class InlineSubstrate:
             if self._gateway is None:
                 self._gateway = InlineProcess(f"gateway of {cluster}", self._open_gateway)
             self._gateway.restart()
-            gateway = InlineActor(self._gateway)
+            gateway = self._actor(self._gateway)
         facts = ClusterFacts(self.capacity, numeric_fingerprint("cpu", NUM_THREADS))
-        return facts, Shared(InlineActor(self._manager), gateway)
+        return facts, Shared(self._actor(self._manager), gateway)
 
     def _open_gateway(self, alive: Callable[[], None]) -> HybridClusterGateway:
         assert self.transport is not None and self._manager is not None
@@ -218,18 +252,29 @@ class InlineSubstrate:
         return HybridClusterGateway(self.transport, manager, self._references)  # type: ignore[arg-type]
 
     async def reserve(self, request: Reserve) -> None:
-        needed = request.num_slots * request.resources.num_cpus
-        if needed > self.capacity.num_cpus or request.num_slots > self.capacity.num_slots:
-            raise ResourceError("R001", f"{needed:g} CPUs needed, {self.capacity.num_cpus:g} in total")
+        each = request.resources.num_cpus
+        needed, total = request.num_slots * each, self.capacity.num_cpus
+        if needed > total or request.num_slots > self.capacity.num_slots:
+            raise ResourceError(
+                "R001",
+                f"{request.num_slots} slots x {each:g} CPU = {needed:g} CPU needed, {total:g} in total",
+                place="resources",
+                allowed=f"{self.capacity.num_slots} slots",
+            )
         self._slots[request.run_id] = request.num_slots
 
     async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
-        assert slot < self._slots[setup.activation.run_id]
+        if slot >= self._slots.get(setup.activation.run_id, 0):
+            raise RunError("F005", f"no slot {slot} is reserved for {name}", place=name)
         hosts = self._hosts.setdefault(setup.activation.run_id, {})
         if name not in hosts or hosts[name][0] != slot:
             hosts[name] = (slot, InlineProcess(name, lambda alive: self._new_host(setup.notes, alive)))
         hosts[name][1].restart()
-        return InlineActor(hosts[name][1], _HOSTS)
+        return self._actor(hosts[name][1], self._host_thread)
+
+    def _actor(self, process: InlineProcess, executor: ThreadPoolExecutor | None = None) -> InlineActor:
+        assert self._workers is not None
+        return InlineActor(process, executor or self._workers, self._workers)
 
     def _new_host(self, notes: str, alive: Callable[[], None]) -> NodeHost:
         assert self._manager is not None
@@ -241,7 +286,7 @@ class InlineSubstrate:
         if found is None or found[0] != slot:
             return None
         found[1].restart()
-        return InlineActor(found[1], _HOSTS)
+        return self._actor(found[1], self._host_thread)
 
     async def keep_hosts(self, run_id: str, names: Collection[str]) -> None:
         hosts = self._hosts.setdefault(run_id, {})
@@ -278,6 +323,12 @@ class InlineSubstrate:
     async def close(self) -> None:
         if self._gateway is not None:
             await asyncio.to_thread(self.kill_gateway)
+        workers, self._workers = self._workers, None
+        hosts, self._host_thread = self._host_thread, None
+        if hosts is not None:
+            await asyncio.to_thread(_HOST_THREAD.give_back)
+        if workers is not None:
+            await asyncio.to_thread(workers.shutdown)
 
     # ------------------------------------------------------------ deaths, for tests; from any thread
 

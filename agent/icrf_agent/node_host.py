@@ -101,35 +101,39 @@ class NodeHost:
         if flat is None:
             raise RunError("F006", f"no model of round {round_number} on {nodes.cluster}")
         layout = nodes.layout
-        metadata = {"round": str(round_number), "federation": nodes.config.federation_id}
+        # One entry: safetensors writes several in no fixed order, and equal models shall be equal files.
+        metadata = {"icrf": f"{nodes.config.federation_id} round {round_number}"}
         return ModelFile(layout.to_safetensors(flat, metadata), layout.model_sha256(flat))
 
     def host_call(self, index: int, method: str, arguments: bytes) -> bytes:
         """Call a public method of a node with its current state loaded; values in and out are ``icrf.values``."""
-        nodes, flow = self._ready()
-        node = nodes.get(index)
+        node = self._ready()[0].get(index)
         if method.startswith("_") or not callable(getattr(node, method, None)):
             raise RunError("F005", f"{node.id} has no method '{method}'", place=node.id, value=method)
-        node.context.model.load(flow.state_of(index))
         positional, keywords = values.decode(arguments)
-        result = _plain(nodes.call(index, method, *positional, **keywords))
+        result = _plain(self._between_rounds(index).call(index, method, *positional, **keywords))
         return values.encode(result, root=f"{node.id}.{method}()")
 
     def host_invoke(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """The same inside one cluster, where arguments and results are passed by Ray itself."""
-        nodes, flow = self._ready()
-        nodes.get(index).context.model.load(flow.state_of(index))
-        return nodes.call(index, method, *arguments, **keywords)
+        return self._between_rounds(index).call(index, method, *arguments, **keywords)
 
     def _at(self, start: StartRound) -> Flow:
         nodes, flow = self._ready()
-        nodes.mailbox.position = (start.round, start.attempt)
+        nodes.enter(start)
         return flow
 
     def _ready(self) -> tuple[HostNodes, Flow]:
         if self._nodes is None or self._flow is None:
             raise NodeError("U003", "this host was restarted and holds no nodes", place="host")
         return self._nodes, self._flow
+
+    def _between_rounds(self, index: int) -> HostNodes:
+        """Load a node's current state; what it sends now belongs to the last round, whichever that is."""
+        nodes, flow = self._ready()
+        nodes.get(index).context.model.load(flow.state_of(index))
+        nodes.mailbox.position = None
+        return nodes
 
 
 def _plain(result: Any) -> Any:

@@ -30,6 +30,10 @@ class GlobalObjectStore:
             del self._values[key]
         return len(doomed)
 
+    def discard(self, key: str) -> None:
+        """Drop exactly this key, if it is there, without looking at the others."""
+        self._values.pop(key, None)
+
     def keys(self, prefix: str = "") -> list[str]:
         """Keys that start with `prefix`, sorted."""
         return sorted(k for k in self._values if k.startswith(prefix))

@@ -225,7 +225,7 @@ def own_actor_class(template: type, index: int) -> type:
 
 @dataclass(frozen=True)
 class RayActor:
-    """A handle as the runtime wants it (see ``runtime.Actor``); for use in the agent's loop."""
+    """A handle as the runtime wants it (see ``substrate.Actor``); for use in the agent's loop."""
 
     handle: Any
     name: str
@@ -234,10 +234,20 @@ class RayActor:
     async def call(self, method: str, *arguments: Any) -> Any:
         self.watch.require(self.name, method)
         remote = self.handle.host_control if method in CONTROL_METHODS else self.handle.invoke
-        try:
-            outcome = await self.watch.result_of(remote.remote(method, *arguments), self.name, method)
-        except DEATHS as error:
-            raise death_of(self.name, method, error) from error
-        except ray.exceptions.RayError as error:
-            raise InternalError("X001", f"{self.name}.{method}: {type(error).__name__}: {error}") from error
-        return outcome.take()
+        return await answer(remote.remote(method, *arguments), self.watch, self.name, method)
+
+
+async def answer(reference: Any, watch: ClusterWatch, name: str, method: str) -> Any:
+    """The value behind the reference of an :class:`Outcome`; no exception of Ray's comes out of here.
+
+    Raises:
+        NodeError: U003 when the actor, or its whole cluster, died.
+        IcrfError: what the actor answered, X001 for anything else that Ray reports.
+    """
+    try:
+        outcome: Outcome = await watch.result_of(reference, name, method)
+    except DEATHS as error:
+        raise death_of(name, method, error) from error
+    except ray.exceptions.RayError as error:
+        raise InternalError("X001", f"{name}.{method}: {type(error).__name__}: {error}") from error
+    return outcome.take()

@@ -1,4 +1,4 @@
-"""Hosts as actors of a Ray cluster, in detached placement groups; see ``runtime.Substrate``.
+"""Hosts as actors of a Ray cluster, in detached placement groups; see ``substrate.Substrate``.
 
 Everything that is shared is detached, so that it outlives the agent: the topology manager, the gateway and the hosts.
 Payloads are put by those actors and never by the agent, whose objects would die with it.
@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from icrf.errors import IcrfError, LocalError, ResourceError
+from icrf.errors import IcrfError, LocalError, ResourceError, RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts
@@ -34,7 +34,7 @@ from icrf_agent.ray_actors import (
     ManagerActor,
     RayActor,
     actor_id,
-    death_of,
+    answer,
     own_actor_class,
 )
 from icrf_agent.ray_probe import ClusterWatch, answers, until_gone
@@ -79,7 +79,8 @@ class RaySubstrate:
             self._connect(self.address)
         logging.getLogger("ray.actor").addFilter(_is_news)
         self._resources = dict(await asyncio.to_thread(ray.cluster_resources))
-        self._nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
+        nodes = await asyncio.to_thread(ray.nodes)
+        self._nodes = max(1, sum(1 for node in nodes if node["Alive"]))
         manager = await self._shared_actor(
             ManagerActor, f"{cluster}/topology-manager", (cluster,), 16, lambda actor: _is_up(actor.pid.remote())
         )
@@ -112,12 +113,7 @@ class RaySubstrate:
         return await _create(ray.remote(kind).options(**options), arguments)
 
     async def open_gateway(self, address: str) -> str:
-        handle = self._shared[1]
-        try:
-            outcome = await self._watch.result_of(handle.open.remote(address), "gateway", "open")
-        except DEATHS as error:
-            raise death_of("gateway", "open", error) from error
-        found: str = outcome.take()
+        found: str = await answer(self._shared[1].open.remote(address), self._watch, "gateway", "open")
         return found
 
     async def revive(self, actor: Actor, hung: bool) -> None:
@@ -165,7 +161,7 @@ class RaySubstrate:
                 bundles, strategy=request.strategy, lifetime="detached", name=_group_name(request.run_id)
             )
             self._groups[request.run_id] = group
-        if not await asyncio.to_thread(group.wait, request.deadline_s):
+        if not await self._becomes_ready(request, group):
             await self.release(request.run_id)
             free = await asyncio.to_thread(ray.available_resources)
             raise ResourceError(
@@ -174,6 +170,19 @@ class RaySubstrate:
                 value=_spell({k: free.get(k, 0.0) for k in bundle}),
                 hint="another program holds them; wait for it or use fewer slots",
             )
+
+    async def _becomes_ready(self, request: Reserve, group: PlacementGroup) -> bool:
+        """Whether the group has all its bundles before the deadline; F005 if the run is released meanwhile."""
+        released = RunError("F005", f"run {request.run_id[:8]} was released while it was reserving")
+        try:
+            ready = bool(await asyncio.to_thread(group.wait, request.deadline_s))
+        except Exception as error:  # Ray raises the bare class when the group is removed meanwhile
+            if self._groups.get(request.run_id) is group:
+                raise
+            raise released from error
+        if self._groups.get(request.run_id) is not group:
+            raise released
+        return ready
 
     async def _group_of(self, run_id: str) -> PlacementGroup | None:
         """The reservation of a run, also one that an earlier life of the agent has made."""
@@ -207,8 +216,8 @@ class RaySubstrate:
                 return RayActor(living, name, self._watch)
             await asyncio.to_thread(ray.kill, living)
         group = await self._group_of(run_id)
-        if group is None:
-            raise ResourceError("R003", f"run {run_id[:8]} has no reservation", hint="reserve before activating")
+        if group is None or slot >= len(group.bundle_specs):
+            raise RunError("F005", f"no slot {slot} is reserved for {name}", place=name)
         bundle = group.bundle_specs[slot]
         kind: type = HostActor
         if len(setup.nodes) == 1:
@@ -286,14 +295,21 @@ class RaySubstrate:
 
     async def close(self) -> None:
         shared, self._shared = self._shared, []
-        if not self._watch.reason and ray.is_initialized():
+        try:
+            if not self._watch.reason and ray.is_initialized():
+                await self._end_all(shared)
+        finally:
+            if self.address is not None:
+                await asyncio.to_thread(ray.shutdown)
+
+    async def _end_all(self, shared: list[Any]) -> None:
+        try:
             for run_id in list(self._groups):
                 await self.release(run_id)
             if len(shared) > 1:
                 await _holds(_closed(shared[1]))
+        finally:
             await asyncio.to_thread(_end, shared)
-        if self.address is not None:
-            await asyncio.to_thread(ray.shutdown)
 
 
 # Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated.

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
+from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
 from icrf.ports import Arrival, PhaseReport
 from icrf.protocol import CENTRALIZED, MetricSum, RoundReport, StartRound
 
@@ -90,10 +90,13 @@ class RoundMachine:
     def arrived(self, arrival: Arrival, source: int, now_s: float) -> list[Step]:
         """A payload of this attempt came in from cluster `source`."""
         header = arrival.header
-        self._wire_bytes += arrival.wire_bytes
         key = (header.kind, header.sender, source)
+        if header.kind == MESSAGE:
+            self._wire_bytes += arrival.wire_bytes
         if self._finished or key not in self._expected:
             return []
+        # Counted here, so that a payload that comes twice counts once.
+        self._wire_bytes += arrival.wire_bytes
         self._expected.discard(key)
         if header.kind == MODEL and not self._trained:
             self._exchanged(now_s)
@@ -110,6 +113,7 @@ class RoundMachine:
             if self.plan.local_participants(self.cluster):
                 return [*sends, Step(TRAIN)]
             self._trained = True
+            self._seconds.exchange_from = now_s
             return sends + self._go_on(now_s)
         if step.kind == SEND:
             self._sending -= 1

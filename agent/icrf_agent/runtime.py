@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from icrf.errors import IcrfError, NodeError, RunError
-from icrf.exchange import CONSENSUS, PARTIAL, UPDATE, Transfer
+from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
+from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import Activate, Activated, HeldRun, PeerAddress, Reserve, StartRound
 from icrf_agent.checkpoint import merge_nodes, split_nodes
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
-from icrf_agent.topology_manager import MESSAGE, Posting
+from icrf_agent.topology_manager import Posting
 
 log = logging.getLogger("icrf.agent")
 
@@ -66,6 +66,8 @@ class HostedRuntime:
         self._gateway_address = ""
         self._arrived: dict[str, set[PayloadHeader]] = {}
         self._notes, self._own_notes = notes, notes is None
+        # Creating and releasing hosts must not overlap: what one makes, the other has to find.
+        self._lifecycle = asyncio.Lock()
 
     async def start(self) -> ClusterFacts:
         return await self._started(*await self._substrate.start(self._cluster))
@@ -79,10 +81,29 @@ class HostedRuntime:
         return facts
 
     async def reserve(self, request: Reserve) -> None:
+        """Reserve the slots; a cluster that is being rebuilt is waited for."""
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                await self._alive.wait()
+        except TimeoutError as error:
+            why = f"cluster {self._cluster} was not rebuilt within {request.deadline_s:.0f} s"
+            raise ResourceError("R003", why, hint="its agent's log says why") from error
         await self._substrate.reserve(request)
 
     async def activate(self, request: Activate, checkpoint: bytes = b"") -> Activated:
-        """Split this cluster's nodes over its slots in index order and set them up."""
+        """Split this cluster's nodes over its slots in index order and set them up; repeating waits for the first."""
+        async with self._lifecycle:
+            run = self._runs.get(request.run_id)
+            if run is not None and run.activation.generation > request.generation:
+                over = f"generation {request.generation} of run {request.run_id[:8]} is over"
+                raise RoutingError("P003", over, value=run.activation.generation)
+            if run is None or run.activation.generation < request.generation or run.setting_up is None:
+                run = await self._create(request, checkpoint)
+        assert run.setting_up is not None
+        return await run.setting_up
+
+    async def _create(self, request: Activate, checkpoint: bytes) -> Hosted:
+        """The hosts of a run, living ones kept, about to set up their nodes."""
         run_id = request.run_id
         setups = self._setups(request)
         run = Hosted(request, [s.nodes for s in setups], setups)
@@ -90,6 +111,9 @@ class HostedRuntime:
         async with self._healing:
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
             await self._manager.call("link", request)
+            earlier = self._runs.get(run_id)
+            if earlier is not None and earlier.setting_up is not None:
+                earlier.setting_up.cancel()
             self._runs[run_id] = run
             self._arrived.pop(run_id, None)
         names = [host_name(request, setup.nodes, slot) for slot, setup in enumerate(setups)]
@@ -98,8 +122,15 @@ class HostedRuntime:
         run.hosts = list(
             await asyncio.gather(*(create(s, n, k) for k, (s, n) in enumerate(zip(setups, names, strict=True))))
         )
+        if self._runs.get(run_id) is not run:
+            raise NodeError("U003", f"the cluster was lost while run {run_id[:8]} was activated", place=self._cluster)
+        run.setting_up = asyncio.ensure_future(self._set_up(run, states))
+        return run
+
+    async def _set_up(self, run: Hosted, states: Sequence[bytes]) -> Activated:
+        request = run.activation
         run.lives = [held.life for held in await self._healer.lives(run.hosts)]
-        loaded = [replace(setup, state=state) for setup, state in zip(setups, states, strict=True)]
+        loaded = [replace(setup, state=state) for setup, state in zip(run.setups, states, strict=True)]
         parts = await asyncio.gather(*(h.call("host_setup", s) for h, s in zip(run.hosts, loaded, strict=True)))
         run.active = True
         return Activated(
@@ -173,6 +204,8 @@ class HostedRuntime:
     async def rebuild(self) -> ClusterFacts:
         self._alive.clear()
         async with self._healing:
+            # What is being created on the lost cluster holds up nothing on the new one.
+            self._lifecycle = asyncio.Lock()
             for run_id in list(self._runs):
                 self._forget(run_id)
             return await self._started(*await self._substrate.rebuild(self._cluster))
@@ -184,7 +217,7 @@ class HostedRuntime:
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
         run = await self._begin(run_id, start)
         report = await self._on_all(run, "host_train", start)
-        await self._send_letters(run, start)
+        await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
@@ -193,11 +226,13 @@ class HostedRuntime:
             report: PhaseReport = await run.model_host.call("host_aggregate", start)
         else:
             report = await self._on_all(run, "host_aggregate", start)
-        await self._send_letters(run, start)
+        await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
-        report: PhaseReport = await self._run(run_id).model_host.call("host_evaluate", start)
+        run = self._run(run_id)
+        report: PhaseReport = await run.model_host.call("host_evaluate", start)
+        await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def send_payload(self, run_id: str, start: StartRound, transfer: Transfer) -> None:
@@ -207,7 +242,7 @@ class HostedRuntime:
         layout = run.activation.layout
         header = self._header(
             run,
-            start,
+            (start.round, start.attempt),
             transfer.kind,
             transfer.target,
             sender=transfer.sender,
@@ -221,6 +256,11 @@ class HostedRuntime:
         await self._shared.gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
 
     async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
+        if not self._alive.is_set():
+            return  # nothing of it is left
+        async with self._healing:
+            # A manager that died in silence, while no step ran here, is linked again by whoever comes first.
+            await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
         await self._manager.call("abort", run_id, round_number, attempt)
 
     async def arrivals(self) -> AsyncIterator[Arrival]:
@@ -233,17 +273,22 @@ class HostedRuntime:
                 return
             try:
                 newer, found = await gateway.call("next_arrivals", ARRIVALS_POLL_S, cursor)
+                missed: list[Arrival] = []
                 if cursor[0] not in ("", newer[0]):
                     # What an earlier life of the gateway took in, and told nobody, is known to the manager.
-                    found = await self._manager.call("arrived") + found
+                    missed = await self._manager.call("arrived")
                 cursor = newer
             except IcrfError as error:
                 if error.code != "U003":
                     raise
                 await self._mend_gateway()
                 continue
-            for arrival in found:
+            for arrival in missed:
                 if self._is_new(arrival.header):
+                    yield arrival
+            for arrival in found:
+                # A gateway tells of letters once, and those of two phases may have equal headers.
+                if self._is_new(arrival.header) or (arrival.header.kind == MESSAGE and not missed):
                     yield arrival
 
     async def _mend_gateway(self) -> None:
@@ -272,37 +317,43 @@ class HostedRuntime:
 
     async def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes:
         run = self._run(run_id)
-        index = next(i for i, node in enumerate(run.activation.nodes) if node.id == node_id)
+        index = run.index_of(node_id)
         result: bytes = await run.host_of(index).call("host_call", index, method, arguments)
+        await self._send_letters(run, *run.position)
         return result
 
     def actor_of(self, run_id: str, index: int) -> tuple[Actor, bool]:
         """The actor of a node's host, and whether the node has it alone."""
         run = self._run(run_id)
         host = run.host_of(index)
-        return host, len(run.nodes[run.hosts.index(host)]) == 1
+        return host, not run.shares_host(index)
 
     async def send_message(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         await self._manager.call("publish_supervisor", run_id, tuple(recipients), message)
 
     async def release(self, run_id: str) -> None:
-        self._forget(run_id)
-        if self._shared is not None and self._alive.is_set():
+        async with self._lifecycle:
+            self._forget(run_id)
             try:
-                await self._manager.call("unlink", run_id)
+                if self._shared is not None and self._alive.is_set():
+                    await self._manager.call("unlink", run_id)
             except NodeError as error:
                 # A manager that died comes back without it.
                 if error.code != "U003":
                     raise
-        await self._substrate.release(run_id)
+            finally:
+                await self._substrate.release(run_id)
 
     async def close(self) -> None:
         self._closing.set()
-        for run_id in list(self._runs):
-            await self.release(run_id)
-        await self._substrate.close()
-        if self._own_notes and self._notes is not None:
-            await asyncio.to_thread(shutil.rmtree, self._notes, True)
+        try:
+            for run_id in list(self._runs):
+                await self.release(run_id)
+        finally:
+            self._shared = None
+            await self._substrate.close()
+            if self._own_notes and self._notes is not None:
+                await asyncio.to_thread(shutil.rmtree, self._notes, True)
 
     # ------------------------------------------------------------ inside
 
@@ -319,6 +370,8 @@ class HostedRuntime:
         self._arrived.pop(run_id, None)
         self._healer.forget(run_id)
         if run is not None:
+            if run.setting_up is not None:
+                run.setting_up.cancel()
             shutil.rmtree(self._notes_of(run_id), ignore_errors=True)
 
     def _notes_of(self, run_id: str) -> Path:
@@ -367,23 +420,24 @@ class HostedRuntime:
                 return posting, row
         raise RunError("F005", f"node {transfer.sender} has posted no {transfer.kind} in round {start.round}")
 
-    async def _send_letters(self, run: Hosted, start: StartRound) -> None:
+    async def _send_letters(self, run: Hosted, round_number: int, attempt: int) -> None:
         """Letters to other clusters leave before the phase ends, so that they are there before the round commits."""
         if len(run.activation.clusters) == 1:
             return
-        bundles = await self._manager.call("take_outbox", start.run_id, (start.round, start.attempt))
+        position = (round_number, attempt)
+        bundles = await self._manager.call("take_outbox", run.activation.run_id, position)
         for target, bundle in bundles.items():
-            header = self._header(run, start, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
+            header = self._header(run, position, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
             assert self._shared is not None and self._shared.gateway is not None
             peer = self._peer(run, target)
             await self._shared.gateway.call("send_bytes", header, bundle, peer, SEND_TIMEOUT_S)
 
-    def _header(self, run: Hosted, start: StartRound, kind: str, target: int, **parts: Any) -> PayloadHeader:
+    def _header(self, run: Hosted, position: tuple[int, int], kind: str, target: int, **parts: Any) -> PayloadHeader:
         return PayloadHeader(
-            run_id=start.run_id,
-            generation=start.generation,
-            round=start.round,
-            attempt=start.attempt,
+            run_id=run.activation.run_id,
+            generation=run.activation.generation,
+            round=position[0],
+            attempt=position[1],
             kind=kind,
             source=self._cluster,
             target=run.activation.clusters[target],

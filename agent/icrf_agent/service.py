@@ -6,6 +6,7 @@ One asyncio loop; the core is called synchronously, every action runs as its own
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -35,7 +36,6 @@ from icrf.protocol import (
     Release,
     Released,
     Reserve,
-    Reserved,
     SaveCheckpoint,
     SendMessage,
     StoreModel,
@@ -48,6 +48,9 @@ log = logging.getLogger("icrf.agent")
 
 CHUNK_BYTES = 1 << 20
 DRAIN_S = 60.0
+# How long to ask for the mediator's consent when it has not answered for so many heartbeats.
+DRAIN_UNHEARD_S, UNHEARD_BEATS = 2.0, 2
+DRAIN_POLL_S = 0.5
 LEASE_LOST = "A002"
 _PHASE_OF = {PUBLISH: "train", TRAIN: "train", SEND: "exchange", AGGREGATE: "aggregate", EVALUATE: "aggregate"}
 _PHASE_BY_ORDER: dict[type, str] = {Reserve: "reserve", Activate: "activate", StoreModel: "result"}
@@ -81,6 +84,7 @@ class AgentService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._facts: ClusterFacts | None = None
         self._heartbeat: asyncio.Task[None] | None = None
+        self._heartbeat_s = self._heard_s = 0.0
         self._refusal: IcrfError | None = None
         self.registered = asyncio.Event()
         self._dismissed = asyncio.Event()
@@ -115,14 +119,23 @@ class AgentService:
             log.warning("%s; registering again", refusal)
 
     async def drain(self, within_s: float = DRAIN_S) -> bool:
-        """Leave in order: the open rounds end and their state becomes durable. False if that took too long."""
+        """Leave in order: the open rounds end and their state becomes durable.
+
+        Returns:
+            False if that took longer than `within_s`, or the mediator is away.
+        """
         if not self.registered.is_set() or not self._core.held():
             return True
         self._link.report(Draining(self._identity.incarnation))
-        try:
-            await asyncio.wait_for(self._dismissed.wait(), within_s)
-        except TimeoutError:
-            return False
+        began = time.monotonic()
+        while not self._dismissed.is_set():
+            now = time.monotonic()
+            unheard = now - self._heard_s > UNHEARD_BEATS * self._heartbeat_s
+            left_s = began + (min(DRAIN_UNHEARD_S, within_s) if unheard else within_s) - now
+            if left_s <= 0.0:
+                return False
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._dismissed.wait(), min(left_s, DRAIN_POLL_S))
         return True
 
     async def stop(self) -> None:
@@ -156,6 +169,7 @@ class AgentService:
     def _deliver(self, instruction: Instruction) -> None:
         if isinstance(instruction, Lease):
             self.registered.set()
+            self._heard_s, self._heartbeat_s = time.monotonic(), instruction.heartbeat_s
             if self._heartbeat is None:
                 self._heartbeat = asyncio.create_task(self._beat(instruction.heartbeat_s))
         elif isinstance(instruction, Dismiss):
@@ -171,8 +185,17 @@ class AgentService:
             self._link.report(Heartbeat(self._identity.incarnation))
 
     async def _watch_arrivals(self) -> None:
-        async for arrival in self._runtime.arrivals():
-            self._act(self._core.arrived(arrival, time.monotonic()))
+        async def watch() -> None:
+            async for arrival in self._runtime.arrivals():
+                self._act(self._core.arrived(arrival, time.monotonic()))
+
+        try:
+            await guarded(watch)
+        except IcrfError as error:
+            # Deaf to other clusters, this one would keep every round waiting until its deadline.
+            log.error("cluster %s receives no payloads any more: %s", self._identity.cluster, error)
+            self._refusal = error
+            await self._link.close()
 
     async def _watch_cluster(self) -> None:
         """When the cluster itself dies, build it anew; the mediator decides what becomes of its runs."""
@@ -181,12 +204,12 @@ class AgentService:
             log.warning("the Ray cluster of %s is lost (%s); building it again", self._identity.cluster, reason)
             self._core.reset()
             try:
-                self._facts = await guarded(self._runtime.rebuild)
+                facts = self._facts = await guarded(self._runtime.rebuild)
             except IcrfError as error:
                 self._refusal = error
                 await self._link.close()
                 return
-            self._link.report(ClusterReset(self._identity.incarnation, reason))
+            self._link.report(ClusterReset(self._identity.incarnation, reason, facts.capacity, facts.gateway_address))
 
     # ------------------------------------------------------------ actions
 
@@ -255,7 +278,7 @@ class AgentService:
             if error.code == "L001":
                 return  # the mediator is away; it asks again when it is back
             if isinstance(instruction, Activate):
-                await self._heal(instruction.run_id, error)
+                _, error = await self._heal(instruction.run_id, error)
             if report := failure(instruction, error):
                 self._link.report(report)
 
@@ -265,7 +288,7 @@ class AgentService:
             failpoints.reached(_PHASE_BY_ORDER[type(instruction)])
         if isinstance(instruction, Reserve):
             await runtime.reserve(instruction)
-            report(Reserved(instruction.run_id, instruction.generation))
+            self._act(self._core.reserved(instruction))
         elif isinstance(instruction, Activate):
             report(await self._activate(instruction))
         elif isinstance(instruction, SaveCheckpoint):

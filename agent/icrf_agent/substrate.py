@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
-from icrf.errors import NodeError, RunError
+from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
-from icrf.protocol import CENTRALIZED, Activate, Reserve
+from icrf.protocol import CENTRALIZED, Activate, Activated, Reserve
 from icrf_agent.host_nodes import HostSetup
 
 
@@ -78,6 +80,7 @@ class Hosted:
         position: the newest round and attempt that were begun here.
         active: whether all hosts have been set up.
         quarantine: why a node may not run any more.
+        setting_up: what setting up the hosts will have led to; None before it has begun, and for adopted runs.
     """
 
     activation: Activate
@@ -88,18 +91,38 @@ class Hosted:
     position: tuple[int, int] = (0, 0)
     active: bool = False
     quarantine: NodeError | None = None
+    setting_up: asyncio.Future[Activated] | None = None
+
+    @cached_property
+    def _slot_of(self) -> dict[int, int]:
+        return {node: slot for slot, nodes in enumerate(self.nodes) for node in nodes}
+
+    @cached_property
+    def _index_of(self) -> dict[str, int]:
+        return {node.id: index for index, node in enumerate(self.activation.nodes)}
+
+    def index_of(self, node_id: str) -> int:
+        """Index of a node; P012 when there is none of that name."""
+        if node_id not in self._index_of:
+            raise RoutingError("P012", f"no node '{node_id}'", value=node_id)
+        return self._index_of[node_id]
 
     def host_of(self, index: int) -> Actor:
-        for host, nodes in zip(self.hosts, self.nodes, strict=True):
-            if index in nodes:
-                return host
-        raise RunError("F005", f"{self.activation.nodes[index].id} does not live on this cluster")
+        """The host of a node; F005 when it lives on another cluster."""
+        if index not in self._slot_of:
+            owner = self.activation.clusters[self.activation.assignment[index]]
+            raise RunError("F005", f"{self.activation.nodes[index].id} lives on cluster {owner}", value=owner)
+        return self.hosts[self._slot_of[index]]
+
+    def shares_host(self, index: int) -> bool:
+        """Whether the host of a node runs others too."""
+        return len(self.nodes[self._slot_of[index]]) > 1
 
     @property
     def centralized(self) -> bool:
         return self.activation.flow == CENTRALIZED
 
-    @property
+    @cached_property
     def aggregator(self) -> int:
         """Index of the node that makes the global model of a centralized run; -1 if there is none."""
         roles = [node.role.split("-") for node in self.activation.nodes]

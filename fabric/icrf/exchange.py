@@ -20,6 +20,8 @@ from icrf.protocol import CENTRALIZED, DECENTRALIZED
 from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 
 MODEL, UPDATE, PARTIAL, CONSENSUS = "model", "update", "partial", "consensus"
+# What nodes say to each other; it is not planned.
+MESSAGE = "message"
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -170,7 +170,6 @@ class _OneCluster:
 
     def start(self, say: Progress) -> None:
         """Start Ray unless this process has one, then the agent."""
-        began = time.monotonic()
         self._prepare_environment()
         # Ray reads its environment when it is imported, and it takes seconds: only now.
         import ray  # noqa: PLC0415
@@ -186,7 +185,7 @@ class _OneCluster:
                 object_store_memory=OBJECT_STORE_BYTES,
             )
             self._owns_ray = True
-        say(f"local Ray cluster ready ({time.monotonic() - began:.1f} s)")
+        say("local Ray cluster ready")
         self._thread.call(self._start_agent())
 
     def _prepare_environment(self) -> None:
@@ -259,7 +258,7 @@ class _AgentProcesses:
         while waiting:
             registered = {info.name for info in self._thread.call(self._service.clusters())}
             for name in sorted(waiting & registered):
-                say(f"cluster {name} ready ({time.monotonic() - began:.1f} s)")
+                say(f"cluster {name} ready")
             waiting -= registered
             for name in waiting:
                 self._require_alive(name, began)
@@ -282,6 +281,9 @@ class _AgentProcesses:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **_ENVIRONMENT},
+                # Ctrl-C is for this process, which ends its agents in order: a signal of the terminal besides would be
+                # their second one, at which they drop everything, their clusters too.
+                start_new_session=True,
             )
 
     def _state_of(self, name: str) -> Path:

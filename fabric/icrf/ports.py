@@ -200,8 +200,8 @@ class ClusterRuntime(Protocol):
         """Create the hosts (live ones are kept) and set up this cluster's nodes; U001 carries a node's own traceback.
 
         With ``request.restore_round`` > 0 the state is that of `checkpoint`, which an earlier `checkpoint` call of this
-        cluster returned for that round (empty where the cluster keeps no state). An earlier generation of the run on this
-        cluster is over."""
+        cluster returned for that round (empty where the cluster keeps no state). An earlier generation of the run on
+        this cluster is over; a repeated call of the same one waits for the first."""
 
     async def adopt(self, request: Activate) -> HeldRun | None:
         """After a restart of the agent: take over the hosts of a run that were activated with `request`.

@@ -43,7 +43,7 @@ h2 { font-size: 16px; margin: 40px 0 12px; }
 .badge { display: inline-block; padding: 2px 10px; border-radius: 999px; font-size: 12px; font-weight: 600;
   border: 1px solid currentColor; vertical-align: middle; margin-left: 10px; }
 .COMPLETED { color: var(--good); } .FAILED { color: var(--bad); } .CANCELLED { color: var(--second); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 12px; }
 .tile { background: var(--tile); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .tile b { display: block; font-size: 22px; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 13px; }
@@ -57,7 +57,8 @@ pre { background: var(--tile); border: 1px solid var(--line); border-radius: 10p
   overflow-x: auto; }
 .error { border-color: var(--bad); white-space: pre-wrap; }
 .hash { color: var(--soft); overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; min-width: 620px; height: auto; display: block; }
+table + table { margin-top: 20px; }
 svg text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); } .a { stroke: var(--accent); fill: none; stroke-width: 2.2; }
 .b { stroke: var(--second); fill: none; stroke-width: 2.2; stroke-dasharray: 6 4; }
@@ -195,7 +196,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
 
 def _curve_section(rounds: Sequence[RoundResult]) -> str:
     chart = curve_svg(rounds)
-    return f"<h2>Accuracy and loss</h2>{chart}" if chart else ""
+    return f'<h2>Accuracy and loss</h2><div class="scroll">{chart}</div>' if chart else ""
 
 
 def _rounds_section(rounds: Sequence[RoundResult]) -> str:

@@ -139,6 +139,8 @@ def round_line(result: RoundResult) -> dict[str, Any]:
     """A line of ``rounds.jsonl``: the fields of the round, its number under ``round``."""
     fields = asdict(result)
     number = fields.pop("number")
+    # Off the wire a mapping comes in any order; the same round shall always be the same line.
+    fields |= {name: dict(sorted(value.items())) for name, value in fields.items() if isinstance(value, dict)}
     line: dict[str, Any] = clean_json({"round": number, **fields})
     return line
 

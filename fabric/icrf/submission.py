@@ -18,7 +18,7 @@ from icrf.errors import ConfigError, TopologyError
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Submission, TensorSpec
 from icrf.spec import FederationConfig
 from icrf.spec.choices import TRADITIONAL
-from icrf.topology import HybridAdjacencyMatrix, build_topology
+from icrf.topology import HybridAdjacencyMatrix, build_topology, require_connected
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
@@ -128,6 +128,7 @@ def _graph(
         raise TopologyError(
             "T010", f"matrix {matrix.num_nodes}×{matrix.num_nodes} for {len(nodes)} nodes", place="adjacency"
         )
+    require_connected(matrix, place="adjacency")
     return matrix.to_graph()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
-from icrf.errors import LocalError
+from icrf.errors import IcrfError, LocalError
 from icrf.protocol import (
     ClusterInfo,
     Instruction,
@@ -19,6 +22,8 @@ from icrf.protocol import (
     Submission,
 )
 from icrf_mediator.service import MediatorService
+
+log = logging.getLogger("icrf.mediator")
 
 T = TypeVar("T")
 
@@ -40,6 +45,7 @@ class InProcessLink:
         self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
         self._session = ""
         self._pump: asyncio.Task[None] | None = None
+        self._closing = False
 
     def send(self, instruction: Instruction) -> None:
         """The mediator's side (:class:`icrf.ports.AgentPort`)."""
@@ -66,6 +72,8 @@ class InProcessLink:
             finally:
                 self._reports.put_nowait(None)
                 await self._pump
+            # The mediator has ended the stream, for instance with the lease: come back as over a socket.
+            await self._service.agent_disconnected(self._session)
 
     def report(self, report: Report) -> None:
         self._reports.put_nowait(report)
@@ -95,13 +103,18 @@ class InProcessLink:
         self._instructions.put_nowait(None)
 
     def _live(self) -> MediatorService:
-        if self._service is None:
+        service = self._service or self._mediator()
+        if service is None:
             raise LocalError("L001", "the mediator is away")
-        return self._service
+        return service
 
     async def _forward(self, service: MediatorService, session: str) -> None:
         while (report := await self._reports.get()) is not None:
-            await service.agent_report(session, report)
+            try:
+                await service.agent_report(session, report)
+            except IcrfError as error:
+                # Over a socket the stream would break and come back; here the next report just follows.
+                log.error("a report was not taken: %s", error)
 
 
 class InProcessMediator:
@@ -136,7 +149,9 @@ class InProcessMediator:
             while (event := self._wait(_next(events))) is not None:
                 yield event
         finally:
-            self._wait(_close(events))
+            # A stopped mediator has closed it already.
+            with contextlib.suppress(LocalError):
+                self._wait(_close(events))
 
     def cancel(self, run_id: str) -> RunInfo:
         return self._wait(self._service.cancel(run_id))
@@ -160,7 +175,22 @@ class InProcessMediator:
         """Nothing is held."""
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop is closed
+            work.close()
+            raise _stopped() from None
+        try:
+            return future.result()
+        except CancelledError:
+            raise _stopped() from None
+        finally:
+            # Ctrl-C ends the wait only: without this the work would go on, and a watch could not be closed.
+            future.cancel()
+
+
+def _stopped() -> LocalError:
+    return LocalError("L001", "the mediator of this process is stopped", hint="open a new one with connect()")
 
 
 async def _next(events: AsyncIterator[RunEvent]) -> RunEvent | None:

@@ -6,7 +6,7 @@ It has no sockets, no database, no threads and no clock: every call brings the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from icrf.errors import IcrfError, ResourceError, RunError, make_error
@@ -44,7 +44,7 @@ from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
-from icrf_mediator.planning import make_plan, slot_resources
+from icrf_mediator.planning import check_submission, make_plan, slot_resources
 from icrf_mediator.run_restore import request_id, restore_run, run_event, run_info
 from icrf_mediator.runs import RunMachine
 
@@ -59,12 +59,22 @@ class Policy:
     activate_s: float = 300.0
 
 
+Planner = Callable[[Submission, Sequence[ClusterInfo]], tuple[Plan, Assignment]]
+
+RECENT_RUNS = 64
+"""How many ended runs keep their events in memory; those of older ones are read from the journal."""
+
+
 @dataclass(frozen=True)
 class Archived:
-    """A run of an earlier life of the mediator: only its record is left."""
+    """A run that is over and holds nothing any more: only its record is left.
+
+    Attributes:
+        events: None when they are in the journal only.
+    """
 
     info: RunInfo
-    events: tuple[RunEvent, ...]
+    events: tuple[RunEvent, ...] | None
 
 
 class FederationMediator:
@@ -72,20 +82,29 @@ class FederationMediator:
 
     Args:
         policy: times of leases and deadlines.
+        planner: makes the plans; the shell may pass one that remembers what it has made ahead.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, planner: Planner = make_plan) -> None:
         self.policy = policy or Policy()
+        self._plan = planner
         self._members = Membership(self.policy.lease_ttl_s)
         self._runs: dict[str, RunMachine] = {}
         self._archive: dict[str, Archived] = {}
         self._requests: dict[str, str] = {}
         self._calls: dict[str, tuple[str, str]] = {}
+        # What lost clusters, and those of an earlier life, still have to release: cluster -> run -> generation.
+        self._owed: dict[str, dict[str, int]] = {}
 
     # ------------------------------------------------------------ restoring
 
-    def restore(self, tables: dict[str, list[Write]], now: Now) -> Effects:
-        """Take over the journal of an earlier life. Runs that had not ended wait for their clusters and go on."""
+    def restore(self, tables: Mapping[str, Sequence[Write]], now: Now) -> Effects:
+        """Take over the journal of an earlier life. Runs that had not ended wait for their clusters and go on.
+
+        Args:
+            tables: rows of ``submissions``, ``runs`` and the other tables of runs; of those only what belongs to runs
+                that had not ended is needed.
+        """
         effects = Effects()
         events: dict[str, list[RunEvent]] = {}
         for write in tables.get("events", []):
@@ -94,12 +113,12 @@ class FederationMediator:
             self._requests[request_id(write.row)] = str(write.key[0])
         infos = sorted((run_info(w.row) for w in tables.get("runs", [])), key=lambda i: (i.created_at, i.run_id))
         for info in infos:
-            past = events.get(info.run_id, [])
+            past = events.get(info.run_id)
             if info.status in TERMINAL:
-                self._archive[info.run_id] = Archived(info, tuple(past))
+                self._archive[info.run_id] = Archived(info, None if past is None else tuple(past))
             else:
                 self._runs[info.run_id] = restore_run(
-                    info, tables, past, self._members.address, now, effects, **self._times
+                    info, tables, past or [], self._members.address, now, effects, **self._times
                 )
         return effects
 
@@ -112,18 +131,25 @@ class FederationMediator:
     def submit(self, submission: Submission, run_id: str, now: Now) -> tuple[RunInfo, Effects]:
         """Accept a federation under `run_id`, or return the run that the same request id made before."""
         effects = Effects()
-        known = self._requests.get(submission.client_request_id)
+        known = self.made_by(submission.client_request_id)
         if known is not None:
-            return self.get(known), effects
+            return known, effects
+        check_submission(submission)
         clusters = self._members.clusters()
+        plan, _ = self._plan(submission, clusters)
         if clusters:
-            _refuse_infeasible(make_plan(submission, clusters)[0])
+            _refuse_infeasible(plan)
         run = RunMachine(run_id, submission, now, self._members.address, **self._times)
         self._requests[submission.client_request_id] = run_id
         self._runs[run_id] = run
         run.submitted(effects, now)
         self._admit(effects, now)
         return run.info, effects
+
+    def made_by(self, client_request_id: str) -> RunInfo | None:
+        """The run that was submitted with this request id."""
+        run_id = self._requests.get(client_request_id)
+        return None if run_id is None else self.get(run_id)
 
     def get(self, run_id: str) -> RunInfo:
         """One run by its id or a unique prefix of it."""
@@ -136,8 +162,8 @@ class FederationMediator:
     def clusters(self) -> list[ClusterInfo]:
         return self._members.clusters()
 
-    def events(self, run_id: str) -> tuple[str, Sequence[RunEvent]]:
-        """The full id of a run and its events so far (the live list)."""
+    def events(self, run_id: str) -> tuple[str, Sequence[RunEvent] | None]:
+        """The full id of a run and its events so far (the live list); None for those that only the journal has."""
         run = self._find(run_id)
         return run.info.run_id, run.events
 
@@ -146,7 +172,7 @@ class FederationMediator:
         run = self._find(run_id)
         if isinstance(run, RunMachine):
             run.cancel(effects, now)
-            self._admit(effects, now)
+            self._happened(effects, now, run)
         return run.info, effects
 
     def advance(self, run_id: str, stage: str, rounds: int, now: Now) -> tuple[RunInfo, Effects]:
@@ -160,6 +186,7 @@ class FederationMediator:
         run = self._find(run_id)
         if isinstance(run, RunMachine):
             run.finish(effects, now)
+            self._happened(effects, now, run)
         return run.info, effects
 
     def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes, call_id: str) -> Effects:
@@ -190,22 +217,32 @@ class FederationMediator:
 
     # ------------------------------------------------------------ agents
 
+    def holder(self, cluster: str, now: Now) -> str | None:
+        """Whose gateway may attach for a cluster now; None: anybody's."""
+        return self._members.holder(cluster, now.monotonic_s)
+
     def register(self, request: Register, peer: str, now: Now) -> tuple[IcrfError | None, Effects]:
         """An agent asks to serve a cluster."""
         effects = Effects()
+        # A lease may be over and no tick have seen it yet: its runs must end before the name goes to a new agent.
+        self._expire(effects, now, keep_stream=request.cluster)
         refusal = self._members.register(request, peer, now.monotonic_s)
         if refusal:
             return refusal, effects
         cluster = request.cluster
         effects.send(cluster, Lease(self.policy.lease_ttl_s, self.policy.heartbeat_s))
         held = {run.run_id: run for run in request.held}
+        owed = {**self._owed.pop(cluster, {}), **{run_id: what.generation for run_id, what in held.items()}}
+        for run_id, generation in owed.items():
+            if run_id not in self._runs or self._runs[run_id].terminal:
+                effects.send(cluster, Release(run_id, generation))
         for run_id, run in list(self._runs.items()):
-            if not run.terminal and cluster in run.clusters and run.placement is not None:
+            if run.placement is not None and cluster in run.clusters and not run.terminal:
                 self._members.take(run_id, {cluster: run.placement.slots[cluster]})
                 run.cluster_joined(effects, now, cluster, held.get(run_id))
-        for run_id, what in held.items():
-            if run_id not in self._runs or self._runs[run_id].terminal:
-                effects.send(cluster, Release(run_id, what.generation))
+                self._happened(effects, now, run)
+            elif run.terminal and run.holds(cluster) and run_id not in owed:
+                effects.send(cluster, Release(run_id, run.generation))
         self._admit(effects, now)
         return None, effects
 
@@ -228,10 +265,12 @@ class FederationMediator:
             for run in list(self._runs.values()):
                 run.drain(effects, now, cluster)
         elif isinstance(report, ClusterReset):
+            self._members.rebuilt(cluster, report.capacity, report.address)
             for run in list(self._runs.values()):
                 run.cluster_reset(effects, now, cluster, report.reason)
         elif isinstance(report, CallDone):
-            if self._calls.pop(report.call_id, None):
+            if self._calls.get(report.call_id) == (report.run_id, cluster):
+                del self._calls[report.call_id]
                 effects.answers.append(report)
         elif not isinstance(report, Register):
             self._run_report(effects, now, cluster, report)
@@ -254,23 +293,26 @@ class FederationMediator:
         run = self._runs.get(report.run_id)
         if run is None:
             return
-        if isinstance(report, Reserved):
-            run.reserved(effects, now, cluster, report)
-        elif isinstance(report, Activated):
-            run.activated(effects, now, cluster, report)
-        elif isinstance(report, RoundReport):
-            run.round_report(effects, now, cluster, report)
-        elif isinstance(report, Checkpointed):
-            run.checkpointed(effects, now, cluster, report)
-        elif isinstance(report, ModelStored):
-            run.model_stored(effects, now, report)
-        elif isinstance(report, Warned):
-            run.warned(effects, now, f"{cluster}: {report.text}")
-        else:
-            self._members.give_back(report.run_id, cluster)
-            run.released(cluster)
-        if run.terminal:
-            self._admit(effects, now)
+        try:
+            if isinstance(report, Reserved):
+                run.reserved(effects, now, cluster, report)
+            elif isinstance(report, Activated):
+                run.activated(effects, now, cluster, report)
+            elif isinstance(report, RoundReport):
+                run.round_report(effects, now, cluster, report)
+            elif isinstance(report, Checkpointed):
+                run.checkpointed(effects, now, cluster, report)
+            elif isinstance(report, ModelStored):
+                run.model_stored(effects, now, cluster, report)
+            elif isinstance(report, Warned):
+                run.warned(effects, now, f"{cluster}: {report.text}")
+            elif run.terminal:
+                self._members.give_back(report.run_id, cluster)
+                run.released(cluster)
+        except IcrfError as error:
+            # What a report leads to may be impossible, such as a grid for a state that diverged: the run ends with it.
+            run.fail(effects, now, error)
+        self._happened(effects, now, run)
 
     def disconnected(self, cluster: str, incarnation: str) -> None:
         """The control stream of an agent ended; its lease runs on."""
@@ -279,28 +321,63 @@ class FederationMediator:
     def tick(self, now: Now) -> Effects:
         """Let time pass: leases and deadlines."""
         effects = Effects()
-        for cluster in self._members.expire(now.monotonic_s):
-            effects.dropped.append(cluster)
-            self._lost(effects, now, cluster)
+        self._expire(effects, now)
         for run in list(self._runs.values()):
-            run.tick(effects, now)
+            if not run.terminal:
+                run.tick(effects, now)
+                self._happened(effects, now, run)
         return effects
 
     def commit_took(self, run_id: str, number: int, seconds: float) -> None:
         """How long a commit took to become durable; shown in the round's result."""
-        self._runs[run_id].record.commit_took(number, seconds)
+        if run_id in self._runs:
+            self._runs[run_id].record.commit_took(number, seconds)
 
     # ------------------------------------------------------------ inside
 
+    def _expire(self, effects: Effects, now: Now, keep_stream: str = "") -> None:
+        for cluster in self._members.expire(now.monotonic_s):
+            if cluster != keep_stream:
+                effects.dropped.append(cluster)
+            self._lost(effects, now, cluster)
+
     def _lost(self, effects: Effects, now: Now, cluster: str) -> None:
+        error = make_error("A003", f"cluster {cluster} was lost during the call")
+        self._settle_calls(effects, error, cluster=cluster)
         for run in list(self._runs.values()):
             run.cluster_lost(effects, now, cluster)
-        error = make_error("A003", f"cluster {cluster} was lost during the call")
-        for call_id, (run_id, where) in list(self._calls.items()):
-            if where == cluster:
-                del self._calls[call_id]
-                effects.answers.append(CallDone(run_id, call_id, error_json=error.to_json()))
+            self._retire(effects, run)
         self._admit(effects, now)
+
+    def _happened(self, effects: Effects, now: Now, run: RunMachine) -> None:
+        """After every event of a run: when it is over, others may have waited for that."""
+        if run.terminal:
+            self._retire(effects, run)
+            self._admit(effects, now)
+
+    def _retire(self, effects: Effects, run: RunMachine) -> None:
+        """Forget all of a run that is over but its record, once every cluster has released it."""
+        if not run.terminal:
+            return
+        error = RunError("F005", f"run {run.run_id[:8]} is {run.info.status}: the call was not answered")
+        self._settle_calls(effects, error, run_id=run.run_id)
+        for cluster in set(run.clusters) - self._members.names():
+            if run.holds(cluster):
+                self._owed.setdefault(cluster, {})[run.run_id] = run.generation
+                run.released(cluster)
+        if run.ended and run.run_id in self._runs:
+            del self._runs[run.run_id]
+            self._archive[run.run_id] = Archived(run.info, tuple(run.events))
+            recent = [key for key, archived in self._archive.items() if archived.events is not None]
+            for key in recent[:-RECENT_RUNS]:
+                self._archive[key] = replace(self._archive[key], events=None)
+
+    def _settle_calls(self, effects: Effects, error: IcrfError, *, run_id: str = "", cluster: str = "") -> None:
+        """Answer calls that nobody else will answer any more."""
+        for call_id, (of_run, where) in list(self._calls.items()):
+            if of_run == run_id or where == cluster:
+                del self._calls[call_id]
+                effects.answers.append(CallDone(of_run, call_id, error_json=error.to_json()))
 
     def _admit(self, effects: Effects, now: Now) -> None:
         """Start queued runs in the order of their submission, as far as slots are free."""
@@ -312,10 +389,11 @@ class FederationMediator:
                 run.queued(effects, now, "a cluster to register (start a fabric-agent)")
                 return
             try:
-                plan, assignment = make_plan(run.submission, clusters)
+                plan, assignment = self._plan(run.submission, clusters)
                 _refuse_infeasible(plan)
             except IcrfError as error:
                 run.fail(effects, now, error)
+                self._retire(effects, run)
                 continue
             lacking = self._members.lacking(plan.slots)
             if lacking:
@@ -339,12 +417,14 @@ class FederationMediator:
         where = tuple(position[clusters[c].name] for c in assignment.clusters)
         self._members.take(run.run_id, plan.slots)
         resources = {n: slot_resources(run.config, by_name[n], plan.slots[n]) for n in plan.clusters}
-        run.start(effects, now, Placement(plan, where, resources))
+        fingerprints = {n: by_name[n].fingerprint for n in plan.clusters}
+        run.start(effects, now, Placement(plan, where, resources), fingerprints)
 
     def _find(self, run_id: str) -> RunMachine | Archived:
+        known = self._runs.get(run_id) or self._archive.get(run_id)
+        if known is not None:
+            return known
         everything: dict[str, RunMachine | Archived] = {**self._archive, **self._runs}
-        if run_id in everything:
-            return everything[run_id]
         found = [key for key in everything if run_id and key.startswith(run_id)]
         if len(found) > 1:
             raise RunError("F004", f"run id '{run_id}' is ambiguous", allowed=", ".join(k[:12] for k in found[:5]))

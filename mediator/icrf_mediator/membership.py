@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from icrf.errors import AgentError, IcrfError, ProtocolError
-from icrf.protocol import PROTOCOL_VERSION, ClusterInfo, Register
+from icrf.daemon import CLUSTER_NAME
+from icrf.errors import AgentError, ConfigError, IcrfError, ProtocolError
+from icrf.protocol import PROTOCOL_VERSION, Capacity, ClusterInfo, Register
 
 
 @dataclass
@@ -43,6 +44,9 @@ class Membership:
         The same incarnation may come back as often as it likes. A new incarnation of the same agent takes over at once:
         the lock of its state folder proves that the old process is gone.
         """
+        if CLUSTER_NAME.fullmatch(request.cluster) is None:
+            shown = ascii(request.cluster[:80])
+            return ConfigError("C013", f"{shown} is no cluster name", place="--cluster", allowed=CLUSTER_NAME.pattern)
         if request.protocol_version != PROTOCOL_VERSION:
             return ProtocolError(
                 "P004",
@@ -99,6 +103,11 @@ class Membership:
         del self._members[cluster]
         return True
 
+    def rebuilt(self, cluster: str, capacity: Capacity, address: str) -> None:
+        """The cluster was built anew: what it offers now, and where its gateway is."""
+        member = self._members[cluster]
+        member.info = replace(member.info, capacity=capacity, address=address)
+
     def expire(self, now_s: float) -> list[str]:
         """Remove clusters whose lease ran out; their names."""
         lost = sorted(name for name, m in self._members.items() if m.lease_until <= now_s)
@@ -110,6 +119,13 @@ class Membership:
         """Whether this incarnation holds the cluster now."""
         member = self._members.get(cluster)
         return member is not None and member.info.incarnation == incarnation
+
+    def holder(self, cluster: str, now_s: float) -> str | None:
+        """Whose gateway a cluster's is now, if anybody's: the id of the agent, over all its lives, if it has one."""
+        member = self._members.get(cluster)
+        if member is None or member.lease_until <= now_s:
+            return None
+        return member.agent_id or member.info.incarnation
 
     def take(self, run_id: str, slots: Mapping[str, int]) -> None:
         """Account the slots of a run on the clusters that are there."""
@@ -146,6 +162,8 @@ class Membership:
             member = self._members.get(cluster)
             if member is None:
                 return f"cluster {cluster} to register"
+            if not member.connected:
+                return f"cluster {cluster} to come back"
             if member.free_slots < slots[cluster]:
                 users = ", ".join(run[:8] for run in sorted(member.slots_by_run))
                 return f"{slots[cluster]} slots on {cluster} ({member.free_slots} free; held by {users})"

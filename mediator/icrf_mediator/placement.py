@@ -10,6 +10,7 @@ from icrf.ports import Write
 from icrf.protocol import (
     CENTRALIZED,
     Activate,
+    Instruction,
     LinkBytes,
     PeerAddress,
     Plan,
@@ -65,12 +66,14 @@ class Placement:
             return (self.clusters[self.coordinator(submission)],)
         return self.clusters
 
-    def reserve(self, run_id: str, generation: int, federation: str, strategy: str, within_s: float) -> list[Any]:
-        """(cluster, Reserve) for every cluster."""
-        return [
-            (c, Reserve(run_id, generation, federation, self.slots[c], self.resources[c], strategy, within_s))
+    def reserve(
+        self, run_id: str, generation: int, federation: str, strategy: str, within_s: float
+    ) -> dict[str, Instruction]:
+        """Reserve for every cluster."""
+        return {
+            c: Reserve(run_id, generation, federation, self.slots[c], self.resources[c], strategy, within_s)
             for c in self.clusters
-        ]
+        }
 
     def activate(
         self,
@@ -80,33 +83,30 @@ class Placement:
         submission: Submission,
         peers: Sequence[PeerAddress],
         restore: tuple[int, dict[str, str]],
-    ) -> list[Any]:
-        """(cluster, Activate) for every cluster; `restore` is the round to start from and its artifacts by cluster."""
+    ) -> dict[str, Instruction]:
+        """Activate for every cluster; `restore` is the round to start from and its artifacts by cluster."""
         round_number, artifacts = restore
-        return [
-            (
-                cluster,
-                Activate(
-                    run_id=run_id,
-                    generation=generation,
-                    federation=federation,
-                    config_json=submission.config_json,
-                    flow=submission.flow,
-                    nodes=submission.nodes,
-                    graph=submission.graph,
-                    layout=submission.layout,
-                    clusters=self.clusters,
-                    assignment=self.assignment,
-                    coordinator=self.coordinator(submission),
-                    peers=tuple(peers),
-                    num_slots=self.slots[cluster],
-                    code_path=submission.code_path,
-                    restore_round=round_number,
-                    checkpoint=artifacts.get(cluster, ""),
-                ),
+        return {
+            cluster: Activate(
+                run_id=run_id,
+                generation=generation,
+                federation=federation,
+                config_json=submission.config_json,
+                flow=submission.flow,
+                nodes=submission.nodes,
+                graph=submission.graph,
+                layout=submission.layout,
+                clusters=self.clusters,
+                assignment=self.assignment,
+                coordinator=self.coordinator(submission),
+                peers=tuple(peers),
+                num_slots=self.slots[cluster],
+                code_path=submission.code_path,
+                restore_round=round_number,
+                checkpoint=artifacts.get(cluster, ""),
             )
             for cluster in self.clusters
-        ]
+        }
 
     def row(self, run_id: str, generation: int) -> Write:
         """The journal row of this placement under a generation."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from icrf.errors import ConfigError
 from icrf.exchange import ExchangePlan, compile_exchange
-from icrf.protocol import CENTRALIZED, ClusterInfo, Fingerprint, LinkBytes, Plan, Resources, Submission
+from icrf.protocol import CENTRALIZED, STAGES, ClusterInfo, Fingerprint, LinkBytes, Plan, Resources, Submission
 from icrf.topology import MIXINGS, HybridAdjacencyMatrix, rounds_to_consensus, spectrum
 from icrf_mediator.assignment import Assignment, assign, resolve_pins
 
@@ -28,6 +28,15 @@ HOST_BYTES = 360 * 1_000_000
 _RAY_UNITS = 10_000
 
 _FLOAT32, _FLOAT64 = 4, 8
+
+# What the mediator itself reads of a configuration, beside what only a plan depends on.
+_NEEDED: dict[str, tuple[type, ...]] = {
+    "federation_id": (str,),
+    "federated_learning_rounds": (int,),
+    "evaluate_every": (int,),
+    "round_deadline_s": (int, float),
+    "placement_group_strategy": (str,),
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,44 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
     )
     return plan, assignment
+
+
+def check_submission(submission: Submission) -> None:
+    """Refuse what no mediator can run, before anything is kept of it.
+
+    Raises:
+        ConfigError: C001, C006, C016, C010 about the configuration or the stage; C008 no node trains.
+    """
+    config = _parse(submission.config_json)
+    for key, kinds in _NEEDED.items():
+        if key not in config:
+            raise ConfigError("C016", f"{key} is missing", place="config_json", hint="submit a resolved configuration")
+        if not isinstance(config[key], kinds) or isinstance(config[key], bool):
+            raise ConfigError("C006", f"{key}: {type(config[key]).__name__}", place="config_json", value=config[key])
+    if submission.stage not in STAGES:
+        raise ConfigError("C010", f"no such stage: {submission.stage!a}", place="stage", allowed=", ".join(STAGES))
+    if not any("train" in node.role.split("-") for node in submission.nodes):
+        raise ConfigError("C008", "no node trains", place="nodes")
+
+
+class PlanMemo:
+    """:func:`make_plan` that remembers its last few results, so that they can be made ahead in another thread.
+
+    Planning 100,000 nodes takes seconds, which the mediator's loop does not have. Thread-safe.
+    """
+
+    def __init__(self, size: int = 8) -> None:
+        self._kept: deque[tuple[Submission, tuple[ClusterInfo, ...], tuple[Plan, Assignment]]] = deque(maxlen=size)
+
+    def __call__(self, submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
+        """See :func:`make_plan`. What is free just now makes no difference to a plan, and none here."""
+        known = tuple(replace(cluster, free_slots=0) for cluster in clusters)
+        for kept, under, outcome in tuple(self._kept):
+            if kept is submission and under == known:
+                return outcome
+        outcome = make_plan(submission, known)
+        self._kept.append((submission, known, outcome))
+        return outcome
 
 
 def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: int) -> Resources:

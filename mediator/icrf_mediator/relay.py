@@ -16,7 +16,8 @@ the opening frame to learn the target and passes every frame on unchanged. Whate
 sender's call with UNAVAILABLE, and the sender tries again: delivery is *at least once* until it is answered.
 
 Identity is what a gateway says it is; nothing is authenticated here yet, so the relay belongs on loopback. The latest
-gateway that attaches under a name gets what is sent to it.
+gateway that attaches under a name gets what is sent to it, unless the name is held by an agent of another incarnation:
+a second agent of the same name, which will be refused, takes nothing away from the first.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import grpc
 
-from icrf.errors import IcrfError, ProtocolError
+from icrf.errors import AgentError, IcrfError, ProtocolError
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.codec import parse
 from icrf.wire.frames import read_opening
@@ -121,12 +122,17 @@ class RelayServicer:
 
     Args:
         queue_frames: frames of about 1 MiB held per transfer, 1 to 16.
+        holder: who may attach for a cluster now: the id of its agent, which outlives the agent's process, where it has
+            one. None: anybody.
     """
 
-    def __init__(self, queue_frames: int = QUEUE_FRAMES) -> None:
+    def __init__(
+        self, queue_frames: int = QUEUE_FRAMES, holder: Callable[[str], str | None] = lambda cluster: None
+    ) -> None:
         if not 1 <= queue_frames <= MAX_QUEUE_FRAMES:
             raise ValueError(f"queue_frames {queue_frames} is not in 1 to {MAX_QUEUE_FRAMES}")
         self._queue_frames = queue_frames
+        self._holder = holder
         self._attached: dict[str, _Attachment] = {}
         self._changed = asyncio.Condition()
         self._transfers: dict[str, _Transfer] = {}
@@ -168,6 +174,8 @@ class RelayServicer:
         asked = await _parse(request, gateway_pb2.RelayAttach, context)
         if self._closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the relay is closing")
+        if self._holder(asked.cluster) not in (None, asked.incarnation):
+            await _abort(context, AgentError("A001", f"cluster {asked.cluster} is served by another agent"))
         attachment = _Attachment(asked.cluster, asked.incarnation)
         # The offer without an id says: attached.
         attachment.offers.put_nowait(gateway_pb2.RelayOffer())

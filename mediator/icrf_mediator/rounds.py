@@ -226,17 +226,6 @@ def _metric_means(reports: Sequence[RoundReport]) -> dict[str, float]:
     return {name: metric_mean(*total) for name, total in sorted(totals.items())}
 
 
-def attempt_row(report: RoundReport) -> dict[str, object]:
-    """The journal row of one cluster's part of an attempt."""
-    return {
-        "generation": report.generation,
-        "participants": report.participants.hex(),
-        "model_hash": report.model_hash,
-        "state_hashes": report.state_hashes.hex(),
-        "bytes_inter_cluster": report.bytes_inter_cluster,
-    }
-
-
 def differs(number: int, recorded: str, found: str) -> IcrfError:
     """The error of a round that did not repeat: its state depends on something that is not in the journal."""
     return InternalError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from icrf.errors import IcrfError, make_error
 from icrf.ports import Write
@@ -13,12 +13,14 @@ from icrf.protocol import (
     RUNNING,
     AbortAttempt,
     Activated,
+    Instruction,
     Release,
     RunEvent,
     RunInfo,
     Submission,
 )
 from icrf_mediator.checkpoints import Checkpoints
+from icrf_mediator.checks import ReportChecks
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
 from icrf_mediator.rounds import RoundLedger
@@ -62,7 +64,9 @@ class RunBase:
         self._stage = submission.stage
         self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
         self._finishing = not submission.keep
-        self._pending: set[str] = set()
+        self._storing = False
+        # What is asked of each cluster and not answered yet.
+        self._pending: dict[str, Instruction] = {}
         self._held: set[str] = set()
         self._away: set[str] = set()
         self._lost_state = False
@@ -88,6 +92,15 @@ class RunBase:
     @property
     def terminal(self) -> bool:
         return self.record.terminal
+
+    @property
+    def ended(self) -> bool:
+        """Terminal, and every cluster has released what it held."""
+        return self.terminal and not self._held
+
+    def holds(self, cluster: str) -> bool:
+        """Whether a cluster may still have something of this run."""
+        return cluster in self._held
 
     @property
     def is_activated(self) -> bool:
@@ -119,19 +132,28 @@ class RunBase:
 
     def _place(self, placement: Placement) -> None:
         self.placement = placement
+        flow, members = self.submission.flow, placement.members()
         coordinator = placement.clusters[placement.coordinator(self.submission)]
-        self._ledger = RoundLedger(self.submission.flow, placement.clusters, placement.members(), coordinator)
+        self._ledger = RoundLedger(flow, placement.clusters, members, coordinator)
+        self._checks = ReportChecks(flow, len(self.submission.layout), members, coordinator)
 
     def _save_goal(self, effects: Effects) -> None:
         goal = {"stage": self._stage, "rounds_wanted": self._rounds_wanted, "finishing": self._finishing}
         effects.writes.append(Write("goals", (self.run_id,), goal))
 
-    def _expect(self, clusters: Sequence[str], now: Now, within_s: float) -> None:
-        self._pending = set(clusters)
+    def _ask(self, effects: Effects, now: Now, orders: Mapping[str, Instruction], within_s: float) -> None:
+        """Ask clusters for something, with a deadline."""
+        self._pending = dict(orders)
         self._deadline_s = now.monotonic_s + within_s
+        for cluster, instruction in orders.items():
+            effects.send(cluster, instruction)
 
     def _arrived(self, cluster: str) -> bool:
-        self._pending.discard(cluster)
+        """A cluster has answered; True when it was the last."""
+        self._pending.pop(cluster, None)
+        if not self._pending:
+            # Whatever is asked next sets its own; a run that is held between two stages may wait as long as it likes.
+            self._deadline_s = NEVER
         return not self._pending
 
     def _doing(self) -> str:
@@ -141,6 +163,8 @@ class RunBase:
 
     def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
         open_attempt = self._ledger.open if self._ledger else None
+        # Clusters that are away are told when they come back: they may hold a reservation that they do not know of.
+        self._held = set(self.clusters) if self.generation else set()
         for cluster in sorted(self._held):
             if open_attempt:
                 start = open_attempt.start

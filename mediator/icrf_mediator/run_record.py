@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from icrf.errors import IcrfError
 from icrf.ports import Write
-from icrf.protocol import QUEUED, TERMINAL, RoundResult, RunEvent, RunInfo, Submission
+from icrf.protocol import (
+    QUEUED,
+    TERMINAL,
+    Fingerprint,
+    RoundReport,
+    RoundResult,
+    RunEvent,
+    RunInfo,
+    Submission,
+)
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.rounds import Commit
 
@@ -33,6 +43,7 @@ class RunRecord:
             config_json=submission.config_json,
         )
         self.events: list[RunEvent] = []
+        self._fingerprints: dict[str, dict[str, Any]] = {}
 
     @property
     def terminal(self) -> bool:
@@ -66,6 +77,8 @@ class RunRecord:
     def committed(self, effects: Effects, now: Now, commit: Commit, result: RoundResult, reached: bool) -> None:
         """Journal a round's one commit row, and show it."""
         row = {**asdict(result), "participants_bitmap": commit.participants.hex(), "absmax": list(commit.absmax)}
+        if self._fingerprints:
+            row["fingerprints"] = self._fingerprints
         effects.writes.append(Write("commits", (self.info.run_id, commit.round), row))
         self.info = replace(
             self.info,
@@ -75,6 +88,31 @@ class RunRecord:
             rounds_to_target=self.info.rounds_to_target or (commit.round if reached else 0),
         )
         self.event(effects, now, "round", round_result=result)
+
+    def fingerprints(self, effects: Effects, now: Now, determinism: str, found: Mapping[str, Fingerprint]) -> None:
+        """Under ``recorded`` determinism: keep for the commit rows what decides the bits, and warn where it differs."""
+        if determinism != "recorded":
+            return
+        self._fingerprints = {cluster: asdict(one) for cluster, one in found.items()}
+        texts = []
+        for name in [f.name for f in fields(Fingerprint)]:
+            values = {cluster: row[name] for cluster, row in self._fingerprints.items()}
+            if len(set(values.values())) > 1:
+                texts.append(f"{name} is {', '.join(f'{value} on {c}' for c, value in sorted(values.items()))}")
+        if texts:
+            text = f"numeric fingerprints differ, so the bits depend on the placement: {'; '.join(texts)}"
+            self.event(effects, now, "warning", text)
+
+    def attempt(self, effects: Effects, cluster: str, report: RoundReport) -> None:
+        """Journal one cluster's part of an attempt."""
+        row = {
+            "generation": report.generation,
+            "participants": report.participants.hex(),
+            "model_hash": report.model_hash,
+            "state_hashes": report.state_hashes.hex(),
+            "bytes_inter_cluster": report.bytes_inter_cluster,
+        }
+        effects.writes.append(Write("attempts", (self.info.run_id, report.round, report.attempt, cluster), row))
 
     def commit_took(self, number: int, seconds: float) -> None:
         """How long the commit of a round took to become durable; for display only."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from icrf.errors import AgentError, IcrfError, InternalError, RunError, error_from_json, make_error
+from icrf.errors import AgentError, IcrfError, InternalError, RunError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
     ACTIVATING,
@@ -37,18 +37,21 @@ from icrf.protocol import (
     AbortAttempt,
     Activated,
     Checkpointed,
+    Fingerprint,
     HeldRun,
     ModelStored,
     PeerAddress,
     Reserved,
     RoundReport,
     SaveCheckpoint,
+    StartRound,
     StoreModel,
 )
+from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
-from icrf_mediator.rounds import Commit, attempt_row, differs
-from icrf_mediator.run_base import LIVE, NEVER, RunBase
+from icrf_mediator.rounds import Commit, differs
+from icrf_mediator.run_base import LIVE, RunBase
 
 MAX_RECOVERIES = 12
 
@@ -68,11 +71,12 @@ class RunMachine(RunBase):
         """Say what a queued run waits for, once per reason."""
         self.record.waits(effects, now, waiting_for)
 
-    def start(self, effects: Effects, now: Now, placement: Placement) -> None:
+    def start(self, effects: Effects, now: Now, placement: Placement, fingerprints: Mapping[str, Fingerprint]) -> None:
         """Leave the queue: reserve on every cluster of the placement."""
         self._place(placement)
         self.record.change(clusters=placement.clusters)
         self._reserve(effects, now)
+        self.record.fingerprints(effects, now, self.config.get("determinism", ""), fingerprints)
 
     def advance(self, effects: Effects, now: Now, stage: str, rounds: int) -> None:
         """Go on to `stage`; for ``run``, `rounds` is the total to reach (0: as configured). Repeating is harmless."""
@@ -80,10 +84,14 @@ class RunMachine(RunBase):
             raise RunError("F005", f"unknown stage '{stage}'", allowed=", ".join(STAGES))
         if self.terminal:
             raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}, it cannot go on")
+        # As configured means: not beyond the target, once it was reached.
+        wanted = rounds or (0 if self.info.rounds_to_target else self.info.rounds_planned)
+        if self._storing and stage == "run" and wanted > self._rounds_wanted:
+            raise RunError("F005", f"run {self.run_id[:8]} stores its model, it cannot go on")
         if STAGES.index(stage) >= STAGES.index(self._stage):
             self._stage = stage
         if stage == "run":
-            self._rounds_wanted = max(self._rounds_wanted, rounds or self.info.rounds_planned)
+            self._rounds_wanted = max(self._rounds_wanted, wanted)
             self.record.change(rounds_planned=max(self.info.rounds_planned, rounds))
         self._save_goal(effects)
         if self.info.status != RUNNING:
@@ -112,7 +120,7 @@ class RunMachine(RunBase):
         if self.info.status != RESERVING or report.generation != self.generation or cluster not in self._pending:
             return
         if report.error_json:
-            return self._setback(effects, now, cluster, error_from_json(report.error_json))
+            return self._setback(effects, now, error_of(cluster, report.error_json))
         if self._arrived(cluster):
             self.record.status(effects, now, RESERVED)
             self._go_on(effects, now)
@@ -122,7 +130,8 @@ class RunMachine(RunBase):
         if self.info.status != ACTIVATING or report.generation != self.generation or cluster not in self._pending:
             return
         if report.error_json:
-            return self._setback(effects, now, cluster, error_from_json(report.error_json))
+            return self._setback(effects, now, error_of(cluster, report.error_json))
+        self._checks.activated(cluster, report)
         self._parts[cluster] = report
         if self._arrived(cluster):
             self._ready(effects, now)
@@ -135,17 +144,16 @@ class RunMachine(RunBase):
         if not ledger.accepts(report) or cluster not in ledger.clusters:
             return
         if report.error_json:
-            error = error_from_json(report.error_json)
+            error = error_of(cluster, report.error_json)
             if not report.recovery:
                 return self.fail(effects, now, error)
-            return self.recover(effects, now, f"{cluster}: {error.message}", report.recovery == "restore")
+            return self.recover(effects, now, error.message, report.recovery == "restore")
+        self._checks.round_report(cluster, report)
         if report.overflow:
             return self._retry_coarser(effects, now, report.overflow)
-        effects.writes.append(
-            Write("attempts", (self.run_id, report.round, report.attempt, cluster), attempt_row(report))
-        )
+        self.record.attempt(effects, cluster, report)
         commit = ledger.collect(cluster, report)
-        self._pending = set(ledger.open.missing) if ledger.open else set()
+        self._arrived(cluster)
         if commit:
             self._committed(effects, now, commit)
         else:
@@ -165,12 +173,13 @@ class RunMachine(RunBase):
         if self.leaving and self.info.status in LIVE and not (self._ledger and self._ledger.open):
             self._go_on(effects, now)
 
-    def model_stored(self, effects: Effects, now: Now, report: ModelStored) -> None:
+    def model_stored(self, effects: Effects, now: Now, cluster: str, report: ModelStored) -> None:
         """The final model is in the blob store: the run is complete."""
-        if self.info.status not in (RUNNING, IDLE) or report.generation != self.generation or not self._finishing:
+        asked = self._pending.get(cluster) if self._storing else None
+        if self.terminal or asked != StoreModel(report.run_id, report.generation, report.round):
             return
         if report.error_json:
-            return self.recover(effects, now, error_from_json(report.error_json).message, lost_state=True)
+            return self.recover(effects, now, error_of(cluster, report.error_json).message, lost_state=True)
         self.record.change(model_sha256=report.sha256)
         self._end(effects, now, COMPLETED, None)
 
@@ -187,9 +196,9 @@ class RunMachine(RunBase):
 
     def cluster_lost(self, effects: Effects, now: Now, cluster: str) -> None:
         """The lease of a cluster ran out, or its agent left."""
-        self._held.discard(cluster)
-        if self.terminal or cluster not in self.clusters:
+        if self.terminal or self.info.status == QUEUED or cluster not in self.clusters:
             return
+        self._held.discard(cluster)
         error = AgentError(
             "A003", f"cluster {cluster} was lost in {self._doing()}", hint="start its fabric-agent again"
         )
@@ -235,7 +244,9 @@ class RunMachine(RunBase):
         if self.terminal or now.monotonic_s < self._deadline_s:
             return
         late = ", ".join(sorted(self._away or self._pending))
-        error = RunError("F002", f"{self._doing()} took too long on {late}", hint="raise round_deadline_s")
+        in_round = bool(self._ledger and self._ledger.open) or self.info.status == RECOVERING
+        hint = "raise round_deadline_s" if in_round else "see the log of the late agents"
+        error = RunError("F002", f"{self._doing()} took too long on {late}", hint=hint)
         self.fail(effects, now, error)
 
     def fail(self, effects: Effects, now: Now, error: IcrfError) -> None:
@@ -289,18 +300,18 @@ class RunMachine(RunBase):
             for cluster in self.clusters:
                 effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
         self.checkpoints.give_up()
-        self._pending = set()
+        self._pending, self._storing = {}, False
         self._deadline_s = now.monotonic_s + float(self.config["round_deadline_s"])
         waiting = f"cluster {', '.join(sorted(self._away))} to come back" if self._away else ""
         self.record.status(effects, now, RECOVERING, waiting, text=reason)
         self._go_on(effects, now)
 
-    def _setback(self, effects: Effects, now: Now, cluster: str, error: IcrfError) -> None:
+    def _setback(self, effects: Effects, now: Now, error: IcrfError) -> None:
         """Reserving or activating failed: final in a first attempt, or if it is not a death."""
         if self.generation == 1 and self._recoveries == 0 and error.code != "U003":
             return self.fail(effects, now, error)
         if error.code in ("U003", "R003", "P003", "L008"):
-            return self.recover(effects, now, f"{cluster}: {error.message}", lost_state=True)
+            return self.recover(effects, now, error.message, lost_state=True)
         self.fail(effects, now, error)
 
     def _comes_back(self, effects: Effects, now: Now) -> None:
@@ -322,12 +333,12 @@ class RunMachine(RunBase):
         self.generation += 1
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
         effects.writes.append(self.placement.row(self.run_id, self.generation))
-        self._expect(self.clusters, now, self._reserve_s + 30.0)
         self._held = set(self.clusters)
         self.record.status(effects, now, RESERVING, f"reservations on {', '.join(self.clusters)}")
         strategy = self.config["placement_group_strategy"]
         federation = self.info.federation
-        effects.sends += self.placement.reserve(self.run_id, self.generation, federation, strategy, self._reserve_s)
+        orders = self.placement.reserve(self.run_id, self.generation, federation, strategy, self._reserve_s)
+        self._ask(effects, now, orders, self._reserve_s + 30.0)
 
     def _activate(self, effects: Effects, now: Now) -> None:
         assert self.placement is not None
@@ -337,13 +348,11 @@ class RunMachine(RunBase):
         self._restored_round = self.checkpoints.latest(done - 1 if over and done else done)
         artifacts = {c: self.checkpoints.artifact(self._restored_round, c) for c in self.clusters}
         peers = [PeerAddress(name, self._addresses(name)) for name in self.clusters]
-        self._expect(self.clusters, now, self._activate_s)
         self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self.clusters)}")
         restore = (self._restored_round, artifacts)
         federation = self.info.federation
-        effects.sends += self.placement.activate(
-            self.run_id, self.generation, federation, self.submission, peers, restore
-        )
+        orders = self.placement.activate(self.run_id, self.generation, federation, self.submission, peers, restore)
+        self._ask(effects, now, orders, self._activate_s)
 
     def _ready(self, effects: Effects, now: Now) -> None:
         ledger = self._ledger
@@ -383,8 +392,7 @@ class RunMachine(RunBase):
         self.record.event(effects, now, "warning", text)
         for cluster in self.clusters:
             effects.send(cluster, AbortAttempt(self.run_id, old.round, old.attempt))
-            effects.send(cluster, start)
-        self._expect(self.clusters, now, float(self.config["round_deadline_s"]))
+        self._ask_round(effects, now, start)
 
     def _committed(self, effects: Effects, now: Now, commit: Commit) -> None:
         assert self._ledger is not None and self.placement is not None
@@ -395,7 +403,9 @@ class RunMachine(RunBase):
         if commit.round > self.info.rounds_done:
             self._recoveries = 0
             target = self.config.get("target_accuracy")
-            reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target
+            # Only the first time: whoever asks for more rounds after that gets them.
+            first = not self.info.rounds_to_target
+            reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target and first
             wall_s = max(0.0, now.wall_s - self._opened_wall_s)
             self.record.committed(effects, now, commit, commit.result(self.generation, wall_s), reached)
             if reached:
@@ -433,7 +443,6 @@ class RunMachine(RunBase):
         elif status in (RUNNING, IDLE) and self._finishing:
             self._store(effects, now)
         elif status == RUNNING:
-            self._deadline_s = NEVER
             self.record.status(effects, now, IDLE)
 
     def _let_go(self, effects: Effects, now: Now) -> None:
@@ -454,13 +463,17 @@ class RunMachine(RunBase):
         attempt = self._attempt_floor + 1
         start = self._ledger.open_round(self.run_id, self.generation, evaluate, now.monotonic_s, attempt)
         self._opened_wall_s = now.wall_s
-        self._expect(self.clusters, now, float(self.config["round_deadline_s"]))
-        for cluster in self.clusters:
-            effects.send(cluster, start)
+        self._ask_round(effects, now, start)
+
+    def _ask_round(self, effects: Effects, now: Now, start: StartRound) -> None:
+        self._ask(effects, now, dict.fromkeys(self.clusters, start), float(self.config["round_deadline_s"]))
 
     def _store(self, effects: Effects, now: Now) -> None:
         assert self._ledger is not None
+        if self._storing:
+            return
+        self._storing = True
         coordinator = self._ledger.coordinator
-        self._expect((coordinator,), now, self._activate_s)
         self.record.waits(effects, now, f"the model from {coordinator}", quiet=True)
-        effects.send(coordinator, StoreModel(self.run_id, self.generation, self._ledger.round))
+        order = StoreModel(self.run_id, self.generation, self._ledger.round)
+        self._ask(effects, now, {coordinator: order}, self._activate_s)

@@ -44,7 +44,7 @@ class MediatorServer:
                 hint="bind 127.0.0.1",
             )
         self._service = service
-        self._relay = RelayServicer()
+        self._relay = RelayServicer(holder=service.holder)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
 

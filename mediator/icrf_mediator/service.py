@@ -12,12 +12,14 @@ import json
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
-from icrf.errors import IcrfError, RunError, error_from_json
+from icrf.errors import LocalError, RunError, error_from_json
 from icrf.ports import AgentPort, BlobStore, BlobWriter, Clock, FederationStore
 from icrf.protocol import (
+    TERMINAL,
     CallDone,
     ClusterInfo,
     Plan,
@@ -31,23 +33,15 @@ from icrf.protocol import (
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.fail_places import BEFORE, DURABLE, TOLD, pass_by
 from icrf_mediator.mediator import FederationMediator, Policy
-from icrf_mediator.planning import make_plan
+from icrf_mediator.planning import PlanMemo, make_plan
+from icrf_mediator.run_restore import run_event
 
 log = logging.getLogger("icrf.mediator")
 
 TICK_S = 0.5
 CALL_TIMEOUT_S = 600.0
 PLAN_ARTIFACT = "plan.json"
-_TABLES = (
-    "submissions",
-    "runs",
-    "goals",
-    "assignments",
-    "activations",
-    "commits",
-    "checkpoints",
-    "events",
-)
+_OF_UNFINISHED_RUNS = ("goals", "assignments", "activations", "commits", "checkpoints", "events")
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,10 @@ class MediatorService:
     """
 
     def __init__(self, store: FederationStore, blobs: BlobStore, clock: Clock, policy: Policy | None = None) -> None:
-        self._core = FederationMediator(policy)
+        self._plans = PlanMemo()
+        self._core = FederationMediator(policy, self._plans)
+        # Decisions that the journal has not taken yet: until it has, nobody is told or instructed.
+        self._backlog: deque[tuple[Effects, Session | None]] = deque()
         self._store, self._blobs, self._clock = store, blobs, clock
         self._sessions: dict[str, Session] = {}
         self._by_cluster: dict[str, str] = {}
@@ -80,7 +77,10 @@ class MediatorService:
 
     async def start(self) -> None:
         """Replay the journal and let time pass."""
-        tables = {name: self._store.rows(name) for name in _TABLES}
+        tables = {name: self._store.rows(name) for name in ("submissions", "runs")}
+        unfinished = [write.key for write in tables["runs"] if write.row["status"] not in TERMINAL]
+        for name in _OF_UNFINISHED_RUNS:
+            tables[name] = [write for key in unfinished for write in self._store.rows(name, key)]
         self._carry_out(self._core.restore(tables, self._now()))
         self._ticker = asyncio.create_task(self._tick())
 
@@ -98,6 +98,9 @@ class MediatorService:
     # ------------------------------------------------------------ SDK
 
     async def submit(self, submission: Submission) -> RunInfo:
+        # Made ahead: planning a large graph takes longer than the loop may be kept from heartbeats.
+        if self._core.made_by(submission.client_request_id) is None:
+            await asyncio.to_thread(self._plans, submission, self._core.clusters())
         info, effects = self._core.submit(submission, uuid.uuid4().hex, self._now())
         self._carry_out(effects)
         return info
@@ -119,21 +122,30 @@ class MediatorService:
         """Past events after `after_seq`, then live ones; ends with the ``end`` event."""
         full_id, _ = self._core.events(run_id)
         changed = asyncio.Event()
-        watchers = self._watchers.setdefault(full_id, set())
-        watchers.add(changed)
+        self._watchers.setdefault(full_id, set()).add(changed)
+        after_seq = max(0, after_seq)
         try:
             while True:
                 changed.clear()
-                _, events = self._core.events(full_id)
-                for event in list(events[after_seq:]):
+                # Asked first: the events of a run that is over are all there.
+                is_over = self._core.get(full_id).status in TERMINAL
+                for event in await self._events_after(full_id, after_seq):
                     after_seq = event.seq
                     yield event
-                    if event.kind == "end":
-                        return
-                if len(self._core.events(full_id)[1]) == after_seq:
-                    await changed.wait()
+                if is_over:
+                    return
+                await changed.wait()
         finally:
-            watchers.discard(changed)
+            self._watchers[full_id].discard(changed)
+            if not self._watchers[full_id]:
+                del self._watchers[full_id]
+
+    async def _events_after(self, full_id: str, after_seq: int) -> list[RunEvent]:
+        _, events = self._core.events(full_id)
+        if events is not None:
+            return list(events[after_seq:])
+        rows = await asyncio.to_thread(self._store.rows, "events", (full_id,))
+        return [run_event(write.row) for write in rows[after_seq:]]
 
     async def cancel(self, run_id: str) -> RunInfo:
         return self._outcome(*self._core.cancel(run_id, self._now()))
@@ -147,21 +159,24 @@ class MediatorService:
     async def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes:
         """Call a node's method on whatever cluster it lives; blocks this task until its result is here."""
         call_id = uuid.uuid4().hex
+        effects = self._core.call_node(run_id, node_id, method, arguments, call_id)
         future = self._expect(call_id)
-        self._carry_out(self._core.call_node(run_id, node_id, method, arguments, call_id))
+        self._carry_out(effects)
         done = await self._answer(call_id, future)
         return b"".join(await asyncio.to_thread(self._take_result, done)) if done.artifact else b""
 
     async def send_message(self, run_id: str, recipients: Sequence[str], message: bytes) -> None:
         """Deliver a supervisor's message; returns when every recipient's mailbox has it."""
         call_ids = [uuid.uuid4().hex for _ in recipients]
-        futures = {call_id: self._expect(call_id) for call_id in call_ids}
         used, effects = self._core.send_message(run_id, recipients, message, call_ids)
+        futures = {call_id: self._expect(call_id) for call_id in used}
         self._carry_out(effects)
-        for call_id in set(call_ids) - set(used):
-            del self._calls[call_id]
-        for call_id in used:
-            await self._answer(call_id, futures[call_id])
+        outcomes = await asyncio.gather(
+            *(self._answer(call_id, future) for call_id, future in futures.items()), return_exceptions=True
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     def fetch(self, run_id: str, artifact: str) -> Iterator[bytes]:
         """The bytes of an artifact in chunks; F006 at once when there is none.
@@ -176,6 +191,10 @@ class MediatorService:
 
     # ------------------------------------------------------------ agents
 
+    def holder(self, cluster: str) -> str | None:
+        """Whose gateway may attach for a cluster now; None: anybody's. Of the event loop."""
+        return self._core.holder(cluster, self._now())
+
     async def agent_connected(self, register: Register, port: AgentPort, peer: str) -> str:
         """Admit an agent's stream; a refused one gets a Reject through its port. Returns the session id."""
         session_id = uuid.uuid4().hex
@@ -185,16 +204,20 @@ class MediatorService:
             log.warning("refused an agent: %s", refusal)
             port.send(Reject(refusal.to_json()))
             return session_id
+        older = self._sessions.get(self._by_cluster.get(register.cluster, ""))
         self._by_cluster[register.cluster] = session_id
+        if older is not None:
+            # A stream that broke without a word: what is sent there would go nowhere.
+            older.port.disconnect()
         log.info("cluster %s registered from %s", register.cluster, peer)
-        self._carry_out(effects)
+        self._carry_out_in_time(effects)
         return session_id
 
     async def agent_report(self, session: str, report: Report) -> None:
         """Something an agent says over its stream."""
         who = self._sessions.get(session)
         if who is not None:
-            self._carry_out(self._core.report(who.cluster, who.incarnation, report, self._now()), who)
+            self._carry_out_in_time(self._core.report(who.cluster, who.incarnation, report, self._now()), who)
 
     async def agent_disconnected(self, session: str) -> None:
         """The stream of an agent ended."""
@@ -204,8 +227,11 @@ class MediatorService:
             self._core.disconnected(who.cluster, who.incarnation)
 
     def upload_writer(self, run_id: str, artifact: str) -> BlobWriter:
-        """A sink for an artifact of a run."""
-        return self._blobs.writer(self._core.get(run_id).run_id, artifact)
+        """A sink for an artifact of a run; F005 when the run is over."""
+        info = self._core.get(run_id)
+        if info.status in TERMINAL:
+            raise RunError("F005", f"run {info.run_id[:8]} is {info.status}: it takes no artifact", place="artifact")
+        return self._blobs.writer(info.run_id, artifact)
 
     # ------------------------------------------------------------ inside
 
@@ -217,7 +243,34 @@ class MediatorService:
         return info
 
     def _carry_out(self, effects: Effects, reporter: Session | None = None) -> None:
-        """Carry out one decision. A refused reporter (one that lost its lease) is answered on its own stream."""
+        """Carry out one decision, after those that still wait for the journal.
+
+        The core has decided and cannot go back. So a decision that the disk refuses is kept, with all that follows it,
+        until the disk takes it: what is told stays durable and in order.
+
+        Raises:
+            LocalError: L005 or L007 while the journal cannot be written.
+        """
+        self._backlog.append((effects, reporter))
+        while self._backlog:
+            try:
+                self._write(self._backlog[0][0])
+            except LocalError:
+                raise
+            except BaseException:
+                # A defect, no full disk: trying again would hold up everything behind it for ever.
+                self._backlog.popleft()
+                raise
+            self._tell(*self._backlog.popleft())
+
+    def _carry_out_in_time(self, effects: Effects, reporter: Session | None = None) -> None:
+        """Like `_carry_out` for callers that cannot do anything about the disk: the clock tries again."""
+        try:
+            self._carry_out(effects, reporter)
+        except LocalError as error:
+            log.error("%s; trying again", error)
+
+    def _write(self, effects: Effects) -> None:
         pass_by(effects, BEFORE)
         if effects.writes:
             began = time.perf_counter()
@@ -227,6 +280,9 @@ class MediatorService:
                 if event.round is not None:
                     self._core.commit_took(event.run_id, event.round.number, took)
         pass_by(effects, DURABLE)
+
+    def _tell(self, effects: Effects, reporter: Session | None) -> None:
+        """Instructions, answers, events. A refused reporter (it lost its lease) is answered on its own stream."""
         for cluster, instruction in effects.sends:
             session = self._sessions.get(self._by_cluster.get(cluster, ""))
             if isinstance(instruction, Reject) and reporter is not None:
@@ -238,6 +294,9 @@ class MediatorService:
             future = self._calls.get(answer.call_id)
             if future is not None and not future.done():
                 future.set_result(answer)
+            elif answer.artifact:
+                # Nobody waits for it any more.
+                self._blobs.delete_run(answer.run_id, answer.artifact)
         for run_id, artifact in effects.deletes:
             self._blobs.delete_run(run_id, artifact)
         for cluster in effects.dropped:
@@ -252,10 +311,10 @@ class MediatorService:
         while True:
             await asyncio.sleep(TICK_S)
             try:
-                self._carry_out(self._core.tick(self._now()))
-            except IcrfError as error:
-                log.error("the clock stopped: %s", error)
-                raise
+                self._carry_out_in_time(self._core.tick(self._now()))
+            except Exception:
+                # Leases and deadlines of all runs hang on this task: it must outlive a defect in one of them.
+                log.exception("a tick failed")
 
     def _expect(self, call_id: str) -> asyncio.Future[CallDone]:
         future: asyncio.Future[CallDone] = asyncio.get_running_loop().create_future()

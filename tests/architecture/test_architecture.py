@@ -31,7 +31,10 @@ WIRE = (
     "mediator/icrf_mediator/relay.py",
     "mediator/icrf_mediator/server.py",
 )
-MEDIATOR_CORE = tuple(f"mediator/icrf_mediator/{n}*.py" for n in ("mediator", "membership", "rounds", "runs"))
+MEDIATOR_CORE = tuple(
+    f"mediator/icrf_mediator/{n}*.py"
+    for n in ("checkpoints", "checks", "effects", "mediator", "membership", "placement", "rounds", "run_", "runs")
+)
 AGENT_CORE = tuple(f"agent/icrf_agent/{n}*.py" for n in ("core", "round_machine"))
 IMPURE = frozenset(
     [

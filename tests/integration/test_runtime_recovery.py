@@ -59,6 +59,22 @@ def undisturbed() -> dict[str, dict[int, str]]:
     return found
 
 
+def test_activating_again_waits_for_the_first_and_an_older_generation_is_refused() -> None:
+    async def work(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        runtime = driver.runtime
+        await driver.round(1)
+        first, second = await asyncio.gather(runtime.activate(driver.request), runtime.activate(driver.request))
+        assert first == second
+        await driver.round(2)
+        newer = restored(driver.request, 0)
+        await driver.activate(newer)
+        await driver.round(1)
+        with pytest.raises(IcrfError, match="P003"):
+            await runtime.activate(replace(newer, generation=newer.generation - 1))
+
+    drive(work, activation(DECENTRALIZED))
+
+
 # ---------------------------------------------------------------- hosts
 
 

@@ -191,3 +191,16 @@ def test_every_wrong_placement_is_reported() -> None:
     assert "cluster 'eu-wst' not in fabric" in text[0] and "Did you mean 'eu-west'?" in text[0]
     assert "node 'n9' does not exist" in text[1]
     assert "no cluster has the labels region=moon" in text[2] and "eu-west: region=eu" in text[2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_pins_are_kept_and_all_nodes_placed(data: st.DataObject) -> None:
+    slots = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    num_nodes = data.draw(st.integers(3, 12))
+    chosen = data.draw(st.dictionaries(st.integers(0, num_nodes - 1), st.integers(0, len(slots) - 1)))
+    pins = {node: frozenset({c}) for node, c in chosen.items()}
+    for strategy in ("locality", "round_robin"):
+        found = assign(strategy, build_topology("ring", num_nodes, {}), clusters_of(*slots), pins)
+        assert len(found.clusters) == num_nodes
+        assert all(found.clusters[node] == c for node, c in chosen.items())

@@ -42,7 +42,11 @@ from icrf.wire.codec import (
 )
 
 VALUES = sorted(
-    (cls for _, cls in inspect.getmembers(protocol, dataclasses.is_dataclass) if cls.__module__.startswith(protocol.__name__)),
+    (
+        c
+        for _, c in inspect.getmembers(protocol, dataclasses.is_dataclass)
+        if c.__module__.startswith(protocol.__name__)
+    ),
     key=lambda cls: cls.__name__,
 )
 ENVELOPES = [(unpack_instruction, types_pb2.Instruction), (unpack_report, types_pb2.Report)]

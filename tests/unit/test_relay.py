@@ -41,8 +41,8 @@ class Net:
     def send(self, frames, timeout_s=WAIT_S):
         return self.channel.stream_unary("/icrf.v1.Relay/Send")(frames, timeout=timeout_s)
 
-    async def attach(self, incarnation="x"):
-        request = gateway_pb2.RelayAttach(cluster="us-east", incarnation=incarnation).SerializeToString()
+    async def attach(self, incarnation="x", cluster="us-east"):
+        request = gateway_pb2.RelayAttach(cluster=cluster, incarnation=incarnation).SerializeToString()
         offers = self.channel.unary_stream("/icrf.v1.Relay/Attach")(request, timeout=WAIT_S)
         assert await offers.read() == b""
         return offers
@@ -69,7 +69,7 @@ def relayed(test):
     """Run a coroutine test against a fresh relay; every transfer must be gone at its end."""
 
     async def main():
-        relay = RelayServicer(queue_frames=QUEUE_FRAMES)
+        relay = RelayServicer(queue_frames=QUEUE_FRAMES, holder={"eu-west": "first"}.get)
         server = grpc.aio.server(options=SERVER_OPTIONS)
         relay.register(server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -281,3 +281,14 @@ async def test_closing_ends_the_attachments(net):
 def test_the_queue_is_bounded(queue_frames):
     with pytest.raises(ValueError, match="1 to 16"):
         RelayServicer(queue_frames)
+
+
+@relayed
+async def test_a_name_that_an_agent_holds_is_not_taken_over(net):
+    """A second agent of the same name attaches before it is refused; what is sent must go on to the first."""
+    held = await net.attach("first", cluster="eu-west")
+    error = error_in(await refused(net.attach("second", cluster="eu-west")))
+    assert (error.code, "eu-west" in error.message) == ("A001", True)
+    assert net.relay.stats().attached == ("eu-west",)
+    other = await net.attach("again", cluster="us-east")
+    assert not held.done() and not other.done()

@@ -87,7 +87,7 @@ def step_line(terminal: Terminal, text: str, seconds: float) -> None:
 
 
 class Steps:
-    """Tick lines for steps that take a while; a spinner says how long the current one has been running."""
+    """Tick lines for steps that go on at the same time, each with the time since the start; a spinner says it too."""
 
     def __init__(self, terminal: Terminal, doing: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal = terminal
@@ -107,10 +107,8 @@ class Steps:
         self._live.stop()
 
     def done(self, text: str) -> None:
-        """The current step is finished; `text` says what is true now. Callable from any thread."""
-        now = self._clock()
-        step_line(self._terminal, text, now - self._since)
-        self._since = now
+        """A step is finished; `text` says what is true now. Callable from any thread."""
+        step_line(self._terminal, text, self._clock() - self._since)
 
     def _footer(self) -> RenderableType:
         return _spinner_line(Text.assemble(self._doing, (f"  {format_clock(self._clock() - self._since)}", "dim")))
@@ -155,7 +153,7 @@ def plain_round(result: RoundResult, planned: int) -> str:
         if name in result.metrics:
             parts.append(f"{name} {format_metric(result.metrics[name])}")
     parts += [f"inter-cluster {format_bytes(result.bytes_inter_cluster)}", format_duration(result.wall_s)]
-    if result.bytes_by_cluster:
+    if len(result.bytes_by_cluster) > 1:
         parts.append(cluster_cell(result, 10_000))
     if result.attempt > 1:
         parts.append(f"attempt {result.attempt}")
@@ -274,7 +272,7 @@ class RoundTable:
         if not self._started:
             self._started = True
             heading = "  ".join(t.rjust(w) for t, w in zip(self._TITLES, self._WIDTHS, strict=True))
-            tail = "  received by" if result.bytes_by_cluster and rest >= 12 else ""
+            tail = "  received by" if len(result.bytes_by_cluster) > 1 and rest >= 12 else ""
             self._print(Text(f"\n  {heading}{tail}", style="dim"))
         metrics = result.metrics
         accuracy = metrics.get("accuracy")
@@ -293,7 +291,7 @@ class RoundTable:
         line = Text(" ")
         for (text, style), width in zip(cells, self._WIDTHS, strict=True):
             line.append(" ").append(text.rjust(width), style="dim" if text == MISSING else style).append(" ")
-        if result.bytes_by_cluster and rest >= 12:
+        if len(result.bytes_by_cluster) > 1 and rest >= 12:
             line.append(" ").append(cluster_cell(result, rest), style="dim")
         if result.attempt > 1:
             line.append(f"  try {result.attempt}", style="yellow")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from icrf import values
 from icrf.client import Fabric, Result, Run, raise_unless_completed
-from icrf.errors import ConfigError, IcrfError, LocalError, RoutingError
+from icrf.errors import ConfigError, LocalError, RoutingError
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode
 from icrf.federation.resources import resources_view
@@ -75,6 +75,7 @@ class FederatedBase:
         self._fabric, self._owns_fabric = fabric, fabric is None
         self._run: Run | None = None
         self._training: Future[RunInfo] | None = None
+        self._rounds_asked = 0
         self.bundle_offset = bundle_offset
 
     # ------------------------------------------------------------ nodes
@@ -129,21 +130,21 @@ class FederatedBase:
 
         Args:
             blocking: wait for them.
-            rounds: how many further rounds; None runs up to the configured number.
+            rounds: how many further rounds, after those that were asked for before; None runs up to the configured
+                number.
 
         Returns:
-            A future of the run's state after the last round; its exception is the error that ended the run.
+            A future of the run's state after the last round; its exception is the error that ended the run. What is
+            still to be done before the first round (reserving, setting up nodes) is part of it.
         """
-        if self._training is not None:
-            self._training.result()
-        self.materialize_all()
         run = self._submitted()
         done = run.info().rounds_done
-        wanted = self.config.federated_learning_rounds if rounds is None else done + rounds
-        future: Future[RunInfo] = Future()
-        self._training = future
+        asked = self._rounds_asked if self.running else done
+        wanted = self.config.federated_learning_rounds if rounds is None else asked + rounds
         if wanted > done:
             self._port.advance(run.id, "run", wanted)
+        future: Future[RunInfo] = Future()
+        self._training, self._rounds_asked = future, max(asked, wanted)
         threading.Thread(target=self._follow, args=(run, wanted, future), name="icrf-training", daemon=True).start()
         if blocking:
             future.result()
@@ -193,6 +194,9 @@ class FederatedBase:
                 else:
                     self._port.finish(self._run.id)
                 info = self._run.wait()
+                if self._training is not None:
+                    # It ends with the run; its thread must be done with the fabric before that is closed.
+                    self._training.exception()
         finally:
             if self._owns_fabric and self._fabric is not None:
                 self._fabric.close()
@@ -318,14 +322,15 @@ class FederatedBase:
         try:
             for event in run.events():
                 info = run.info()
-                reached = event.round is not None and event.round.number >= info.rounds_done
-                if info.status == IDLE and (reached or info.rounds_done >= wanted or event.status == IDLE):
+                # Stopped early where the target accuracy was reached.
+                stopped = info.status == IDLE and event.status == IDLE
+                if info.rounds_done >= wanted or stopped:
                     break
             info = run.info()
             if info.status in TERMINAL:
                 raise_unless_completed(info)
             future.set_result(info)
-        except IcrfError as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits for the future must get whatever it was
             future.set_exception(error)
 
     def _finish_training(self) -> None:

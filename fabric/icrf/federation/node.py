@@ -85,6 +85,15 @@ class FederatedNode:
         self._version = 0
         self._saved: dict[str, Any] | None = None
         self._received: list[Message] = []
+        self._received_before: list[Message] = []
+
+    def enter_round(self, number: int) -> None:
+        """The host calls this when an attempt begins: a repeated round finds the messages that its first try found."""
+        if number == self.context.round:
+            self._received = list(self._received_before)
+        else:
+            self._received_before = list(self._received)
+        self.context.round = number
 
     # ------------------------------------------------------------ to override
 
@@ -171,8 +180,8 @@ class FederatedNode:
 
     @property
     def version(self) -> int:
-        """How many versions `update_version` has saved, else the rounds committed."""
-        return self._version or self.context.round
+        """The number of the last version that was saved or trained, whichever is later; it never falls."""
+        return max(self._version, self.context.round)
 
     @property
     def neighbors(self) -> list[str]:
@@ -221,7 +230,7 @@ class FederatedNode:
     def update_version(self, **model: Any) -> int:
         """Save a version of named values for `pull_version`; returns its number."""
         self._saved = {k: copy.deepcopy(v) for k, v in model.items()}
-        self._version += 1
+        self._version = self.version + 1
         return self._version
 
     def pull_version(self) -> dict[str, Any]:

@@ -19,12 +19,12 @@ Executor = Callable[..., FederatedBase]
 
 
 def _clients(template: Any, roles: Sequence[str], config: FederationConfig, log: Any) -> list[VirtualNode]:
-    if not roles:
-        raise ConfigError("C008", "no roles, hence no clients", place="roles", allowed="one role per client")
     return [VirtualNode(template, f"client_{i}", role, config, log) for i, role in enumerate(roles)]
 
 
 def _shaped(config: FederationConfig, schema: str, topology: str, clients: int) -> FederationConfig:
+    if not clients:
+        raise ConfigError("C008", "no roles, hence no clients", place="roles", allowed="one role per client")
     plain = config.model_dump(mode="json")
     wanted = {
         "federated_learning_schema": schema,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -160,19 +161,26 @@ class LocalTrainer:
         total = torch.zeros((), dtype=torch.float64)
         flat_module.zero_grad()
         module.train()
-        own = torch.random.default_generator
-        outer_state = own.get_state()
-        own.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=generator)))
-        try:
+        with _global_randomness_from(generator):
             for _ in range(epochs):
                 for features, labels in _batches(x, y, batch_size or num_samples, shuffle, generator):
                     loss = functional.cross_entropy(module(features), labels)
                     loss.backward()
                     stepper.step()
                     total.add_(loss.detach(), alpha=len(labels))
-        finally:
-            own.set_state(outer_state)
         return total.item() / (num_samples * epochs), num_samples * epochs
+
+
+@contextmanager
+def _global_randomness_from(generator: torch.Generator) -> Iterator[None]:
+    """Torch's global generator, which dropout draws from, seeded from `generator` and put back afterwards."""
+    own = torch.random.default_generator
+    outer_state = own.get_state()
+    own.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=generator)))
+    try:
+        yield
+    finally:
+        own.set_state(outer_state)
 
 
 def _batches(

@@ -55,10 +55,12 @@ class Draining:
 
 @dataclass(frozen=True)
 class ClusterReset:
-    """The cluster itself was rebuilt: nothing that lived on it is left."""
+    """The cluster itself was rebuilt: nothing that lived on it is left, and it may have another size and address."""
 
     incarnation: str
     reason: str
+    capacity: Capacity
+    address: str = ""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ class FederationConfig(BaseModel):
     """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same) or
     ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
     federated_learning_topology: Text
-    """The graph: ``star`` for traditional; ``ring``, ``mesh``, ``custom``, a registered name or ``module:attr``."""
+    """The graph: ``star`` for traditional; ``ring``, ``line``, ``mesh``, ``custom``, a registered name or
+    ``module:attr``."""
     k_value: Nodes | None = None
     """Neighbours per node, for topologies that take it."""
     adjacency_matrix_file_name: Text | None = None

@@ -48,6 +48,8 @@ REBUILD_S = (3.0, 40.0)
 REDIAL_S = (0.05, 3.0)
 REMEMBERED = 12
 
+OfRun = Reserved | Activated | RoundReport | Checkpointed | ModelStored
+
 
 class SimAgent:
     """An agent's process on one cluster, with its journal.
@@ -57,11 +59,16 @@ class SimAgent:
         world: time and chance.
         mediator: whom it dials.
         agent_id: the same in all its lives.
+
+    Attributes:
+        orphans: runs of which only a reservation was left when an earlier life was killed. No life knows of them; a
+            mediator that has not been restarted since does, and has them released.
     """
 
     def __init__(self, cluster: SimCluster, world: World, mediator: SimMediator, agent_id: str) -> None:
         self.cluster, self.agent_id = cluster, agent_id
         self.up, self.draining = False, False
+        self.orphans: set[str] = set()
         self.life = 0
         self.cut_off = False
         self._world, self._mediator = world, mediator
@@ -70,7 +77,7 @@ class SimAgent:
         self._connection: Connection | None = None
         self._registered = False
         self._outbox: deque[Report] = deque()
-        self._said: deque[Report] = deque(maxlen=REMEMBERED)
+        self._said: deque[OfRun] = deque(maxlen=REMEMBERED)
         self._seen: set[PayloadHeader] = set()
         self._beating = False
         cluster.listener = self._arrived
@@ -100,6 +107,7 @@ class SimAgent:
                 del self._journal[run_id]
             else:
                 self._core.adopted(activation, held)
+        self.orphans |= self.cluster.reserved.keys() - self._journal.keys()
         for arrival in self.cluster.manager.arrived():
             self._task(0.0, 0.2, lambda a=arrival: self._arrived(a))  # type: ignore[misc]
         self._redial()
@@ -148,11 +156,13 @@ class SimAgent:
             self._connection.upwards.stall(for_s)
 
     def replay(self) -> bool:
-        """Something that was said of a run is said again, much later; False if nothing was."""
+        """What was said of runs is said again, much later; best under another generation. False if nothing was."""
         if not self._said:
             return False
-        report = self._world.pick(self._said)
-        self._task(0.0, 40.0, lambda: self._say(report))
+        now = {run_id: order.generation for run_id, order in self._journal.items()}
+        fenced = [r for r in self._said if r.generation < now.get(r.run_id, 0)]
+        for report in self._world.rng.choices(fenced or self._said, k=8):
+            self._task(0.0, 20.0, lambda r=report: self._say(r))  # type: ignore[misc]
         return True
 
     def rival(self) -> None:
@@ -174,7 +184,7 @@ class SimAgent:
 
     def _rebuilt(self) -> None:
         self.cluster.rebuild()
-        self._say(ClusterReset(self.incarnation, "the head died"))
+        self._say(ClusterReset(self.incarnation, "the head died", self._capacity()))
 
     def _stop(self) -> None:
         if self._connection and self._connection.up and self._registered:
@@ -222,11 +232,14 @@ class SimAgent:
             incarnation=self.incarnation,
             protocol_version=PROTOCOL_VERSION,
             software_version="sim",
-            capacity=Capacity(self.cluster.num_slots, 64.0, 0.0, 1 << 40),
+            capacity=self._capacity(),
             fingerprint=FINGERPRINT,
             agent_id=self.agent_id,
             held=self._core.held(),
         )
+
+    def _capacity(self) -> Capacity:
+        return Capacity(self.cluster.num_slots, 64.0, 0.0, 1 << 40)
 
     def _deliver(self, instruction: Instruction) -> None:
         first = not self._registered
@@ -261,7 +274,7 @@ class SimAgent:
 
     def _say(self, report: Report) -> None:
         self._outbox.append(report)
-        if isinstance(report, Reserved | Activated | RoundReport | Checkpointed | ModelStored):
+        if isinstance(report, OfRun):
             self._said.append(report)
         if self._registered:
             self._flush()

@@ -275,7 +275,7 @@ class SimCluster:
             sender=transfer.sender,
             source=self.name,
             target=run.activation.clusters[transfer.target],
-            dtype="int64",
+            dtype="float64" if partial else "int64",
             num_elements=len(array),
             weight=posting.weight,
             recipients=transfer.recipients if partial else (),

@@ -16,7 +16,7 @@ from icrf.errors import InternalError, NodeError, RunError, WeightsError
 from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, Transfer
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import Activate, Activated, StartRound
-from icrf.testing.sim_tally import Tally, Vector, absmax, digest
+from icrf.testing.sim_tally import Tally, Vector, absmax, digest, total
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager, Posting
 
@@ -96,7 +96,7 @@ def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: Sta
         if len(postings) != 1:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
         base = array_of(postings[0])
-        made = np.sum([tally.contribution(n, start.round, base) for n in local], axis=0, dtype=np.int64)
+        made = total([tally.contribution(n, start.round, base) for n in local])
         weight = sum(tally.samples(n) for n in local)
         if local[0] == tally.participants[0] and tally.overflows(start.round, start.grid):
             overflow = (0,)
@@ -118,7 +118,7 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
     assert host.state is not None
     if tally.centralized:
         added = [array_of(p) for p in manager.collect(start.run_id, start.round, start.attempt, PARTIAL)]
-        model = np.sum([host.state.rebase(start), *added], axis=0, dtype=np.int64)
+        model = total([host.state.rebase(start), *added])
         host.state.stage(start, model)
         metrics = {"accuracy": start.round / tally.rounds} if start.evaluate else {}
         return PhaseReport(absmax=absmax([model]), metrics=metrics, model_hash=digest(model).hex())
@@ -128,6 +128,9 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
     for posting in manager.collect(start.run_id, start.round, start.attempt, UPDATE):
         array = array_of(posting).reshape(len(posting.senders), -1)
         rows.update({sender: array[k] for k, sender in enumerate(posting.senders)})
+    missing = {j for n in host.nodes for j in (n, *tally.neighbours[n])} - rows.keys()
+    if missing:
+        raise InternalError("X001", f"updates of nodes {sorted(missing)} did not arrive")
     state = np.stack([tally.mix(n, rows) for n in host.nodes])
     if start.evaluate:
         manager.publish_many(_posting(start, CONSENSUS, host.nodes, state.sum(axis=0)))
@@ -139,7 +142,7 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
 def evaluate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
     """Make the consensus model."""
     postings = manager.collect(start.run_id, start.round, start.attempt, CONSENSUS)
-    model: Vector = np.sum([array_of(p) for p in postings], axis=0, dtype=np.int64)
+    model = total([array_of(p) for p in postings])
     host.consensus = (start.round, model)
     return PhaseReport(metrics={"accuracy": start.round / run.tally.rounds}, model_hash=digest(model).hex())
 

@@ -87,7 +87,8 @@ class Checker:
     # ------------------------------------------------------------ ownership (I4)
 
     def registered(self, register: Register, refusal: IcrfError | None, now_s: float) -> None:
-        """The mediator has answered a registration."""
+        """The mediator has answered a registration; before that it ends leases that ran out."""
+        self.ticked(now_s)
         owner = self._owners.get(register.cluster)
         if refusal is not None:
             return
@@ -96,7 +97,7 @@ class Checker:
         self._owners[register.cluster] = _Owner(register.incarnation, register.agent_id, now_s + self._lease_s)
 
     def ticked(self, now_s: float) -> None:
-        """Leases that ran out end at a tick."""
+        """Leases that ran out end at a tick, or at a registration."""
         self._owners = {name: owner for name, owner in self._owners.items() if owner.until_s > now_s}
 
     def reported(self, cluster: str, incarnation: str, report: Report, effects: Effects) -> None:
@@ -224,7 +225,7 @@ class Checker:
         self.require(info.status == facts.status, f"I16: {info.status} is shown, {facts.status} is durable")
         done = max(0, len(facts.heads) - 1)
         self.require(info.rounds_done == done, f"I16: {info.rounds_done} rounds are shown, {done} durable")
-        seen = len(core.events(run_id)[1])
+        seen = len(core.events(run_id)[1] or ())
         self.require(seen == len(facts.events), f"I5: {seen} events are shown, {len(facts.events)} durable")
 
     # ------------------------------------------------------------ what users see (I5)

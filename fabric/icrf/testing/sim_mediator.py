@@ -5,6 +5,7 @@ It dies between any two of them, and comes back with what was durable: the journ
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -51,6 +52,7 @@ class Connection:
         self._world, self._mediator, self._life = world, mediator, mediator.life
         self._deliver, self._ended = deliver, ended
         self._lingers = False
+        self._inbox: deque[Callable[[], None]] = deque()
         mediator.dialled.append(self)
         what = ("register", self.cluster, self.incarnation, register.held)
         self.upwards.carry(what, lambda: self._arrive(lambda: mediator.connected(self, register)))
@@ -63,7 +65,7 @@ class Connection:
     def send(self, instruction: Instruction) -> None:
         """The mediator says something."""
         what = None if isinstance(instruction, Lease) else ("->", self.cluster, instruction)
-        self.downwards.carry(what, lambda: self.up and self._deliver(instruction))
+        self.downwards.carry(what, lambda: self._deliver(instruction) if self.up else None)
 
     def disconnect(self) -> None:
         """The mediator ends the stream after what it has sent."""
@@ -81,11 +83,25 @@ class Connection:
         if self._lingers:
             self.upwards.stall(world.rng.uniform(0.0, 30.0))
         world.soon(0.01, 1.0, None, self._ended)
-        self.upwards.carry(("stream of", self.cluster, "ended"), lambda: self._mediator.disconnected(self))
+        what = ("stream of", self.cluster, "ended")
+        self.upwards.carry(what, lambda: self._hand_in(lambda: self._mediator.disconnected(self)))
 
     def _arrive(self, action: Callable[[], None]) -> None:
-        if (self.up or self._lingers) and self._mediator.life == self._life:
-            self._mediator.when_awake(action)
+        if self.up or self._lingers:
+            self._hand_in(action)
+
+    def _hand_in(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        if len(self._inbox) == 1:
+            self._serve()
+
+    def _serve(self) -> None:
+        """The mediator reads this stream, once it is awake; streams have no order among each other."""
+        pause_s = self._mediator.paused_until_s - self._world.now_s
+        if pause_s > 0.0:
+            return self._world.soon(pause_s, pause_s + 0.05, None, self._serve)
+        while self._inbox and self._mediator.life == self._life:
+            self._inbox.popleft()()
 
 
 class SimMediator:
@@ -105,7 +121,7 @@ class SimMediator:
         self._core: FederationMediator | None = None
         self._sessions: list[Connection] = []
         self._by_cluster: dict[str, Connection] = {}
-        self._paused_until_s = 0.0
+        self.paused_until_s = 0.0
         self.boot()
 
     @property
@@ -130,7 +146,7 @@ class SimMediator:
         """The process is killed; only journal and blobs are left."""
         if self._core is None:
             return
-        self._core, self._paused_until_s = None, 0.0
+        self._core, self.paused_until_s = None, 0.0
         self._world.log("the mediator dies")
         for connection in list(self.dialled):
             connection.break_off()
@@ -139,15 +155,7 @@ class SimMediator:
 
     def pause(self, for_s: float) -> None:
         """Nothing is processed for a while."""
-        self._paused_until_s = self._world.now_s + for_s
-
-    def when_awake(self, action: Callable[[], None]) -> None:
-        """Do `action` now, or after the pause, in order."""
-        if self._world.now_s < self._paused_until_s:
-            life = self.life
-            self._world.at(self._paused_until_s, None, lambda: action() if life == self.life else None)
-        else:
-            action()
+        self.paused_until_s = max(self.paused_until_s, self._world.now_s + for_s)
 
     def ask(self, question: Callable[[FederationMediator], T]) -> T:
         """Read something.
@@ -155,7 +163,7 @@ class SimMediator:
         Raises:
             Away: there is no mediator.
         """
-        if self._core is None or self._world.now_s < self._paused_until_s:
+        if self._core is None or self._world.now_s < self.paused_until_s:
             raise Away
         return question(self._core)
 
@@ -182,7 +190,10 @@ class SimMediator:
         self._checker.registered(register, refusal, self._world.now_s)
         if refusal:
             return connection.send(Reject(refusal.to_json()))
+        older = self._by_cluster.get(register.cluster)
         self._by_cluster[register.cluster] = connection
+        if older is not None:
+            older.disconnect()
         self._attempt(effects)
 
     def reported(self, connection: Connection, report: Report) -> None:
@@ -207,7 +218,7 @@ class SimMediator:
     def _tick(self, life: int) -> None:
         if life != self.life or self._core is None:
             return
-        if self._world.now_s >= self._paused_until_s:
+        if self._world.now_s >= self.paused_until_s:
             now = self._world.now()
             self._checker.ticked(now.monotonic_s)
             self._attempt(self._core.tick(now))

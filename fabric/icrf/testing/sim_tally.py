@@ -27,6 +27,11 @@ MODULUS = 1 << 31
 ESCALATION_BITS = 8
 
 
+def total(rows: Sequence[Vector]) -> Vector:
+    """The sum of vectors."""
+    return np.asarray(np.stack(rows).sum(axis=0), np.int64)
+
+
 def digest(state: Vector) -> bytes:
     """sha256 of a state's values."""
     return hashlib.sha256(np.ascontiguousarray(state, dtype=np.int64).tobytes()).digest()
@@ -147,21 +152,20 @@ class Tally:
     # ------------------------------------------------------------ inside
 
     def _base_grid(self, number: int) -> int:
-        total = sum(self.samples(i) for i in self.participants)
-        return choose_grid(absmax(self._expected[number - 1].states), total)[0]
+        weight = sum(self.samples(i) for i in self.participants)
+        return choose_grid(absmax(self._expected[number - 1].states), weight)[0]
 
     def _step(self, states: Sequence[Vector], number: int) -> list[Vector]:
         if self.centralized:
             added = [self.contribution(i, number, states[0]) for i in self.participants]
-            return [np.sum([states[0], *added], axis=0, dtype=np.int64)]
+            return [total([states[0], *added])]
         rows = {i: states[i] + self.contribution(i, number, states[i]) for i in range(self.num_nodes)}
         return [self.mix(i, rows) for i in range(self.num_nodes)]
 
     def _summary(self, states: Sequence[Vector]) -> Expected:
         if self.centralized:
             return Expected(tuple(states), digest(states[0]).hex(), None)
-        consensus = np.sum(states, axis=0, dtype=np.int64)
-        return Expected(tuple(states), merkle_root([digest(s) for s in states]), consensus)
+        return Expected(tuple(states), merkle_root([digest(s) for s in states]), total(states))
 
 
 def tally_submission(

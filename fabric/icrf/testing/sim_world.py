@@ -10,7 +10,7 @@ import heapq
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from icrf_mediator.effects import Now
@@ -94,11 +94,17 @@ class World:
         self.now_s = 0.0
         self.steps = 0
         self.faults: Counter[str] = Counter()
+        self.repeat = f"simulate({seed}, trace=True)"
         self._wall_shift_s = 0.0
         self._queue: list[_Pending] = []
         self._order = 0
         self._echo = echo
         self._trace: deque[tuple[float, Any]] = deque(maxlen=TRACE_STEPS)
+
+    def concentrate(self, weights: Sequence[float]) -> None:
+        """Many faults from outside, of the kinds with a weight only."""
+        self.odds = replace(self.odds, weights=tuple(weights), budget=10, gap_s=3.0, at_effect=0.0)
+        self.budget = self.odds.budget
 
     # ------------------------------------------------------------ time
 
@@ -181,7 +187,7 @@ class World:
         """An invariant is broken."""
         raise SimulationFailed(
             f"seed {self.seed}: {text}\n"
-            f"repeat: icrf.testing.simulation.simulate({self.seed}, trace=True)  (step {self.steps}, "
+            f"repeat: icrf.testing.simulation.{self.repeat}  (step {self.steps}, "
             f"{self.now_s:.1f} s, faults {dict(self.faults)})\n{self.trace()}"
         )
 

@@ -104,7 +104,7 @@ class User:
             _, events = self._fabric.mediator.ask(lambda core: core.events(self.run_id))
         except Away:
             events = []
-        new: Sequence[RunEvent] = events[self._seen :]
+        new: Sequence[RunEvent] = (events or ())[self._seen :]
         for event in new:
             self._fabric.checker.watched(self.run_id, event)
             self._seen = event.seq
@@ -120,10 +120,14 @@ class Fabric:
     Args:
         seed: decides what it is made of and what happens to it.
         trace: print every step.
+        kinds: let many faults strike from outside, of these kinds only; empty: the seed decides.
     """
 
-    def __init__(self, seed: int, trace: bool = False) -> None:
+    def __init__(self, seed: int, trace: bool = False, kinds: Sequence[str] = ()) -> None:
         self.world = world = World(seed, len(FAULTS), trace)
+        if kinds:
+            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r})"
+            world.concentrate([float(kind in kinds) for kind in FAULTS])
         policy = Policy()
         self.checker = Checker(world, policy.lease_ttl_s)
         self.mediator = SimMediator(world, self.checker, policy)
@@ -250,22 +254,23 @@ class Fabric:
             return ["the mediator is away"]
 
     def _nothing_is_left(self) -> None:
-        for cluster in self.clusters:
-            left = sorted({run_id for run_id, _ in cluster.hosts()} | set(cluster.reserved))
+        for cluster, agent in zip(self.clusters, self.agents, strict=True):
+            left = sorted({run_id for run_id, _ in cluster.hosts()} | (cluster.reserved.keys() - agent.orphans))
             self.checker.require(not left, f"I11: {cluster.name} still holds {left}")
 
 
-def simulate(seed: int, trace: bool = False) -> Outcome:
+def simulate(seed: int, trace: bool = False, kinds: Sequence[str] = ()) -> Outcome:
     """One history.
 
     Args:
         seed: decides everything.
         trace: print every step.
+        kinds: let many faults of these kinds strike (keys of :data:`FAULTS`); empty: the seed decides.
 
     Raises:
         SimulationFailed: an invariant does not hold.
     """
-    return Fabric(seed, trace).run()
+    return Fabric(seed, trace, kinds).run()
 
 
 # ---------------------------------------------------------------- kinds of faults that strike from outside

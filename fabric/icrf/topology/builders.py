@@ -64,12 +64,13 @@ def build_topology(
             place=f"topology {name!r}",
         )
     if connected:
-        require_connected(matrix)
+        file = parameters.get("adjacency_matrix_file_name") if name == "custom" else None
+        require_connected(matrix, place=file or f"topology {name!r}")
     return matrix
 
 
-def require_connected(matrix: HybridAdjacencyMatrix) -> None:
-    """Raise T006, naming the components, unless the graph is (weakly) connected."""
+def require_connected(matrix: HybridAdjacencyMatrix, place: str = "") -> None:
+    """Raise T006, naming the components and the `place` of the graph, unless it is (weakly) connected."""
     components = matrix.components()
     if len(components) <= 1:
         return
@@ -77,6 +78,7 @@ def require_connected(matrix: HybridAdjacencyMatrix) -> None:
     raise TopologyError(
         "T006",
         f"{len(components)} components: {shown}{' ...' if len(components) > SHOWN else ''}",
+        place=place,
         allowed="a connected graph",
         hint="add an edge between the components; nodes of different components never learn from each other",
     )

@@ -145,6 +145,7 @@ class GrpcMediator:
                     yield event
                     if event.kind == "end":
                         return
+                return  # the mediator has no more to say: the run had ended before `after_seq`
             except grpc.RpcError as error:
                 lost = from_rpc_error(error, self._address)
                 if not self._worth_repeating(lost):

@@ -79,7 +79,9 @@ def from_status(
     details = _cut(details, _MAX_DETAILS)
     if code is grpc.StatusCode.UNAVAILABLE or (code is grpc.StatusCode.INTERNAL and details == _BROKEN_WRITE):
         hint = f"check that it runs and that {address} is its address"
-        return make_error(unreachable, f"{what} unreachable", place=address, value=details or None, hint=hint)
+        # gRPC tells the whole story of its attempts; its last words are the reason.
+        reason = details.rpartition("remote host: ")[2].removeprefix("connect: ")
+        return make_error(unreachable, f"{what} unreachable", place=address, value=reason or None, hint=hint)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         hint = "it may be overloaded or behind a network that drops packets; try again"
         return make_error(unreachable, f"{what} did not answer in time", place=address, hint=hint)

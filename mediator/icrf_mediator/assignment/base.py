@@ -68,8 +68,11 @@ def fair_shares(num_nodes: int, slots: Sequence[int], pinned: Sequence[int]) -> 
         others = [c for c in range(len(weights)) if c not in full]
         rest = num_nodes - sum(pinned[c] for c in full)
         total = max(1, sum(weights[c] for c in others))
-        # Within the rounding of a share, pins do no harm.
-        crowded = {c for c in others if pinned[c] > -(-rest * weights[c] // total)}
+        rounded_up = {c for c in others if pinned[c] > rest * weights[c] // total}
+        crowded = {c for c in rounded_up if pinned[c] > -(-rest * weights[c] // total)}
+        # Pins within the rounding of a share do no harm while there are enough odd nodes to round up with.
+        if not crowded and len(rounded_up) > rest - sum(rest * weights[c] // total for c in others):
+            crowded = rounded_up
         if not crowded:
             break
         full |= crowded
@@ -77,7 +80,7 @@ def fair_shares(num_nodes: int, slots: Sequence[int], pinned: Sequence[int]) -> 
     for c in others:
         low[c] = target[c] = rest * weights[c] // total
         high[c] = -(-rest * weights[c] // total)
-    by_remainder = sorted(others, key=lambda c: (-(rest * weights[c] % total), c))
+    by_remainder = sorted(others, key=lambda c: (c not in rounded_up, -(rest * weights[c] % total), c))
     for c in by_remainder[: rest - sum(low[c] for c in others)]:
         target[c] += 1
     return Shares(tuple(low), tuple(high), tuple(target))

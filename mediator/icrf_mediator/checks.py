@@ -1,0 +1,101 @@
+"""What a report of an agent must look like before the core acts on it. Pure.
+
+An agent that sends nonsense ends its own run with P001 or W030 and a name to look at; it never ends the mediator.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from icrf.errors import IcrfError, error_from_dict, error_from_json, make_error
+from icrf.protocol import CENTRALIZED, Activated, RoundReport
+
+HASH_BYTES = 32
+MAX_SAMPLES = 2**31 - 1
+_NUMERATOR = re.compile(r"-?[0-9]{1,400}")
+_MODEL_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class ReportChecks:
+    """The checks of one run.
+
+    Args:
+        flow: ``centralized`` or ``decentralized``.
+        num_tensors: tensors of the model's layout.
+        members: node indices per cluster.
+        coordinator: the cluster that makes the global or consensus model.
+    """
+
+    def __init__(self, flow: str, num_tensors: int, members: dict[str, tuple[int, ...]], coordinator: str) -> None:
+        self._centralized = flow == CENTRALIZED
+        self._num_tensors = num_tensors
+        self._members = members
+        self._coordinator = coordinator
+
+    def activated(self, cluster: str, report: Activated) -> None:
+        """Raise P001 or W030 unless this can be what `cluster` has set up."""
+        here = set(self._members[cluster])
+        for node, samples in report.num_samples:
+            if node not in here:
+                raise _malformed(cluster, "num_samples", f"node {node} does not live there")
+            if not 0 <= samples <= MAX_SAMPLES:
+                raise make_error(
+                    "W030",
+                    f"cluster {cluster}: node {node} has {samples} samples",
+                    place="num_samples",
+                    allowed=f"0 to {MAX_SAMPLES}",
+                )
+        self._state(cluster, report)
+
+    def round_report(self, cluster: str, report: RoundReport) -> None:
+        """Raise P001 unless this can be the outcome of an attempt on `cluster`."""
+        if any(not 0 <= tensor < self._num_tensors for tensor in report.overflow):
+            raise _malformed(cluster, "overflow", f"{self._num_tensors} tensors, found {report.overflow[:5]}")
+        if report.overflow:
+            return
+        self._state(cluster, report)
+        if _bits(report.participants) & ~_bitmap(self._members[cluster]):
+            raise _malformed(cluster, "participants", "a node that does not live there")
+        for name, part in report.metric_sums.items():
+            if part.weight < 1 or not _NUMERATOR.fullmatch(part.numerator):
+                raise _malformed(cluster, f"metric_sums[{name}]", "no exact sum")
+
+    def _state(self, cluster: str, report: Activated | RoundReport) -> None:
+        """The hashes and maxima of a new state."""
+        makes_state = not self._centralized or cluster == self._coordinator
+        if makes_state or report.absmax:
+            if len(report.absmax) != self._num_tensors:
+                raise _malformed(cluster, "absmax", f"{len(report.absmax)} values for {self._num_tensors} tensors")
+            if not all(math.isfinite(value) for value in report.absmax):
+                raise make_error("W020", f"cluster {cluster}: the state is not finite", place="absmax")
+        if self._centralized:
+            if makes_state and not _MODEL_HASH.fullmatch(report.model_hash):
+                raise _malformed(cluster, "model_hash", "no sha256")
+        elif len(report.state_hashes) != HASH_BYTES * len(self._members[cluster]):
+            found = f"{len(report.state_hashes)} bytes for {len(self._members[cluster])} nodes"
+            raise _malformed(cluster, "state_hashes", found)
+
+
+def error_of(cluster: str, error_json: str) -> IcrfError:
+    """The error that an agent reported; it names its cluster, whether or not the agent thought of that."""
+    error = error_from_json(error_json)
+    if cluster in str(error):
+        return error
+    return error_from_dict({**error.to_dict(), "message": f"cluster {cluster}: {error.message}"})
+
+
+def _malformed(cluster: str, place: str, found: str) -> IcrfError:
+    return make_error("P001", f"malformed report of cluster {cluster}: {found}", place=place)
+
+
+def _bitmap(nodes: Sequence[int]) -> int:
+    packed = bytearray(max(nodes, default=-1) // 8 + 1)
+    for node in nodes:
+        packed[node // 8] |= 1 << (node % 8)
+    return _bits(packed)
+
+
+def _bits(packed: bytes | bytearray) -> int:
+    return int.from_bytes(packed, "little")

@@ -1,0 +1,92 @@
+"""The headline promise on a whole fabric without Ray: where nodes live changes no bit of any round."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icrf.protocol import RoundResult
+from icrf.spec import FederationConfig
+from icrf.submission import build_submission
+from icrf.testing.inline import InlineFabric
+
+NUM_CLIENTS = 6
+SCHEMAS = {"star": "TraditionalFederatedLearning", "ring": "DecentralizedFederatedLearning"}
+NODES = {
+    "star": ["server", *(f"client_{i}" for i in range(NUM_CLIENTS))],
+    "ring": [f"client_{i}" for i in range(NUM_CLIENTS)],
+}
+
+# Cluster per node (the server is the last one), and hosts per cluster.
+placements = st.tuples(
+    st.lists(st.integers(0, 3), min_size=NUM_CLIENTS + 1, max_size=NUM_CLIENTS + 1), st.integers(1, 3)
+)
+
+
+def outcome(topology: str, owners: list[int], num_slots: int) -> tuple[str, list[Any], int]:
+    """Hash of the final model, everything of each round that must not depend on the placement, and bytes that
+    crossed."""
+    nodes = NODES[topology]
+    owner_of = dict(zip(nodes, [owners[-1], *owners] if topology == "star" else owners, strict=False))
+    config = FederationConfig.from_mapping(
+        {
+            "federation_id": "same-bits",
+            "federated_learning_schema": SCHEMAS[topology],
+            "federated_learning_topology": topology,
+            "number_of_clients": NUM_CLIENTS,
+            "federated_learning_rounds": 3,
+            "number_of_epochs": 1,
+            "dataset_type": "digits",
+            "model_type": "mlp",
+            "data_distribution_kind": "dir",
+            "evaluate_every": 2,
+            "placement": {node: f"local-{1 + owner}" for node, owner in owner_of.items()},
+        }
+    )
+    with InlineFabric(1 + max(owner_of.values()), num_slots=num_slots) as fabric:
+        run = fabric.port.submit(build_submission(config))
+        rounds = [event.round for event in fabric.port.watch(run.run_id) if event.round]
+        info = fabric.port.get(run.run_id)
+    assert (info.status, info.error_json) == ("COMPLETED", "")
+    assert info.clusters == tuple(sorted({f"local-{1 + owner}" for owner in owner_of.values()}))
+    return info.model_sha256, [facts(r) for r in rounds], info.bytes_inter_cluster
+
+
+def facts(result: RoundResult) -> tuple[Any, ...]:
+    return (
+        result.number,
+        result.attempt,
+        result.model_sha256,
+        result.parent_sha256,
+        result.consensus_sha256,
+        result.participants,
+        sorted(result.metrics.items()),
+    )
+
+
+@cache
+def on_one_cluster(topology: str) -> tuple[str, list[Any], int]:
+    return outcome(topology, [0] * (NUM_CLIENTS + 1), 2)
+
+
+@pytest.mark.parametrize("topology", ["star", "ring"])
+def test_any_placement_gives_the_same_bits_in_every_round(topology: str) -> None:
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @given(placements)
+    def check(placement: tuple[list[int], int]) -> None:
+        owners, num_slots = placement
+        model, rounds, crossed = outcome(topology, owners, num_slots)
+        alone_model, alone_rounds, _ = on_one_cluster(topology)
+        assert rounds == alone_rounds
+        assert model == alone_model
+        used = set(owners[:NUM_CLIENTS] if topology == "ring" else owners)
+        assert (crossed > 0) == (len(used) > 1)
+
+    _, rounds, crossed = on_one_cluster(topology)
+    assert [r[0] for r in rounds] == [1, 2, 3] and crossed == 0
+    assert len({r[2] for r in rounds}) == 3
+    check()
