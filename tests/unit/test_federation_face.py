@@ -207,7 +207,7 @@ def test_a_fabric_of_its_own_is_opened_once_and_closed_by_stop(monkeypatch: pyte
     ],
 )
 def test_a_schema_shapes_the_configuration(schema: Any, kind: str, topology: str, ids: list[str]) -> None:
-    other = FederationConfig.from_mapping({**RING, "min_nodes": 3, "number_of_clients": 9})
+    other = FederationConfig.from_mapping({**RING, "min_nodes": 9, "number_of_clients": 9})
     base = schema(client_template=Talker, roles=["train-eval", "train-test"], config=other)
     found = base.config
     assert (found.federated_learning_schema, found.federated_learning_topology) == (kind, topology)

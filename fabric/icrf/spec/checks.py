@@ -54,8 +54,14 @@ def _only_today(values: Values) -> Iterator[Problem]:
     for key, works in (("client_fraction", 1.0), ("clustering_period", 0)):
         if key in values and values[key] != works:
             yield not_built(key, values[key], str(works))
-    if values.get("do_cluster"):
-        yield not_built("do_cluster", True, "false")
+    for key, wanted in (("do_cluster", False), ("aggregation_sample_scaling", True), ("store_node_models", False)):
+        if values.get(key, wanted) is not wanted:
+            yield not_built(key, not wanted, str(wanted).lower())
+    if values.get("device") == "cuda":
+        yield not_built("device", "cuda", "cpu")
+    least, nodes = values.get("min_nodes"), values.get("number_of_clients")
+    if least is not None and nodes is not None and least < nodes:
+        yield not_built("min_nodes", least, f"null or {nodes}: a round needs all of its nodes")
 
 
 def _min_nodes(values: Values) -> Iterator[Problem]:

@@ -48,7 +48,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Without this a second server takes the same port silently, and each gets half of the connections.
     ("grpc.so_reuseport", 0),
     # Clients ping every 20 s; gRPC's default of 300 s would answer that with GOAWAY.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9_.])?")
