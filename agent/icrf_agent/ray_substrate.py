@@ -26,6 +26,7 @@ from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.cluster_gateway import GatewaySettings
 from icrf_agent.host_nodes import LOCAL_TEMPLATE, HostSetup
+from icrf_agent.keeper import accepts
 from icrf_agent.ray_actors import (
     CONTROL,
     DEATHS,
@@ -122,6 +123,11 @@ class RaySubstrate:
             await asyncio.to_thread(ray.kill, actor.handle, no_restart=False)
 
     def _connect(self, address: str) -> None:
+        # Ray itself would try for minutes, and take no signal meanwhile.
+        if not accepts(address):
+            raise LocalError(
+                "L008", f"nothing listens at {address}", place="--ray-address", hint="is the Ray cluster running?"
+            )
         try:
             ray.init(
                 address=address,

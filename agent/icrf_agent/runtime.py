@@ -20,7 +20,7 @@ from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunEr
 from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import Activate, Activated, HeldRun, PeerAddress, Reserve, StartRound
-from icrf_agent.checkpoint import merge_nodes, split_nodes
+from icrf_agent.checkpoint import merge_nodes
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
@@ -86,8 +86,7 @@ class HostedRuntime:
             async with asyncio.timeout(request.deadline_s):
                 await self._alive.wait()
         except TimeoutError as error:
-            why = f"cluster {self._cluster} was not rebuilt within {request.deadline_s:.0f} s"
-            raise ResourceError("R003", why, hint="its agent's log says why") from error
+            raise ResourceError("R003", f"cluster {self._cluster} was not rebuilt in time") from error
         await self._substrate.reserve(request)
 
     async def activate(self, request: Activate, checkpoint: bytes = b"") -> Activated:
@@ -107,7 +106,7 @@ class HostedRuntime:
         run_id = request.run_id
         setups = self._setups(request)
         run = Hosted(request, [s.nodes for s in setups], setups)
-        states = await asyncio.to_thread(_states_for, run, checkpoint)
+        states = await asyncio.to_thread(run.states_from, checkpoint)
         async with self._healing:
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
             await self._manager.call("link", request)
@@ -258,8 +257,7 @@ class HostedRuntime:
     async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
         if not self._alive.is_set():
             return  # nothing of it is left
-        async with self._healing:
-            # A manager that died in silence, while no step ran here, is linked again by whoever comes first.
+        async with self._healing:  # a manager that died in silence, while no step ran here, is linked again
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
         await self._manager.call("abort", run_id, round_number, attempt)
 
@@ -450,14 +448,6 @@ class HostedRuntime:
 
     def _needed_templates(self, request: Activate) -> dict[str, type]:
         return {name: kind for name, kind in self._templates.items() if name in request.config_json}
-
-
-def _states_for(run: Hosted, checkpoint: bytes) -> list[bytes]:
-    """Each host's part of the state to restore; W010 if it is not there."""
-    number = run.activation.restore_round
-    if number and not run.centralized:
-        return split_nodes(checkpoint, number, run.nodes)
-    return [checkpoint if number and run.keeps_state(slot) else b"" for slot in range(len(run.nodes))]
 
 
 def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:

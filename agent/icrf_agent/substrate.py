@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
 from icrf.protocol import CENTRALIZED, Activate, Activated, Reserve
+from icrf_agent.checkpoint import split_nodes
 from icrf_agent.host_nodes import HostSetup
 
 
@@ -136,3 +137,10 @@ class Hosted:
     def keeps_state(self, slot: int) -> bool:
         """Whether a host keeps what rounds start from."""
         return not self.centralized or self.aggregator in self.nodes[slot]
+
+    def states_from(self, checkpoint: bytes) -> list[bytes]:
+        """Each host's part of the state to restore; W010 if it is not there."""
+        number = self.activation.restore_round
+        if number and not self.centralized:
+            return split_nodes(checkpoint, number, self.nodes)
+        return [checkpoint if number and self.keeps_state(slot) else b"" for slot in range(len(self.nodes))]

@@ -51,7 +51,7 @@ Overrides = Annotated[
     typer.Option("-o", "--override", metavar="KEY=VALUE", help="Replace a value of the file; may be repeated."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/ID")]
-Clusters = Annotated[int, typer.Option("--clusters", min=1, metavar="N", help="How many local Ray clusters.")]
+Clusters = Annotated[int, typer.Option("--clusters", min=1, max=64, metavar="N", help="How many local Ray clusters.")]
 Mediator = Annotated[
     str,
     typer.Option("--mediator", envvar="ICRF_MEDIATOR", metavar="HOST:PORT", help="The fabric's mediator."),
@@ -121,7 +121,14 @@ def run(
     ] = None,
     clusters: Annotated[
         int | None,
-        typer.Option("--clusters", min=1, metavar="N", help="How many local Ray clusters.", show_default="1"),
+        typer.Option(
+            "--clusters",
+            min=1,
+            max=64,
+            metavar="N",
+            help="How many local Ray clusters.",
+            show_default="1",
+        ),
     ] = None,
     out: Out = None,
     resume: Annotated[
@@ -181,6 +188,11 @@ def validate(context: typer.Context, file: FedFile, override: Overrides = None, 
     from icrf.spec import explain_sources
 
     config = _load(file, override)
+    if config.federated_learning_topology not in ("star", "ring", "mesh"):
+        # A matrix or a builder of the user's own may be wrong; it is loaded only where there is one.
+        from icrf.submission import check_graph
+
+        check_graph(config, code_path=str(file.resolve().parent))
     show_sources(terminal, file, config, explain_sources(file, override or []))
     if json:
         terminal.json(config.model_dump())
@@ -191,7 +203,15 @@ def plan(
     context: typer.Context,
     file: FedFile,
     clusters: Annotated[
-        int | None, typer.Option("--clusters", min=1, metavar="N", help="Plan for N local clusters.", show_default="1")
+        int | None,
+        typer.Option(
+            "--clusters",
+            min=1,
+            max=64,
+            metavar="N",
+            help="Plan for N local clusters.",
+            show_default="1",
+        ),
     ] = None,
     mediator: Annotated[
         str | None, typer.Option("--mediator", metavar="HOST:PORT", help="Plan for the clusters of this fabric.")

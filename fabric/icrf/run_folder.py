@@ -35,13 +35,14 @@ def default_folder(run_id: str) -> Path:
 class RunFolder:
     """Writes the folder of one run; a context manager.
 
-    The files of an earlier run in the same folder are removed first: a folder never mixes two runs.
+    The files of an earlier run in the same folder are removed first: a folder never mixes two runs. Files of the same
+    names that no run has written are left alone.
 
     Args:
         path: created with its parents where missing.
 
     Raises:
-        LocalError: L005 if the folder cannot be written.
+        LocalError: L005 if the folder cannot be written, or holds files of these names that are not a run's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +50,7 @@ class RunFolder:
         self._rounds: list[RoundResult] = []
         self._plan: Plan | None = None
         require_writable(path)
+        _require_own(path)
         with _writing(path):
             for name in _FILES:
                 (path / name).unlink(missing_ok=True)
@@ -198,3 +200,17 @@ def plan_from_dict(values: Mapping[str, Any]) -> Plan:
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _require_own(path: Path) -> None:
+    """Refuse to replace somebody else's files."""
+    if (path / "rounds.jsonl").exists() or (path / "summary.json").exists():
+        return
+    foreign = [name for name in _FILES if (path / name).exists()]
+    if foreign:
+        raise LocalError(
+            "L005",
+            f"{path} holds a {foreign[0]} that no run has written",
+            place=str(path),
+            hint="name another folder with --out",
+        )

@@ -114,6 +114,19 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
         )
 
 
+def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
+    """Refuse a configuration whose roles or topology cannot work; no model and no data are loaded.
+
+    Raises:
+        ConfigError, TopologyError: see :func:`build_submission`.
+    """
+    flow = flow_of(config)
+    nodes = default_nodes(config, flow)
+    check_roles(nodes, flow)
+    with on_path(code_path):
+        _graph(config, nodes, None)
+
+
 def _graph(
     config: FederationConfig, nodes: Sequence[NodeSpec], adjacency: HybridAdjacencyMatrix | np.ndarray[Any, Any] | None
 ) -> Graph:

@@ -201,6 +201,8 @@ class MediatorService:
         refusal, effects = self._core.register(register, peer, self._now())
         self._sessions[session_id] = Session(register.cluster, register.incarnation, port)
         if refusal:
+            # Others may have lost their leases meanwhile: that was decided too.
+            self._carry_out_in_time(effects)
             log.warning("refused an agent: %s", refusal)
             port.send(Reject(refusal.to_json()))
             return session_id

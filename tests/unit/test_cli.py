@@ -417,6 +417,15 @@ def test_validate_tells_where_each_value_comes_from(fabric: Command) -> None:
     assert rows["batch_size"] == "default"
 
 
+def test_validate_reads_the_matrix_too(fabric: Command) -> None:
+    (fabric.folder / "adj.csv").write_text("0,1\n1\n")
+    text = FED.replace("TraditionalFederatedLearning", "DecentralizedFederatedLearning").replace(": star", ": custom")
+    fabric.file.write_text(text + "adjacency_matrix_file_name: adj.csv\n")
+    result = fabric("validate", "fed.yaml")
+    assert result.exit_code == 65, result.output
+    assert "T001" in result.stderr and "adj.csv" in result.stderr
+
+
 def test_the_demo_explains_what_it_did(fabric: Command) -> None:
     result = fabric("demo", "--out", "out")
     assert result.exit_code == 0, result.output

@@ -283,6 +283,24 @@ def test_a_call_to_a_run_that_ends_is_answered_at_once(core: Any) -> None:
     play(core, scenario)
 
 
+def test_what_a_refused_registration_brings_to_light_is_carried_out(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "TICK_S", 3600.0)
+
+    async def scenario(w: World) -> None:
+        port = await w.agent(Reserve)
+        run = await w.service.submit(core.submission())
+        w.clock.time_s += 100.0
+        capacity, fingerprint = core.mediator.clusters()[0].capacity, core.mediator.clusters()[0].fingerprint
+        other = Register("us", "i-us", 99, "0.1", capacity, fingerprint)
+        await w.service.agent_connected(other, Port(w, ()), "127.0.0.1:9")
+        shown = (await w.service.get(run.run_id)).status
+        assert shown != "RESERVING"
+        assert w.store.rows("runs", (run.run_id,))[0].row["status"] == shown
+        assert port.closed == 1
+
+    play(core, scenario)
+
+
 # ---------------------------------------------------------------- restart
 
 

@@ -190,3 +190,11 @@ def test_a_curve_of_values_that_cannot_be_drawn_is_empty() -> None:
     nan = replace(scripted_round(1, ("a",)), metrics={"loss": float("nan")})
     assert curve_svg([nan]) == ""
     assert curve_svg([]) == ""
+
+
+def test_files_that_no_run_has_written_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(LocalError) as caught:
+        RunFolder(tmp_path)
+    assert caught.value.code == "L005"
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"

@@ -29,7 +29,7 @@ from icrf.console.unfinished import (
     remove_state,
     state_folder,
 )
-from icrf.errors import IcrfError, LocalError, RunError, error_from_dict
+from icrf.errors import IcrfError, LocalError, ResourceError, RunError, error_from_dict
 from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, TERMINAL, Plan, RunInfo, Submission
 from icrf.run_folder import RunFolder, default_folder, require_writable, summarize
 
@@ -47,6 +47,7 @@ DEMO = "digits-star.yaml"
 def run_here(terminal: Terminal, doors: Doors, submission: Submission, clusters: int, out: Path | None) -> Outcome:
     """``fabric run``: an embedded fabric for one federation. Its state lies in `out`, so that it can be resumed."""
     require_writable(out or Path("runs"))
+    require_feasible(doors.plan_local(submission, clusters))
     state = None if out is None else new_state(out)
     with _embedded(terminal, doors, clusters, state) as fabric:
         run, folder, _ = _start(terminal, fabric, submission, out)
@@ -55,6 +56,13 @@ def run_here(terminal: Terminal, doors: Doors, submission: Submission, clusters:
         with folder:
             outcome = _follow_here(terminal, run, folder)
     return _settled(outcome, state)
+
+
+def require_feasible(plan: Plan) -> None:
+    """R001 before anything starts, when this machine cannot hold what is asked for."""
+    if not plan.feasible:
+        hint = "`fabric plan` shows what each cluster would hold"
+        raise ResourceError("R001", "; ".join(plan.problems), place="resources", hint=hint)
 
 
 def resume_here(terminal: Terminal, doors: Doors, out: Path, clusters: int | None) -> Outcome:

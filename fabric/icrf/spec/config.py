@@ -166,8 +166,7 @@ class FederationConfig(BaseModel):
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
     checkpoint_every: CountOrZero = 10
-    """Rounds between durable checkpoints: after a loss of state at most so many rounds run again; 0: only the initial
-    state is durable."""
+    """Rounds between durable checkpoints: a run whose state was lost goes back to the newest one; 0: to its start."""
     store_node_models: bool = False
     """Decentralized: also keep every node's own model in the results."""
 
