@@ -39,7 +39,7 @@ from icrf_mediator.store_sqlite import SqliteStore
 Progress = Callable[[str], None]
 
 AGENT_START_S = 180.0
-AGENT_STOP_S = 60.0
+AGENT_STOP_S = 90.0
 ORPHAN_GRACE_S = 2.0
 OBJECT_STORE_BYTES = 1 << 30
 _ENVIRONMENT = {

@@ -63,9 +63,9 @@ async def serve_agent(settings, stop):
     await stop.wait()
     return 5
 
-service = types.ModuleType("icrf_agent.service")
-service.serve_agent = serve_agent
-sys.modules["icrf_agent.service"] = service
+daemon = types.ModuleType("icrf_agent.daemon")
+daemon.serve_agent = serve_agent
+sys.modules["icrf_agent.daemon"] = daemon
 from icrf_agent.cli import main
 main()
 """
