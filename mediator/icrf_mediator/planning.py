@@ -259,7 +259,7 @@ def _problems(
     used = [cluster for cluster in clusters if cluster.name in slots]
     found = [problem for cluster in used for problem in _lacks(settings, config, cluster, slots[cluster.name])]
     if settings.determinism == "strict":
-        found += _fingerprints(used)
+        found += fingerprint_differences(used)
     return tuple(found)
 
 
@@ -286,8 +286,8 @@ def _lacks(settings: _Settings, config: Mapping[str, Any], cluster: ClusterInfo,
     return found
 
 
-def _fingerprints(used: Sequence[ClusterInfo]) -> list[str]:
-    """What makes the arithmetic of two clusters differ, against the first one."""
+def fingerprint_differences(used: Sequence[ClusterInfo]) -> list[str]:
+    """What makes the arithmetic of clusters differ from that of the first one, a sentence each."""
     found = []
     for other in used[1:]:
         for field in fields(Fingerprint):

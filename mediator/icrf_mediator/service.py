@@ -33,7 +33,7 @@ from icrf.protocol import (
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.fail_places import BEFORE, DURABLE, TOLD, pass_by
 from icrf_mediator.mediator import FederationMediator, Policy
-from icrf_mediator.planning import PlanMemo, make_plan
+from icrf_mediator.planning import PlanMemo, fingerprint_differences, make_plan
 from icrf_mediator.run_restore import run_event
 
 log = logging.getLogger("icrf.mediator")
@@ -212,6 +212,10 @@ class MediatorService:
             # A stream that broke without a word: what is sent there would go nowhere.
             older.port.disconnect()
         log.info("cluster %s registered from %s", register.cluster, peer)
+        clusters = sorted(self._core.clusters(), key=lambda info: info.name != register.cluster)
+        for difference in fingerprint_differences(clusters):
+            # It may serve, alone or with its like: what a run may mix is for its `determinism` to say.
+            log.warning("%s", difference)
         self._carry_out_in_time(effects)
         return session_id
 

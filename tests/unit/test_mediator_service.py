@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -299,6 +300,20 @@ def test_what_a_refused_registration_brings_to_light_is_carried_out(core: Any, m
         assert port.closed == 1
 
     play(core, scenario)
+
+
+def test_fingerprints_are_compared_at_registration(core: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(w: World) -> None:
+        await w.agent()
+        capacity, same = core.mediator.clusters()[0].capacity, core.mediator.clusters()[0].fingerprint
+        await w.service.agent_connected(Register("us", "i-us", 1, "0.1", capacity, same), Port(w, ()), "127.0.0.1:9")
+        assert "fingerprint" not in caplog.text
+        other = replace(same, cpu_capability="another")
+        await w.service.agent_connected(Register("ap", "i-ap", 1, "0.1", capacity, other), Port(w, ()), "127.0.0.1:9")
+
+    with caplog.at_level(logging.WARNING):
+        play(core, scenario)
+    assert caplog.text.count("numeric fingerprint differs in cpu_capability") == 2
 
 
 # ---------------------------------------------------------------- restart
