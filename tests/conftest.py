@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import uuid
@@ -30,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test module imports torch or Ray; they read it when they are loaded."""
+    # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Short on purpose: sockets lie below it, and a Unix socket's path has at most 107 bytes.
     state = tempfile.mkdtemp(prefix="icrf-")
     settings = {
