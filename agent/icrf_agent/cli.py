@@ -146,6 +146,8 @@ async def _serve(
 ) -> int:
     if stop.is_set():
         return 0
+    # This process is of one cluster: a call of Ray's API while that one is replaced must not start another.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     # Ray reads its environment when it is imported, and it takes seconds: only now.
     from icrf_agent.daemon import serve_agent  # noqa: PLC0415
 

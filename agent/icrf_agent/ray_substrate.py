@@ -38,6 +38,7 @@ from icrf_agent.ray_actors import (
     answer,
     own_actor_class,
 )
+from icrf_agent.ray_calls import POLL_S, RayCalls
 from icrf_agent.ray_probe import ClusterWatch, answers, until_gone
 from icrf_agent.substrate import Actor, Shared
 
@@ -47,9 +48,7 @@ NUM_THREADS = 1
 NAMESPACE = "icrf"
 # An actor that was just killed is back within a few seconds; loading torch takes most of them.
 PROBE_S = 20.0
-NAME_FREE_S = 10.0
 REBUILD_DEADLINE_S = 600.0
-POLL_S = 0.2
 
 
 @dataclass
@@ -70,17 +69,21 @@ class RaySubstrate:
     renew: Callable[[], str] | None = None
     _groups: dict[str, PlacementGroup] = field(default_factory=dict)
     _watch: ClusterWatch = field(default_factory=ClusterWatch)
+    _calls: RayCalls = field(init=False)
     _shared: list[Any] = field(default_factory=list)
     _resources: dict[str, float] = field(default_factory=dict)
     _nodes: int = 1
+
+    def __post_init__(self) -> None:
+        self._calls = RayCalls(self._watch)
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         if self.address is not None and not ray.is_initialized():
             # On the main thread, where Ray wants it; nothing else runs yet that this could hold up.
             self._connect(self.address)
         logging.getLogger("ray.actor").addFilter(_is_news)
-        self._resources = dict(await asyncio.to_thread(ray.cluster_resources))
-        nodes = await asyncio.to_thread(ray.nodes)
+        self._resources = dict(await self._calls.run(ray.cluster_resources))
+        nodes = await self._calls.run(ray.nodes)
         self._nodes = max(1, sum(1 for node in nodes if node["Alive"]))
         manager = await self._shared_actor(
             ManagerActor, f"{cluster}/topology-manager", (cluster,), 16, lambda actor: _is_up(actor.pid.remote())
@@ -104,14 +107,14 @@ class RaySubstrate:
         self, kind: type, name: str, arguments: tuple[Any, ...], width: int, fits: Callable[[Any], Awaitable[bool]]
     ) -> Any:
         """The living actor of that name if it answers and fits, else a new one in its place."""
-        living = await _find(name, NAMESPACE)
+        living = await self._calls.find(name, NAMESPACE)
         if living is not None:
             if await _holds(fits(living)):
                 return living
             log.warning("%s does not answer or is of other settings; it is replaced", name)
-            await asyncio.to_thread(ray.kill, living)
+            await self._calls.run(ray.kill, living)
         options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": width, **_LASTING}
-        return await _create(ray.remote(kind).options(**options), arguments)
+        return await self._calls.create(ray.remote(kind).options(**options), arguments)
 
     async def open_gateway(self, address: str) -> str:
         found: str = await answer(self._shared[1].open.remote(address), self._watch, "gateway", "open")
@@ -120,7 +123,7 @@ class RaySubstrate:
     async def revive(self, actor: Actor, hung: bool) -> None:
         """Ray restarts by itself what has died."""
         if hung and isinstance(actor, RayActor):
-            await asyncio.to_thread(ray.kill, actor.handle, no_restart=False)
+            await self._calls.run(_restart, actor.handle)
 
     def _connect(self, address: str) -> None:
         # Ray itself would try for minutes, and take no signal meanwhile.
@@ -169,7 +172,7 @@ class RaySubstrate:
             self._groups[request.run_id] = group
         if not await self._becomes_ready(request, group):
             await self.release(request.run_id)
-            free = await asyncio.to_thread(ray.available_resources)
+            free = await self._calls.run(ray.available_resources)
             raise ResourceError(
                 "R003",
                 f"{request.num_slots} slots of {_spell(bundle)} were not free within {request.deadline_s:.0f} s",
@@ -181,7 +184,7 @@ class RaySubstrate:
         """Whether the group has all its bundles before the deadline; F005 if the run is released meanwhile."""
         released = RunError("F005", f"run {request.run_id[:8]} was released while it was reserving")
         try:
-            ready = bool(await asyncio.to_thread(group.wait, request.deadline_s))
+            ready = bool(await self._calls.run(group.wait, request.deadline_s))
         except Exception as error:  # Ray raises the bare class when the group is removed meanwhile
             if self._groups.get(request.run_id) is group:
                 raise
@@ -193,7 +196,7 @@ class RaySubstrate:
     async def _group_of(self, run_id: str) -> PlacementGroup | None:
         """The reservation of a run, also one that an earlier life of the agent has made."""
         if run_id not in self._groups:
-            found = await asyncio.to_thread(_find_group, _group_name(run_id))
+            found = await self._calls.run(_find_group, _group_name(run_id))
             if found is not None:
                 self._groups[run_id] = found
         return self._groups.get(run_id)
@@ -216,11 +219,11 @@ class RaySubstrate:
 
     async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
         run_id = setup.activation.run_id
-        living = await _find(name, run_id)
+        living = await self._calls.find(name, run_id)
         if living is not None:
             if await self._serves(living, slot):
                 return RayActor(living, name, self._watch)
-            await asyncio.to_thread(ray.kill, living)
+            await self._calls.run(ray.kill, living)
         group = await self._group_of(run_id)
         if group is None or slot >= len(group.bundle_specs):
             raise RunError("F005", f"no slot {slot} is reserved for {name}", place=name)
@@ -236,10 +239,10 @@ class RaySubstrate:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=slot),
             **_LASTING,
         )
-        return RayActor(await _create(options, (self._shared[0], slot, setup.notes)), name, self._watch)
+        return RayActor(await self._calls.create(options, (self._shared[0], slot, setup.notes)), name, self._watch)
 
     async def find_host(self, run_id: str, name: str, slot: int) -> Actor | None:
-        living = await _find(name, run_id)
+        living = await self._calls.find(name, run_id)
         if living is None or not await self._serves(living, slot) or await self._group_of(run_id) is None:
             return None
         return RayActor(living, name, self._watch)
@@ -254,7 +257,7 @@ class RaySubstrate:
         return await _holds(fits())
 
     async def keep_hosts(self, run_id: str, names: Collection[str]) -> None:
-        await asyncio.to_thread(_end_hosts, run_id, frozenset(names))
+        await self._calls.run(_end_hosts, run_id, frozenset(names), self._watch)
 
     async def release(self, run_id: str) -> None:
         if self._watch.reason:
@@ -262,7 +265,7 @@ class RaySubstrate:
             return
         group = await self._group_of(run_id)
         self._groups.pop(run_id, None)
-        await asyncio.to_thread(_release, run_id, group)
+        await self._calls.run(_release, run_id, group, self._watch)
 
     async def lost(self) -> str:
         """Never returns for a cluster of this process that nobody could renew: it dies with the process."""
@@ -282,6 +285,7 @@ class RaySubstrate:
         _forget_token()
         await self._await_head()
         self._watch = ClusterWatch()
+        self._calls = RayCalls(self._watch)
         return await self.start(cluster)
 
     async def _await_head(self) -> None:
@@ -305,6 +309,9 @@ class RaySubstrate:
             if not self._watch.reason and ray.is_initialized():
                 await self._end_all(shared)
         finally:
+            if not await self._calls.settle():
+                log.warning("calls of Ray do not return; they are left behind")
+            self._watch.lose("it was left")
             if self.address is not None:
                 await asyncio.to_thread(ray.shutdown)
 
@@ -315,7 +322,7 @@ class RaySubstrate:
             if len(shared) > 1:
                 await _holds(_closed(shared[1]))
         finally:
-            await asyncio.to_thread(_end, shared)
+            await self._calls.run(_end, shared)
 
 
 # Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated.
@@ -345,25 +352,6 @@ def _find_group(name: str) -> PlacementGroup | None:
         return None
 
 
-async def _find(name: str, namespace: str) -> Any | None:
-    try:
-        return await asyncio.to_thread(ray.get_actor, name, namespace=namespace)
-    except ValueError:
-        return None
-
-
-async def _create(kind: Any, arguments: tuple[Any, ...]) -> Any:
-    """Create a named actor; the name of one that was just killed takes a moment to be free."""
-    deadline = time.monotonic() + NAME_FREE_S
-    while True:
-        try:
-            return await asyncio.to_thread(kind.remote, *arguments)
-        except ValueError:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(POLL_S)
-
-
 async def _is_up(reference: Any) -> bool:
     await reference
     return True
@@ -388,8 +376,14 @@ def _end(actors: list[Any]) -> None:
         ray.kill(actor)
 
 
-def _end_hosts(run_id: str, spared: Collection[str] = ()) -> None:
+def _restart(actor: Any) -> None:
+    ray.kill(actor, no_restart=False)
+
+
+def _end_hosts(run_id: str, spared: Collection[str], watch: ClusterWatch) -> None:
     for entry in ray.util.list_named_actors(all_namespaces=True):
+        if watch.reason:
+            return  # hosts of the cluster that took the place of this one are not meant
         if entry["namespace"] == run_id and entry["name"] not in spared:
             try:
                 ray.kill(ray.get_actor(entry["name"], namespace=run_id))
@@ -397,9 +391,9 @@ def _end_hosts(run_id: str, spared: Collection[str] = ()) -> None:
                 continue  # it has ended meanwhile
 
 
-def _release(run_id: str, group: PlacementGroup | None) -> None:
-    _end_hosts(run_id)
-    if group is not None:
+def _release(run_id: str, group: PlacementGroup | None, watch: ClusterWatch) -> None:
+    _end_hosts(run_id, (), watch)
+    if group is not None and not watch.reason:
         remove_placement_group(group)
 
 

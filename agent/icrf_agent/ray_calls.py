@@ -1,0 +1,82 @@
+"""Blocking calls of Ray in threads of their own, so that Ray is left only when the last one has returned.
+
+A call of Ray's API in a process that is not connected connects it: to a new cluster, if need be. A thread that an
+ended task has left behind would do just that after ``ray.shutdown``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray
+
+from icrf_agent.ray_probe import ClusterWatch
+
+T = TypeVar("T")
+
+MAX_CALLS = 16
+SETTLE_S = 20.0
+NAME_FREE_S = 10.0
+POLL_S = 0.2
+
+
+class RayCalls:
+    """Threads for one life of a cluster; belongs to one asyncio loop.
+
+    Args:
+        watch: knows when that life is over: from then on, calls raise U003.
+    """
+
+    def __init__(self, watch: ClusterWatch) -> None:
+        self._watch = watch
+        self._pool = concurrent.futures.ThreadPoolExecutor(MAX_CALLS, "icrf-ray")
+        self._pending: set[concurrent.futures.Future[Any]] = set()
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """What `call` returns. Cancelling the caller does not end the thread."""
+        self._watch.require("the cluster", _name(call))
+        future = self._pool.submit(call, *arguments)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        try:
+            return await asyncio.wrap_future(future)
+        except Exception:
+            # Whatever Ray makes of a cluster that has died meanwhile.
+            self._watch.require("the cluster", _name(call))
+            raise
+
+    async def find(self, name: str, namespace: str) -> Any | None:
+        """The living actor of that name."""
+        try:
+            return await self.run(_get_actor, name, namespace)
+        except ValueError:
+            return None
+
+    async def create(self, kind: Any, arguments: tuple[Any, ...]) -> Any:
+        """Create a named actor; the name of one that was just killed takes a moment to be free."""
+        deadline = time.monotonic() + NAME_FREE_S
+        while True:
+            try:
+                return await self.run(kind.remote, *arguments)
+            except ValueError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(POLL_S)
+
+    async def settle(self, within_s: float = SETTLE_S) -> bool:
+        """Take no more calls and wait for those that run; whether all of them have returned."""
+        self._pool.shutdown(wait=False)
+        left = await asyncio.to_thread(concurrent.futures.wait, tuple(self._pending), within_s)
+        return not left.not_done
+
+
+def _get_actor(name: str, namespace: str) -> Any:
+    return ray.get_actor(name, namespace=namespace)
+
+
+def _name(call: Callable[..., Any]) -> str:
+    return getattr(call, "__name__", "a call").strip("_")
