@@ -280,6 +280,7 @@ class RaySubstrate:
         self._groups.clear()
         self._shared = []
         await asyncio.to_thread(ray.shutdown)
+        await self._calls.settle(0.0)
         if self.renew is not None:
             self.address = await asyncio.to_thread(self.renew)
         _forget_token()
