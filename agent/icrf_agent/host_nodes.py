@@ -270,7 +270,6 @@ class HostNodes:
             "model_type": c.model_type,
             "dataset_type": c.dataset_type,
             "data_distribution_kind": c.data_distribution_kind,
-            "mixing": c.mixing,
         }
         for key, name in wanted.items():
             if name and ":" in name and name not in self._setup.allow:
