@@ -174,7 +174,9 @@ def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: Hybri
 
 
 def _wants_samples(config: FederationConfig) -> bool:
-    return flow_of(config) == DECENTRALIZED and "num_samples" in inspect.signature(MIXINGS.get(config.mixing)).parameters
+    return (
+        flow_of(config) == DECENTRALIZED and "num_samples" in inspect.signature(MIXINGS.get(config.mixing)).parameters
+    )
 
 
 def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -132,11 +132,12 @@ def _custom_weights(values: Values) -> Iterator[Problem]:
 def _directed(values: Values) -> Iterator[Problem]:
     topology, mixing = values["federated_learning_topology"], values["mixing"]
     peers = values["federated_learning_schema"] == DECENTRALIZED
+    what = "directed: true" if values["directed"] else f"topology '{topology}'"
     if peers and (values["directed"] or topology == "exponential") and mixing in _UNDIRECTED_MIXING:
         yield Problem(
             "C008",
             ("mixing",),
-            f"mixing '{mixing}' needs edges both ways, and {'directed: true' if values['directed'] else topology} has not",
+            f"mixing '{mixing}' needs edges both ways; {what} has edges in one direction",
             allowed="push_sum, custom, a registered name, module:attr",
             hint="Set mixing: push_sum, which keeps the mean on directed graphs.",
         )

@@ -9,7 +9,7 @@ configuration. Whoever wants another topology registers it::
     @register_network_builder("caveman")
     def caveman(num_nodes: int, k_value: int) -> networkx.Graph: ...
 
-The built-in ones are here (star, line, ring, mesh, k-connected, custom), in ``families.py`` and in ``random_graphs.py``.
+The built-in ones are here, in ``families.py`` and in ``random_graphs.py``.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def custom(
     node_ids: tuple[str, ...] = (),
     directed: bool = False,
 ) -> HybridAdjacencyMatrix:
-    """The matrix in a CSV file, symmetric unless `directed`; see :func:`icrf.topology.csv_matrix.read_adjacency_csv`."""
+    """The matrix in a CSV file (:func:`icrf.topology.csv_matrix.read_adjacency_csv`), symmetric unless `directed`."""
     if not adjacency_matrix_file_name:
         raise ConfigError(
             "C016",

@@ -1,7 +1,8 @@
 """Adjacency and mixing matrices in CSV files, read strictly: every complaint names file, row and column.
 
-The format: one row per node, cells ``0`` or ``1`` (weights: numbers from 0) separated by commas, UTF-8. A byte order mark, CRLF line ends and
-blank lines at the end are fine. A header row or a header column is accepted if it equals the node ids.
+The format: one row per node, cells ``0`` or ``1`` (weights: numbers from 0) separated by commas, UTF-8. A byte order
+mark, CRLF line ends and blank lines at the end are fine. A header row or a header column is accepted if it equals the
+node ids.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ def _read(path: Path, reader: _Reader) -> None:
                 if len(reader.errors) >= MAX_ERRORS:
                     break
     except OSError as error:
-        raise ConfigError(
-            "C015", f"cannot read the matrix: {error.strerror or error}", place=str(path)
-        ) from error
+        raise ConfigError("C015", f"cannot read the matrix: {error.strerror or error}", place=str(path)) from error
 
 
 def _lines(file: Any, name: str) -> Iterator[tuple[int, bytes]]:

@@ -2,8 +2,8 @@
 
 Push-sum (Kempe, Dobra and Gehrke, "Gossip-based computation of aggregate information", 2003; with gradients: Assran et
 al., arXiv 1811.10792) keeps a mass w_i beside the state x_i, mixes both with the same column-stochastic W, and works
-with z_i = x_i / w_i. Nothing of a state enters the masses: w(t) = W w(t-1) with w(0) = 1 is known to every host, so that
-no mass travels. Nodes store and exchange z; in terms of it a round is
+with z_i = x_i / w_i. Nothing of a state enters the masses: w(t) = W w(t-1) with w(0) = 1 is known to every host, so no
+mass travels. Nodes store and exchange z; in terms of it a round is
 
     z_i(t) = sum_j W_ij w_j(t-1) u_j / sum_j W_ij w_j(t-1)   with   u_j = z_j(t-1) + (trained_j - z_j(t-1)) / w_j(t-1),
 
@@ -82,4 +82,4 @@ class Gossip:
     def _step(self, mass: FloatArray) -> FloatArray:
         # bincount adds one after the other in index order; a matrix product may not.
         parts = self._weights.data * mass[self._weights.indices]
-        return np.bincount(self._rows, weights=parts, minlength=len(mass))
+        return np.bincount(self._rows, weights=parts, minlength=len(mass)).astype(np.float64, copy=False)

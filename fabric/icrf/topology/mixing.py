@@ -122,15 +122,11 @@ def sample_weighted(adjacency: HybridAdjacencyMatrix, num_samples: np.ndarray[An
     if not (samples > 0).all():
         raise ConfigError("C008", "mixing 'sample_weighted' needs training samples on every node", place="mixing")
     share = 1.0 / (1.0 + degree)
-    return _with_rest(
-        adjacency, np.minimum(share[receivers], samples[senders] / samples[receivers] * share[senders])
-    )
+    return _with_rest(adjacency, np.minimum(share[receivers], samples[senders] / samples[receivers] * share[senders]))
 
 
 @register_mixing("custom")
-def custom(
-    adjacency: HybridAdjacencyMatrix, mixing_matrix_file_name: str, node_ids: Sequence[str] = ()
-) -> csr_matrix:
+def custom(adjacency: HybridAdjacencyMatrix, mixing_matrix_file_name: str, node_ids: Sequence[str] = ()) -> csr_matrix:
     """The weights in a CSV file; see :func:`icrf.topology.csv_matrix.read_weights_csv`."""
     names = node_ids or [f"client_{i}" for i in range(adjacency.num_nodes)]
     return read_weights_csv(mixing_matrix_file_name, names)
@@ -178,7 +174,8 @@ def mixing_matrix(graph: Graph, rule: str) -> csr_matrix:
     if graph.self_weights:
         if len(graph.weights) != adjacency.num_edges or len(graph.self_weights) != adjacency.num_nodes:
             raise TopologyError("T010", "weights do not describe the graph's edges", place="graph.weights")
-        return assemble(adjacency, _sound(np.array(graph.weights)), _sound(np.array(graph.self_weights)))
+        per_edge, own = (_sound(np.array(part, dtype=np.float64)) for part in (graph.weights, graph.self_weights))
+        return assemble(adjacency, per_edge, own)
     if rule not in FROM_GRAPH:
         raise ConfigError("C010", f"mixing '{rule}' unknown", place="mixing", allowed=", ".join(FROM_GRAPH))
     return FROM_GRAPH[rule](adjacency)
@@ -230,7 +227,7 @@ def _with_rest(adjacency: HybridAdjacencyMatrix, per_edge: FloatArray) -> csr_ma
     """What a node's neighbours leave of 1 is its own."""
     # bincount adds one after the other in index order, whatever the machine's vector width.
     taken = np.bincount(adjacency.edges()[1], weights=per_edge, minlength=adjacency.num_nodes)
-    return assemble(adjacency, per_edge, 1.0 - taken)
+    return assemble(adjacency, per_edge, np.subtract(1.0, taken, dtype=np.float64))
 
 
 def _along_edges(adjacency: HybridAdjacencyMatrix, found: Any, place: str) -> tuple[FloatArray, FloatArray]:

@@ -140,7 +140,10 @@ def _connected(
             if matrix.is_strongly_connected():
                 return matrix
     raise TopologyError(
-        "T011", f"{MAX_DRAWS} draws gave no connected graph", place=f"topology {name!r}", value=f"{num_nodes} nodes",
+        "T011",
+        f"{MAX_DRAWS} draws gave no connected graph",
+        place=f"topology {name!r}",
+        value=f"{num_nodes} nodes",
         hint=hint,
     )
 

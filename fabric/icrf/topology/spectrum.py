@@ -153,7 +153,8 @@ def _iterate(weights: csr_matrix, is_symmetric: bool) -> float:
     def deflated(x: Array) -> Array:
         x = np.asarray(x).ravel()
         result: Array = weights @ (x - x.mean())
-        return result - result.mean()
+        result -= result.mean()
+        return result
 
     operator = LinearOperator((num_nodes, num_nodes), matvec=deflated, dtype=np.float64)
     options: dict[str, Any] = {
