@@ -11,6 +11,7 @@ import pytest
 from icrf.errors import ConfigError, ConfigErrors
 from icrf.registry import Registry
 from icrf.spec import FederationConfig, SlotResources, explain_sources, load_config
+from icrf.spec.choices import CHOICES
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 HEAD = "federation_id: fed\nschema: TraditionalFederatedLearning\nfederated_learning_topology: star\n"
@@ -401,6 +402,12 @@ def test_schema_and_topology_fit(schema: str, topology: str, code: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
         FederationConfig(federation_id="x", federated_learning_schema=schema, federated_learning_topology=topology)
     assert [error.code for error in caught.value.errors] == [code]
+
+
+def test_the_page_names_every_topology_and_every_mixing_rule() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "topologies.md").read_text(encoding="utf-8")
+    for key in ("federated_learning_topology", "mixing"):
+        assert all(f"\n| `{name}` | " in page for name in CHOICES[key].built)
 
 
 @pytest.mark.parametrize(
