@@ -91,7 +91,7 @@ class Gossiped:
         )
         submission = build_submission(config, keep=True)
         self.weights = mixing_matrix(submission.graph, config.mixing)
-        templates = {f"local:{kind.__name__}": kind for kind in (Watched, Remembering)}
+        templates = {f"local:{kind.__name__}": kind for kind in (Watched, Stepping, Collecting, Remembering)}
         with InlineFabric(clusters, templates=templates) as fabric:
             plan = fabric.port.plan(submission)
             run_id = fabric.port.submit(submission).run_id
@@ -241,6 +241,13 @@ def test_push_sum_keeps_the_mean_weighted_by_mass_in_every_round(directed: dict[
     assert run.consensus == pytest.approx(starts.mean(axis=0), abs=1e-9)
 
 
+def test_with_push_sum_every_step_counts_the_same(directed: dict[str, Any]) -> None:
+    starts = np.random.default_rng(8).normal(size=(6, WIDTH))
+    run = Gossiped(starts, 12, clusters=2, client_template="local:Stepping", **directed)
+    # Steps of 1, 2, ..., 6 move the kept mean by 3.5 a round, although the masses differ.
+    assert run.consensus == pytest.approx(starts.mean(axis=0) + 12 * 3.5, abs=1e-7)
+
+
 @pytest.mark.parametrize("mixing", ["metropolis_hastings", "lazy_metropolis", "max_degree", "push_sum"])
 def test_the_mean_is_kept_by_what_says_so(tmp_path: Path, mixing: str) -> None:
     starts = np.random.default_rng(4).normal(size=(5, WIDTH))
@@ -271,6 +278,12 @@ def test_sample_weighted_mixing_leads_to_the_mean_of_all_samples() -> None:
     assert abs(run.states[-1] - shares @ starts).max() < 1e-6
 
 
+def test_samples_that_were_not_dealt_are_refused_where_they_are_weights() -> None:
+    keys = {"federated_learning_topology": "ring", "client_template": "local:Collecting"}
+    with pytest.raises(AssertionError, match="W030"):
+        Gossiped(np.zeros((4, WIDTH)), 1, mixing="sample_weighted", **keys)
+
+
 def test_a_matrix_of_ones_own_is_what_nodes_mix_by(tmp_path: Path) -> None:
     weights = np.array([[0.5, 0.5, 0, 0], [0.25, 0.5, 0.25, 0], [0, 0.25, 0.5, 0.25], [0, 0, 0.5, 0.5]])
     (tmp_path / "weights.csv").write_text("\n".join(",".join(map(str, row)) for row in weights.tolist()))
@@ -295,6 +308,23 @@ class Logistic(torch.nn.Module):
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         return self.linear(batch.flatten(1))
+
+
+class Stepping(Watched):
+    """Every round moves it by as much as its number says."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        super().train(**kwargs)
+        self.context.model.load(self.context.model.flat + 1.0 + self.context.index)
+        return {"loss": 0.0}
+
+
+class Collecting(Watched):
+    """Gives away a sample that it was dealt."""
+
+    def build(self, **kwargs: Any) -> None:
+        features, labels = self.train_data
+        self.context.train_data = (features[1:], labels[1:])
 
 
 class Remembering(Watched):

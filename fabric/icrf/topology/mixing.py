@@ -150,16 +150,15 @@ def weigh(adjacency: HybridAdjacencyMatrix, rule: str, parameters: Mapping[str, 
 
     Raises:
         ConfigError: C010 unknown rule, C016 or C017 about its parameters.
-        TopologyError: T004 a rule for undirected graphs, T010 a matrix of the wrong size, T013 a weight that is
-            negative, not finite or has no edge.
+        TopologyError: T010 a matrix of the wrong size, T013 a weight that is negative, not finite or has no edge;
+            others from the rule itself.
     """
     graph = adjacency.to_graph()
+    if rule in FROM_GRAPH:
+        return graph
     function = MIXINGS.get(rule)
     arguments = inject("mixing", "mixing", function, {**parameters, "adjacency": adjacency}, rule)
-    found = function(**arguments)
-    if function is FROM_GRAPH.get(rule):
-        return graph
-    per_edge, own = _along_edges(adjacency, found, f"mixing {rule!r}")
+    per_edge, own = _along_edges(adjacency, function(**arguments), f"mixing {rule!r}")
     return Graph(graph.num_nodes, graph.indptr, graph.indices, tuple(per_edge.tolist()), tuple(own.tolist()))
 
 
