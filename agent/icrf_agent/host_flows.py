@@ -354,7 +354,7 @@ class DecentralizedFlow:
         mass = self._gossip.mass(start.round)
         overflow: set[int] = set()
         for index, k in self._rows.items():
-            weighed = state[k] * mass[index] if self._gossip.push_sum else state[k]
+            weighed = state[k].astype(np.float64) * mass[index] if self._gossip.push_sum else state[k]
             overflow.update(total.add(weighed, 1))
         if not overflow:
             posting = self._t.posting(start, CONSENSUS, tuple(self._rows), total.sums, weight=total.weight)

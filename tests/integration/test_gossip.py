@@ -361,6 +361,15 @@ def test_d_psgd_disagrees_the_less_the_larger_the_spectral_gap(label_sorted: dic
     assert losses[0] < losses[3]
 
 
+def test_with_equal_data_the_graph_hardly_matters(label_sorted: dict[str, Any]) -> None:
+    keys = {**label_sorted, "data_distribution_kind": "iid", "client_template": "local:Remembering"}
+    accuracies = []
+    for topology in ("mesh", "ring"):
+        run = Gossiped(np.empty((16, 0)), 25, federated_learning_topology=topology, learning_rate=0.5, **keys)
+        accuracies.append(run.rounds[-1].metrics["accuracy"])
+    assert accuracies[0] > 0.9 and abs(accuracies[0] - accuracies[1]) <= 0.01
+
+
 def test_d_psgd_on_the_complete_graph_is_fedavg(label_sorted: dict[str, Any]) -> None:
     """Equal weights, one full batch a round: W = 1/n makes every peer the server's model."""
     keys = {**label_sorted, "batch_size": 1000, "learning_rate": 0.2, "shuffle": False, "number_of_clients": 3}

@@ -107,8 +107,9 @@ def _symmetrised(weights: csr_matrix, structure: Structure) -> csr_matrix | None
     steps = np.log(np.asarray(ratio[parents[order[1:]], order[1:]]).ravel())
     for node, step in zip(order[1:].tolist(), steps.tolist(), strict=True):
         logs[node] = logs[parents[node]] + step
-    roots = np.exp((logs - logs.mean()) / 2)
-    similar = (diags(roots) @ plain @ diags(1.0 / roots)).tocsr()
+    with np.errstate(all="ignore"):  # p may leave the range of floats: not similar to anything that could be computed
+        roots = np.exp((logs - logs.mean()) / 2)
+        similar = (diags(roots) @ plain @ diags(1.0 / roots)).tocsr()
     return similar if abs(similar - similar.T).max() <= 1e-9 else None
 
 
