@@ -20,8 +20,7 @@ from icrf.federation.node import FederatedNode
 from icrf.learning.layout import Layout
 from icrf.ports import PhaseReport
 from icrf.protocol import Activate, Activated, StartRound
-from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf.topology.mixing import MIXINGS, mixing_row
+from icrf.topology import Gossip, mixing_matrix
 from icrf.update import ExactSum, exact_metric, weighted_mix
 from icrf_agent.checkpoint import pack_model, pack_nodes, unpack_model, unpack_nodes
 from icrf_agent.host_nodes import HostNodes
@@ -245,7 +244,11 @@ class CentralizedFlow:
 
 
 class DecentralizedFlow:
-    """D-PSGD (Lian et al. 2017): local steps, then x_i = sum_j W_ij y_j over the neighbours and itself."""
+    """D-PSGD (Lian et al. 2017): local steps, then x_i = sum_j W_ij y_j over the neighbours and itself.
+
+    With push-sum (a W whose columns only sum to 1) states are the z of :mod:`icrf.topology.gossip`, and the consensus
+    model is their mean weighted by mass, which is the mean that is kept.
+    """
 
     def __init__(self, tools: HostTools, restored: bytes = b"") -> None:
         self._t = tools
@@ -258,9 +261,8 @@ class DecentralizedFlow:
             initial = np.tile(t.nodes.initial, (len(self._rows), 1))
         self._state = VersionedState(initial, number, recycle=not t.has_last_word)
         self._updates = np.empty_like(initial)
-        adjacency = HybridAdjacencyMatrix.from_graph(t.activation.graph)
-        weights = MIXINGS.get(t.nodes.config.mixing)(adjacency)
-        self._mixing = {i: mixing_row(weights, i) for i in t.nodes.indices}
+        self._gossip = Gossip(mixing_matrix(t.activation.graph, t.nodes.config.mixing))
+        self._needed = {int(j) for i in t.nodes.indices for j in self._gossip.neighbours(i)}
         self._consensus: tuple[int, int, Array] | None = None
 
     def initial(self) -> Activated:
@@ -290,6 +292,8 @@ class DecentralizedFlow:
                 t.train_node(index, sums)
                 trained.append(index)
             updates[k] = t.nodes.model.flat
+            if self._gossip.push_sum:
+                self._weigh_step(state[k], updates[k], float(self._gossip.mass(start.round - 1)[index]))
             bad = t.layout.first_nonfinite(updates[k])
             if bad:
                 place = f"{node.id} on {t.nodes.cluster}"
@@ -307,8 +311,8 @@ class DecentralizedFlow:
         self._state.rebase(start)
         state = self._state.spare()
         for index, k in self._rows.items():
-            neighbours, weights = self._mixing[index]
-            weighted_mix([rows[int(j)] for j in neighbours], [float(w) for w in weights], state[k])
+            neighbours, weights = self._gossip.row(index, start.round)
+            weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), state[k])
             word = t.last_word(index, state[k])
             if word is not state[k]:
                 state[k] = word
@@ -316,9 +320,8 @@ class DecentralizedFlow:
         if start.evaluate:
             overflow = self._publish_consensus(start, state)
         self._state.stage(start, state)
-        needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours} - set(self._rows)
         local = t.activation.assignment[t.nodes.indices[0]]
-        crossing = sum(1 for j in needed if t.activation.assignment[j] == local)
+        crossing = sum(1 for j in self._needed - set(self._rows) if t.activation.assignment[j] == local)
         return PhaseReport(
             overflow=tuple(sorted(overflow)),
             absmax=self._absmax(state),
@@ -327,7 +330,7 @@ class DecentralizedFlow:
         )
 
     def _neighbour_rows(self, postings: Sequence[Posting]) -> dict[int, Array]:
-        needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours}
+        needed = self._needed
         rows: dict[int, Array] = {}
         for posting in postings:
             if needed.isdisjoint(posting.senders):
@@ -339,9 +342,20 @@ class DecentralizedFlow:
             raise InternalError("X001", f"updates of {', '.join(missing[:5])} did not arrive")
         return rows
 
+    @staticmethod
+    def _weigh_step(before: Array, update: Array, mass: float) -> None:
+        """A local step enters the kept mean with the same weight on every node, whatever its mass is just now."""
+        if mass != 1.0:
+            step = update.astype(np.float64) - before
+            update[:] = before + step / mass
+
     def _publish_consensus(self, start: StartRound, state: Array) -> set[int]:
         total = self._t.exact_sum(start)
-        overflow = {t for row in state for t in total.add(row, 1)}
+        mass = self._gossip.mass(start.round)
+        overflow: set[int] = set()
+        for index, k in self._rows.items():
+            weighed = state[k].astype(np.float64) * mass[index] if self._gossip.push_sum else state[k]
+            overflow.update(total.add(weighed, 1))
         if not overflow:
             posting = self._t.posting(start, CONSENSUS, tuple(self._rows), total.sums, weight=total.weight)
             self._t.manager.publish_many(posting)

@@ -250,6 +250,19 @@ class HostNodes:
             self.model.load(self.initial)
             if type(node).build is not FederatedNode.build:
                 self.call(index, "build", **node.build_arguments)
+            if data is not None and self.config.mixing == "sample_weighted":
+                self._require_samples(node, len(data[1]))
+
+    def _require_samples(self, node: FederatedNode, dealt: int) -> None:
+        """The weights that all nodes mix by were made, before the run, from what the partition deals."""
+        if node.num_samples != dealt:
+            raise WeightsError(
+                "W030",
+                f"{node.id} has other samples than it was dealt",
+                place=f"{node.id} on {self.cluster}, build",
+                value=node.num_samples,
+                allowed=f"{dealt} with mixing sample_weighted",
+            )
 
     def _template(self, role: str) -> type[FederatedNode]:
         name = self.config.server_template if "aggregate" in role.split("-") else self.config.client_template
@@ -270,7 +283,6 @@ class HostNodes:
             "model_type": c.model_type,
             "dataset_type": c.dataset_type,
             "data_distribution_kind": c.data_distribution_kind,
-            "mixing": c.mixing,
         }
         for key, name in wanted.items():
             if name and ":" in name and name not in self._setup.allow:

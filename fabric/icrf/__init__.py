@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from icrf.federation.virtual_node import VirtualNode
     from icrf.learning import register_model
     from icrf.spec import FederationConfig
-    from icrf.topology import register_topology
+    from icrf.topology import register_mixing, register_network_builder, register_topology
 
 __version__ = "0.1.0"
 
@@ -52,7 +52,9 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
+    "register_mixing",
     "register_model",
+    "register_network_builder",
     "register_topology",
     "schema_factory",
 ]
@@ -71,6 +73,8 @@ _HOME = {
     "MeshFederatedLearningSchema": "icrf.federation.schemas",
     "schema_factory": "icrf.federation.schemas",
     "FederationConfig": "icrf.spec",
+    "register_mixing": "icrf.topology",
+    "register_network_builder": "icrf.topology",
     "register_topology": "icrf.topology",
     "register_model": "icrf.learning",
 }

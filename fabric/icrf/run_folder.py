@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from icrf.console.format import clean_json, short_id
 from icrf.errors import LocalError
 from icrf.model_file import ARTIFACT, write_file
-from icrf.protocol import LinkBytes, Plan, RoundResult, RunInfo
+from icrf.protocol import LinkBytes, MixingReport, Plan, RoundResult, RunInfo
 from icrf.report import ReportData, render
 from icrf.spec import FederationConfig
 from icrf.spec.documents import dump_yaml
@@ -194,6 +194,7 @@ def plan_from_dict(values: Mapping[str, Any]) -> Plan:
         "clusters": tuple(values["clusters"]),
         "problems": tuple(values["problems"]),
         "links": tuple(LinkBytes(**link) for link in values["links"]),
+        "mixing": MixingReport(**values["mixing"]) if values.get("mixing") else None,
     }
     return Plan(**fields)
 

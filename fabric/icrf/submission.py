@@ -6,6 +6,7 @@ a model that does not take the data, is refused here too, before anything was st
 
 from __future__ import annotations
 
+import inspect
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,18 @@ import numpy as np
 
 from icrf.errors import ConfigError, TopologyError
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Submission, TensorSpec
+from icrf.seeds import derive_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import TRADITIONAL
-from icrf.topology import HybridAdjacencyMatrix, build_topology, require_connected
+from icrf.topology import (
+    MIXINGS,
+    HybridAdjacencyMatrix,
+    build_topology,
+    mixing_matrix,
+    require_connected,
+    require_consensus,
+    weigh,
+)
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
@@ -57,7 +67,7 @@ def build_submission(
     chosen = tuple(nodes) if nodes is not None else default_nodes(config, flow)
     check_roles(chosen, flow)
     with on_path(code_path):
-        graph = _graph(config, chosen, adjacency)
+        graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
         layout = resolve_layout(config)
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
@@ -124,15 +134,18 @@ def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
     nodes = default_nodes(config, flow)
     check_roles(nodes, flow)
     with on_path(code_path):
-        _graph(config, nodes, None)
+        matrix = _graph(config, nodes, None)
+        if not _wants_samples(config):
+            _weighted(config, nodes, matrix, flow)
 
 
 def _graph(
     config: FederationConfig, nodes: Sequence[NodeSpec], adjacency: HybridAdjacencyMatrix | np.ndarray[Any, Any] | None
-) -> Graph:
+) -> HybridAdjacencyMatrix:
+    together = not config.allow_no_consensus
     if adjacency is None:
         parameters: Mapping[str, Any] = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
-        matrix = build_topology(config.federated_learning_topology, len(nodes), parameters)
+        matrix = build_topology(config.federated_learning_topology, len(nodes), parameters, connected=together)
     elif isinstance(adjacency, HybridAdjacencyMatrix):
         matrix = adjacency
     else:
@@ -141,8 +154,43 @@ def _graph(
         raise TopologyError(
             "T010", f"matrix {matrix.num_nodes}×{matrix.num_nodes} for {len(nodes)} nodes", place="adjacency"
         )
-    require_connected(matrix, place="adjacency")
-    return matrix.to_graph()
+    if together:
+        require_connected(matrix, place="adjacency")
+    return matrix
+
+
+def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: HybridAdjacencyMatrix, flow: str) -> Graph:
+    """The graph with what its nodes mix by; T012 where they could never agree."""
+    if flow == CENTRALIZED:
+        return matrix.to_graph()
+    parameters = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
+    if _wants_samples(config):
+        parameters["num_samples"] = _sample_counts(config, nodes)
+    graph = weigh(matrix, config.mixing, parameters)
+    place = config.mixing_matrix_file_name if config.mixing == "custom" else f"mixing {config.mixing!r}"
+    weights = mixing_matrix(graph, config.mixing)
+    require_consensus(weights, allow_no_consensus=config.allow_no_consensus, place=place or "mixing")
+    return graph
+
+
+def _wants_samples(config: FederationConfig) -> bool:
+    return (
+        flow_of(config) == DECENTRALIZED and "num_samples" in inspect.signature(MIXINGS.get(config.mixing)).parameters
+    )
+
+
+def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Training samples per node, as the hosts deal them; 0 for a node that does not train."""
+    from icrf.learning import load_dataset  # noqa: PLC0415 - torch takes seconds
+    from icrf.learning.partition import partition  # noqa: PLC0415
+
+    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    labels = np.asarray(load_dataset(config.dataset_type, config.data_dir or "").train_y)
+    seed = derive_seed(config.seed, 0, 0, "partition")
+    parts = partition(config.data_distribution_kind, labels, len(trains), seed, config.dirichlet_beta)
+    counts = np.zeros(len(nodes), dtype=np.int64)
+    counts[trains] = [len(part) for part in parts]
+    return counts
 
 
 def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from icrf.errors import ConfigError
 from icrf.exchange import ExchangePlan, compile_exchange
 from icrf.protocol import CENTRALIZED, STAGES, ClusterInfo, Fingerprint, LinkBytes, Plan, Resources, Submission
-from icrf.topology import MIXINGS, HybridAdjacencyMatrix, rounds_to_consensus, spectrum
+from icrf.topology import HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, assign, resolve_pins
 
 # A host with torch imported and one optimizer step made (measured), before any model.
@@ -84,7 +84,8 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         ConfigErrors: C014 for every pin that names no node or no cluster.
         ConfigError: C001 unreadable configuration, C008 not one aggregator, C010 unknown strategy or mixing rule.
         RoutingError: P011 a participant without edges to the aggregator.
-        TopologyError: T004 a decentralized graph that is directed, T0xx a malformed graph.
+        TopologyError: T004 a directed graph that the mixing rule does not take, T007 a mixing matrix that is not
+            stochastic, T0xx a malformed graph.
     """
     config = _parse(submission.config_json)
     settings = _Settings.from_config(config)
@@ -103,7 +104,8 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = exchange.links(num_parameters, _itemsize(submission))
     per_round = sum(links.values())
-    slem, slem_kind = (-1.0, "none") if submission.flow == CENTRALIZED else spectrum(_mix(settings, adjacency))
+    centralized = submission.flow == CENTRALIZED
+    mixing = None if centralized else check_mixing(mixing_matrix(submission.graph, settings.mixing))
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -116,9 +118,9 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         bytes_inter_cluster_per_round=per_round,
         bytes_inter_cluster_per_evaluation=per_evaluation,
         bytes_inter_cluster_total=per_round * settings.rounds + per_evaluation * settings.num_evaluations,
-        slem=slem,
-        slem_kind=slem_kind,
-        rounds_to_consensus=rounds_to_consensus(slem),
+        slem=mixing.slem if mixing else -1.0,
+        slem_kind=mixing.slem_kind if mixing else "none",
+        rounds_to_consensus=mixing.rounds_to_consensus if mixing else -1,
         peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters),
         slots=slots,
         feasible=not problems,
@@ -126,6 +128,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
+        mixing=mixing,
     )
     return plan, assignment
 
@@ -200,10 +203,6 @@ def _parse(config_json: str) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError("C006", "configuration is not a mapping", place="config_json", value=type(config).__name__)
     return config
-
-
-def _mix(settings: _Settings, adjacency: HybridAdjacencyMatrix) -> Any:
-    return MIXINGS.get(settings.mixing)(adjacency)
 
 
 def _itemsize(submission: Submission) -> int:

@@ -119,6 +119,30 @@ def test_lost_state_is_restored_from_a_checkpoint_on_any_number_of_slots(
     drive(work, activation(flow))
 
 
+def test_push_sum_goes_on_with_the_masses_of_its_round_after_a_restore() -> None:
+    request = activation(DECENTRALIZED, federated_learning_topology="tree", mixing="push_sum")
+    expected: dict[int, str] = {}
+
+    async def whole(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        for number in (1, 2, 3, 4):
+            await driver.round(number)
+        expected.update(driver.hashes)
+
+    async def interrupted(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        await driver.round(1)
+        await driver.round(2)
+        checkpoint = await driver.runtime.checkpoint(RUN, 2)
+        substrate.kill_host(RUN, 0)
+        assert await driver.runtime.recover(RUN, await driver.fails(3)) == "restore"
+        await driver.activate(restored(driver.request, 2), checkpoint)
+        await driver.round(3)
+        await driver.round(4)
+        assert driver.hashes == expected
+
+    drive(whole, request)
+    drive(interrupted, request)
+
+
 @pytest.mark.parametrize("flow", SCHEMAS)
 def test_without_a_checkpoint_the_run_starts_again_from_its_initial_state(
     undisturbed: dict[str, dict[int, str]], flow: str

@@ -11,6 +11,7 @@ import pytest
 from icrf.errors import ConfigError, ConfigErrors
 from icrf.registry import Registry
 from icrf.spec import FederationConfig, SlotResources, explain_sources, load_config
+from icrf.spec.choices import CHOICES
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 HEAD = "federation_id: fed\nschema: TraditionalFederatedLearning\nfederated_learning_topology: star\n"
@@ -146,7 +147,10 @@ def test_the_process_environment_is_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_errors_of_flags_and_variables_name_them(tmp_path: Path) -> None:
     assert only_error(tmp_path, HEAD, "seed=-1").startswith("C007 -o seed=-1: seed: -1 not in [0, ")
-    assert only_error(tmp_path, HEAD, "sede=1") == "C005 -o sede=1: unknown key 'sede'; did you mean 'seed'?"
+    assert (
+        only_error(tmp_path, HEAD, "sede=1")
+        == "C005 -o sede=1: unknown key 'sede'; did you mean 'seed' or 'edge_probability'?"
+    )
     assert only_error(tmp_path, HEAD, "seed").startswith("C001 -o seed: not of the form key=value")
     assert only_error(tmp_path, HEAD, "seed=[").startswith("C001 -o seed=[: ")
     assert only_error(tmp_path, HEAD, ICRF_SEED="ten").startswith("C006 ICRF_SEED: seed: expected an integer")
@@ -351,7 +355,6 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "data_distribution_kind: shards",
         "optimizer: LBFGS",
         "aggregation_strategy: FedProx",
-        "mixing: max_degree",
         "assignment_strategy: metis",
         "topology_adaptation_strategy: random",
         "clustering_period: 2",
@@ -385,9 +388,10 @@ def test_unknown_names_suggest_the_nearest(tmp_path: Path) -> None:
     [
         ("TraditionalFederatedLearning", "ring", "C008"),
         ("TraditionalFederatedLearning", "my.graphs:torus", "C008"),
-        ("TraditionalFederatedLearning", "k_connected", "C012"),
+        ("TraditionalFederatedLearning", "torus", "C008"),
         ("DecentralizedFederatedLearning", "star", "C008"),
-        ("DecentralizedFederatedLearning", "k_connected", "C012"),
+        ("DecentralizedFederatedLearning", "k_connected", "C016"),
+        ("DecentralizedFederatedLearning", "exponential", "C008"),
         ("DecentralizedFederatedLearning", "rnig", "C010"),
         ("DecentralizedFederatedLearning", "custom", "C016"),
         ("ClusterFederatedLearning", "star", "C012"),
@@ -398,6 +402,38 @@ def test_schema_and_topology_fit(schema: str, topology: str, code: str) -> None:
     with pytest.raises(ConfigErrors) as caught:
         FederationConfig(federation_id="x", federated_learning_schema=schema, federated_learning_topology=topology)
     assert [error.code for error in caught.value.errors] == [code]
+
+
+def test_the_page_names_every_topology_and_every_mixing_rule() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "topologies.md").read_text(encoding="utf-8")
+    for key in ("federated_learning_topology", "mixing"):
+        assert all(f"\n| `{name}` | " in page for name in CHOICES[key].built)
+
+
+@pytest.mark.parametrize(
+    ("keys", "codes"),
+    [
+        ({"directed": True}, ["C008"]),
+        ({"directed": True, "mixing": "uniform"}, ["C008"]),
+        ({"directed": True, "mixing": "push_sum"}, []),
+        ({"directed": True, "mixing": "my.rules:own"}, []),
+        ({"federated_learning_topology": "exponential"}, ["C008"]),
+        ({"federated_learning_topology": "exponential", "mixing": "push_sum"}, []),
+        ({"federated_learning_topology": "random_regular"}, ["C016"]),
+        ({"federated_learning_topology": "small_world", "k_value": 4, "rewire_probability": 1.5}, ["C007"]),
+        ({"federated_learning_topology": "erdos_renyi", "edge_probability": 0.0}, ["C007"]),
+        ({"mixing": "custom"}, ["C016"]),
+        ({"mixing": "custom", "mixing_matrix_file_name": "weights.csv"}, []),
+        ({"torus_rows": 3, "branching_factor": 4, "allow_no_consensus": True}, []),
+    ],
+)
+def test_topologies_and_mixing_fit(keys: dict[str, object], codes: list[str]) -> None:
+    try:
+        FederationConfig.from_mapping({**RING, **keys})
+        found = []
+    except ConfigErrors as caught:
+        found = [error.code for error in caught.errors]
+    assert found == codes
 
 
 def test_registered_names_are_accepted() -> None:

@@ -45,11 +45,19 @@ class NodeSpec:
 
 @dataclass(frozen=True)
 class Graph:
-    """A directed graph in CSR form: node i may send to ``indices[indptr[i]:indptr[i+1]]`` (ascending)."""
+    """A directed graph in CSR form: node i may send to ``indices[indptr[i]:indptr[i+1]]`` (ascending).
+
+    Attributes:
+        weights: per edge, in the order of `indices`, what its receiver multiplies the sender's state with; empty where
+            the configuration's mixing rule follows from the graph alone.
+        self_weights: per node, what it multiplies its own state with; empty in the same case.
+    """
 
     num_nodes: int
     indptr: tuple[int, ...]
     indices: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    self_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,43 @@ class ClusterInfo:
 
 
 @dataclass(frozen=True)
+class MixingReport:
+    """What a mixing matrix W can do.
+
+    Attributes:
+        connected: every node reaches every other if directions are ignored.
+        strongly_connected: every node's state reaches every other node.
+        symmetric: W_ij = W_ji within 1e-9.
+        row_stochastic: rows sum to 1 within 1e-9, with no weight below 0.
+        column_stochastic: columns do.
+        doubly_stochastic: both do.
+        aperiodic: no group of nodes swaps its states in a cycle for ever.
+        push_sum: columns sum to 1 and rows do not; a mass per node makes up for it.
+        limit: what all nodes approach if nothing is trained: ``mean``, ``weighted mean``, or ``none``.
+        slem: second-largest eigenvalue modulus.
+        slem_kind: ``exact``, ``closed-form`` or ``estimate``.
+        spectral_gap: 1 - slem.
+        rounds_to_consensus: rounds until the disagreement falls below 1e-6 of itself; -1 if never.
+        problem: why the nodes never agree, or may not be mixed like this, a sentence; empty if they do.
+    """
+
+    connected: bool
+    strongly_connected: bool
+    symmetric: bool
+    row_stochastic: bool
+    column_stochastic: bool
+    doubly_stochastic: bool
+    aperiodic: bool
+    push_sum: bool
+    limit: str
+    slem: float
+    slem_kind: str
+    spectral_gap: float
+    rounds_to_consensus: int
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A dry run: where nodes go and what crosses.
 
@@ -133,6 +178,7 @@ class Plan:
         slem_kind: ``exact``, ``closed-form``, ``estimate`` or ``none``.
         rounds_to_consensus: rounds until the disagreement falls below 1e-6; -1 if never or centralized.
         problems: why it is not feasible, one sentence each.
+        mixing: what the mixing matrix can do; None for a centralized flow.
         links: (from cluster, to cluster, payload bytes per round).
     """
 
@@ -156,6 +202,7 @@ class Plan:
     num_parameters: int
     strategy: str
     explanation: dict[str, str] = field(default_factory=dict)
+    mixing: MixingReport | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ Check = Callable[[Values], Iterator[Problem]]
 # Settings that not every optimizer has; given to another one they would be dropped silently.
 _WITH_MOMENTUM = ("SGD", "RMSprop")
 _WITHOUT_WEIGHT_DECAY = ("Rprop",)
+_WITH_K_VALUE = ("k_connected", "random_regular", "small_world")
+_UNDIRECTED_MIXING = ("metropolis_hastings", "lazy_metropolis", "max_degree", "uniform", "sample_weighted")
 
 
 class _Missing(Exception):
@@ -91,7 +93,7 @@ def _schema_and_topology(values: Values) -> Iterator[Problem]:
             "C008",
             path,
             f"federated_learning_topology 'star' contradicts federated_learning_schema {DECENTRALIZED}",
-            allowed="ring, mesh, custom, a registered name, module:attr",
+            allowed="ring, mesh, k_connected, custom, ..., a registered name, module:attr",
             hint=f"For one server and its clients set federated_learning_schema: {TRADITIONAL}.",
         )
 
@@ -103,6 +105,41 @@ def _custom_matrix(values: Values) -> Iterator[Problem]:
             ("federated_learning_topology",),
             "adjacency_matrix_file_name is missing: topology 'custom' is read from it",
             hint="Set it to a CSV file with one row of 0 and 1 per node, relative to this file's folder.",
+        )
+
+
+def _neighbours(values: Values) -> Iterator[Problem]:
+    topology = values["federated_learning_topology"]
+    if topology in _WITH_K_VALUE and values["k_value"] is None:
+        yield Problem(
+            "C016",
+            ("federated_learning_topology",),
+            f"k_value is missing: topology '{topology}' has that many neighbours per node",
+            hint="Set it to a number from 2 to the number of nodes less one.",
+        )
+
+
+def _custom_weights(values: Values) -> Iterator[Problem]:
+    if values["mixing"] == "custom" and not values["mixing_matrix_file_name"]:
+        yield Problem(
+            "C016",
+            ("mixing",),
+            "mixing_matrix_file_name is missing: mixing 'custom' is read from it",
+            hint="Set it to a CSV file with one row of weights per node, relative to this file's folder.",
+        )
+
+
+def _directed(values: Values) -> Iterator[Problem]:
+    topology, mixing = values["federated_learning_topology"], values["mixing"]
+    peers = values["federated_learning_schema"] == DECENTRALIZED
+    what = "directed: true" if values["directed"] else f"topology '{topology}'"
+    if peers and (values["directed"] or topology == "exponential") and mixing in _UNDIRECTED_MIXING:
+        yield Problem(
+            "C008",
+            ("mixing",),
+            f"mixing '{mixing}' needs edges both ways; {what} has edges in one direction",
+            allowed="push_sum, custom, a registered name, module:attr",
+            hint="Set mixing: push_sum, which keeps the mean on directed graphs.",
         )
 
 
@@ -152,6 +189,9 @@ CHECKS: tuple[Check, ...] = (
     _min_nodes,
     _schema_and_topology,
     _custom_matrix,
+    _neighbours,
+    _custom_weights,
+    _directed,
     _momentum,
     _weight_decay,
     _roles,

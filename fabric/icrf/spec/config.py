@@ -77,12 +77,24 @@ class FederationConfig(BaseModel):
     """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same) or
     ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
     federated_learning_topology: Text
-    """The graph: ``star`` for traditional; ``ring``, ``line``, ``mesh``, ``custom``, a registered name or
-    ``module:attr``."""
+    """The graph: ``star`` for traditional; for peers any other, see topologies.md."""
     k_value: Nodes | None = None
-    """Neighbours per node, for topologies that take it."""
+    """Neighbours per node of ``k_connected``, ``random_regular`` and ``small_world``."""
     adjacency_matrix_file_name: Text | None = None
     """CSV file of the matrix for ``custom``, relative to the configuration's folder."""
+    directed: bool = False
+    """Edges have one direction: ``ring``, ``erdos_renyi``, ``custom`` and topologies of your own. Needs ``mixing``
+    ``push_sum`` or a matrix or rule of your own."""
+    torus_rows: Nodes | None = None
+    """Rows of ``torus``; null: as square as possible."""
+    branching_factor: Nodes = 2
+    """Children per node of ``tree``."""
+    rewire_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of edges that ``small_world`` moves to a random node."""
+    edge_probability: Share | None = None
+    """Probability of each edge of ``erdos_renyi``; null: 2 ln(n) / n."""
+    allow_no_consensus: bool = False
+    """Accept a graph or a mixing matrix with which the nodes can never agree."""
 
     # ---- nodes and rounds
     number_of_clients: Nodes = 10
@@ -138,7 +150,9 @@ class FederationConfig(BaseModel):
     aggregation_sample_scaling: bool = True
     """Weight updates by the nodes' sample counts; false: every node counts the same."""
     mixing: Text = "metropolis_hastings"
-    """How the mixing matrix of a decentralized round follows from the adjacency matrix."""
+    """How the mixing matrix of a decentralized round follows from the adjacency matrix, see topologies.md."""
+    mixing_matrix_file_name: Text | None = None
+    """CSV file of the weights for ``mixing: custom``, relative to the configuration's folder."""
 
     # ---- where it runs
     assignment_strategy: Text = "locality"

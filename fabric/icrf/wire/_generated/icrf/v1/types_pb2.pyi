@@ -79,21 +79,29 @@ class Graph(_message.Message):
     NUM_NODES_FIELD_NUMBER: _builtins.int
     INDPTR_FIELD_NUMBER: _builtins.int
     INDICES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    SELF_WEIGHTS_FIELD_NUMBER: _builtins.int
     num_nodes: _builtins.int
     @_builtins.property
     def indptr(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def self_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     def __init__(
         self,
         *,
         num_nodes: _builtins.int = ...,
         indptr: _abc.Iterable[_builtins.int] | None = ...,
         indices: _abc.Iterable[_builtins.int] | None = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
+        self_weights: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "indptr", b"indptr", "num_nodes", b"num_nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "indptr", b"indptr", "num_nodes", b"num_nodes", "self_weights", b"self_weights", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -376,6 +384,7 @@ class Plan(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
+    MIXING_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     flow: _builtins.str
     num_edges: _builtins.int
@@ -402,6 +411,8 @@ class Plan(_message.Message):
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def explanation(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def mixing(self) -> Global___MixingReport: ...
     def __init__(
         self,
         *,
@@ -425,14 +436,73 @@ class Plan(_message.Message):
         num_parameters: _builtins.int = ...,
         strategy: _builtins.str = ...,
         explanation: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        mixing: Global___MixingReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "links", b"links", "num_edges", b"num_edges", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class MixingReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    STRONGLY_CONNECTED_FIELD_NUMBER: _builtins.int
+    SYMMETRIC_FIELD_NUMBER: _builtins.int
+    ROW_STOCHASTIC_FIELD_NUMBER: _builtins.int
+    COLUMN_STOCHASTIC_FIELD_NUMBER: _builtins.int
+    DOUBLY_STOCHASTIC_FIELD_NUMBER: _builtins.int
+    APERIODIC_FIELD_NUMBER: _builtins.int
+    PUSH_SUM_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    SLEM_FIELD_NUMBER: _builtins.int
+    SLEM_KIND_FIELD_NUMBER: _builtins.int
+    SPECTRAL_GAP_FIELD_NUMBER: _builtins.int
+    ROUNDS_TO_CONSENSUS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    connected: _builtins.bool
+    strongly_connected: _builtins.bool
+    symmetric: _builtins.bool
+    row_stochastic: _builtins.bool
+    column_stochastic: _builtins.bool
+    doubly_stochastic: _builtins.bool
+    aperiodic: _builtins.bool
+    push_sum: _builtins.bool
+    limit: _builtins.str
+    slem: _builtins.float
+    slem_kind: _builtins.str
+    spectral_gap: _builtins.float
+    rounds_to_consensus: _builtins.int
+    problem: _builtins.str
+    def __init__(
+        self,
+        *,
+        connected: _builtins.bool = ...,
+        strongly_connected: _builtins.bool = ...,
+        symmetric: _builtins.bool = ...,
+        row_stochastic: _builtins.bool = ...,
+        column_stochastic: _builtins.bool = ...,
+        doubly_stochastic: _builtins.bool = ...,
+        aperiodic: _builtins.bool = ...,
+        push_sum: _builtins.bool = ...,
+        limit: _builtins.str = ...,
+        slem: _builtins.float = ...,
+        slem_kind: _builtins.str = ...,
+        spectral_gap: _builtins.float = ...,
+        rounds_to_consensus: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aperiodic", b"aperiodic", "column_stochastic", b"column_stochastic", "connected", b"connected", "doubly_stochastic", b"doubly_stochastic", "limit", b"limit", "problem", b"problem", "push_sum", b"push_sum", "rounds_to_consensus", b"rounds_to_consensus", "row_stochastic", b"row_stochastic", "slem", b"slem", "slem_kind", b"slem_kind", "spectral_gap", b"spectral_gap", "strongly_connected", b"strongly_connected", "symmetric", b"symmetric"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MixingReport: _TypeAlias = MixingReport  # noqa: Y015
 
 @_typing.final
 class LinkBytes(_message.Message):
