@@ -7,6 +7,8 @@ Centralized (the coordinator holds the global model)::
                                        partials of all remote clusters ─────────┘
     other:        model arrives ─> train ─> send one partial ─> report
 
+Where the aggregation rule has to see every update, they travel one by one in the place of the partials.
+
 Decentralized::
 
     train ─> send one update per (node, remote cluster) ─┐
@@ -144,10 +146,7 @@ class RoundMachine:
         return any(key[0] == kind for key in self._expected)
 
     def _send_after_training(self) -> list[Step]:
-        if self.plan.flow == CENTRALIZED:
-            transfers: Sequence[Transfer] = self.plan.outbound(self.cluster, PARTIAL)
-        else:
-            transfers = self.plan.outbound(self.cluster, UPDATE)
+        transfers = (*self.plan.outbound(self.cluster, PARTIAL), *self.plan.outbound(self.cluster, UPDATE))
         self._sending += len(transfers)
         return [Step(SEND, t) for t in transfers]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         schema_factory,
     )
     from icrf.federation.virtual_node import VirtualNode
-    from icrf.learning import register_model
+    from icrf.learning import register_aggregator, register_model
     from icrf.spec import FederationConfig
     from icrf.topology import register_topology
 
@@ -52,6 +52,7 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
+    "register_aggregator",
     "register_model",
     "register_topology",
     "schema_factory",
@@ -72,6 +73,7 @@ _HOME = {
     "schema_factory": "icrf.federation.schemas",
     "FederationConfig": "icrf.spec",
     "register_topology": "icrf.topology",
+    "register_aggregator": "icrf.learning",
     "register_model": "icrf.learning",
 }
 

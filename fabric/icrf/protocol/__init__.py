@@ -35,6 +35,7 @@ from icrf.protocol.federations import (
     NodeSpec,
     Plan,
     Resources,
+    Rows,
     Submission,
     TensorSpec,
 )
@@ -129,6 +130,7 @@ __all__ = [
     "Resources",
     "RoundReport",
     "RoundResult",
+    "Rows",
     "RunEvent",
     "RunInfo",
     "SaveCheckpoint",
