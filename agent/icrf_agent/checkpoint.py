@@ -81,9 +81,13 @@ def _row(rows: Mapping[str, Array], name: str) -> Array:
 def _load(data: bytes, round_number: int) -> dict[str, Array]:
     _require_round(data, round_number)
     try:
-        return dict(safetensors.numpy.load(data))
+        rows = dict(safetensors.numpy.load(data))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise WeightsError("W010", f"not a checkpoint: {error}", place=_PLACE) from error
+    strange = [name for name in rows if name != SERVER and not name.isdecimal()]
+    if strange:
+        raise WeightsError("W010", "a checkpoint of somebody unknown", place=_PLACE, value=strange[0][:40])
+    return rows
 
 
 def _require_round(data: bytes, round_number: int) -> None:

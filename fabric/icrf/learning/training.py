@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,11 @@ from icrf.registry import unknown_name
 _BLOCK_BYTES = 16 << 20
 _ALIGNMENT = 64
 
+# What Adam and AdamW keep of every parameter, beside the number of steps.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 Array = np.ndarray[Any, np.dtype[Any]]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class _TorchOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+Stepper = _PlainSgd | _TorchOptimizer
 
 
 def optimizer_rows(optimizer: str, momentum: float = 0.0) -> tuple[int, int]:
@@ -196,12 +200,12 @@ class _Extras:
             if self._correction is not None:
                 parameter.grad.add_(self._correction[number])
 
-    def load(self, stepper: _PlainSgd | _TorchOptimizer) -> None:
+    def load(self, stepper: Stepper) -> None:
         """Hand the optimizer what it had when it stopped."""
         if self._terms.optimizer_state is not None:
             stepper.load(*self._state(torch.tensor(self._terms.optimizer_state), stepper.num_rows))
 
-    def save(self, stepper: _PlainSgd | _TorchOptimizer) -> None:
+    def save(self, stepper: Stepper) -> None:
         """Take it back."""
         if self._terms.optimizer_state is not None:
             kept = torch.tensor(self._terms.optimizer_state)
@@ -260,7 +264,7 @@ class LocalTrainer:
         shuffle: bool,
         generator: torch.Generator,
         steps: int | None = None,
-        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = functional.cross_entropy,
+        loss: Loss = functional.cross_entropy,
     ) -> tuple[float, int]:
         """Train by minibatch descent; the optimizer starts afresh in every call unless the rule keeps its state.
 
@@ -288,7 +292,6 @@ class LocalTrainer:
         num_samples = len(y)
         if (epochs if steps is None else steps) <= 0 or not num_samples:
             return 0.0, 0
-        module = flat_module.module
         x = to_tensor(x, getattr(torch, flat_module.layout.dtype.name))
         y = to_tensor(y)
         stepper = (
@@ -298,22 +301,29 @@ class LocalTrainer:
         )
         extras = _Extras(flat_module, self._terms)
         extras.load(stepper)
-        total, seen = torch.zeros((), dtype=torch.float64), 0
         flat_module.zero_grad()
-        module.train()
+        flat_module.module.train()
         with _global_randomness_from(generator):
             passes = itertools.repeat(None) if steps is not None else itertools.repeat(None, epochs)
             batches = (b for _ in passes for b in _batches(x, y, batch_size or num_samples, shuffle, generator))
-            for features, labels in itertools.islice(batches, steps):
-                batch_loss = loss(module(features), labels)
-                batch_loss.backward()
-                if extras.changes_gradients:
-                    extras.correct()
-                stepper.step()
-                total.add_(batch_loss.detach(), alpha=len(labels))
-                seen += len(labels)
-                self.steps += 1
+            found = self._descend(flat_module.module, itertools.islice(batches, steps), loss, stepper, extras)
         extras.save(stepper)
+        return found
+
+    def _descend(
+        self, module: Any, batches: Iterable[tuple[Any, Any]], loss: Loss, stepper: Stepper, extras: _Extras
+    ) -> tuple[float, int]:
+        """One optimizer step per batch; mean loss and samples seen."""
+        total, seen = torch.zeros((), dtype=torch.float64), 0
+        for features, labels in batches:
+            batch_loss = loss(module(features), labels)
+            batch_loss.backward()
+            if extras.changes_gradients:
+                extras.correct()
+            stepper.step()
+            total.add_(batch_loss.detach(), alpha=len(labels))
+            seen += len(labels)
+            self.steps += 1
         return total.item() / seen, seen
 
 
