@@ -1,0 +1,471 @@
+"""Every aggregation rule through the whole fabric: closed forms, identities, equal bits, attacks, crashes, traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from icrf.errors import ConfigErrors
+from icrf.federation.node import FederatedNode
+from icrf.learning.aggregation import MeanAggregator, RoundFacts
+from icrf.learning.datasets import DATASETS, Dataset, load_dataset
+from icrf.learning.models import register_model
+from icrf.protocol import COMPLETED, IDLE, TERMINAL, RoundResult, RunInfo
+from icrf.spec import FederationConfig
+from icrf.submission import build_submission
+from icrf.testing.inline import InlineFabric
+
+STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star", "federation_id": "rules"}
+DIGITS = {
+    "number_of_clients": 7,
+    "federated_learning_rounds": 3,
+    "learning_rate": 0.1,
+    "batch_size": 64,
+    "data_distribution_kind": "dir",
+}
+MERGING: dict[str, dict[str, Any]] = {
+    "FedAvg": {},
+    "FedProx": {"mu": 0.1},
+    "SCAFFOLD": {"momentum": 0.5},
+    "FedNova": {"momentum": 0.9},
+    "FedAvgM": {},
+    "FedAdagrad": {"server_learning_rate": 0.02},
+    "FedAdam": {"server_learning_rate": 0.02, "clip_norm": 0.5},
+    "FedYogi": {"server_learning_rate": 0.02},
+    "DiLoCo": {"optimizer": "AdamW", "learning_rate": 0.003, "local_steps": 5},
+}
+ROBUST: dict[str, dict[str, Any]] = {
+    "Median": {},
+    "TrimmedMean": {"num_byzantine": 2},
+    "Krum": {"num_byzantine": 2},
+    "MultiKrum": {"num_byzantine": 1, "clip_norm": 0.5},
+}
+RULES = {**MERGING, **ROBUST}
+
+
+@pytest.fixture(scope="module")
+def fabrics() -> Iterator[Any]:
+    """A fabric of so many clusters, started when it is asked for; it knows the node classes of this file."""
+    opened: list[InlineFabric] = []
+    templates = {f"local:{kind.__name__}": kind for kind in (Quadratic, Teller, SignFlipper, Broken)}
+
+    @cache
+    def open_fabric(clusters: int) -> InlineFabric:
+        opened.append(InlineFabric(clusters, templates=templates))
+        return opened[-1]
+
+    yield open_fabric
+    for fabric in opened:
+        fabric.close()
+
+
+def run(fabric: InlineFabric, **keys: Any) -> tuple[RunInfo, list[RoundResult]]:
+    """A run that completes, and its rounds."""
+    info = fabric.port.submit(build_submission(FederationConfig.from_mapping({**STAR, **keys})))
+    rounds = [event.round for event in fabric.port.watch(info.run_id) if event.round]
+    info = fabric.port.get(info.run_id)
+    assert info.status == COMPLETED, info.error_json
+    return info, rounds
+
+
+def hashes(rounds: list[RoundResult]) -> list[str]:
+    return [r.model_sha256 for r in rounds]
+
+
+# ---------------------------------------------------------------- equal bits, and what they are made of
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling"), [*((name, True) for name in RULES), *((n, False) for n in ("FedAvg", "SCAFFOLD", "FedNova"))]
+)
+def test_every_round_has_the_same_bits_on_1_2_and_3_clusters(fabrics: Any, name: str, scaling: bool) -> None:
+    keys = {**DIGITS, **RULES[name], "aggregation_strategy": name, "aggregation_sample_scaling": scaling}
+    info, one = run(fabrics(1), **keys)
+    assert len(set(hashes(one))) == 3 and [r.participants for r in one] == [7] * 3
+    for clusters in (2, 3):
+        found, many = run(fabrics(clusters), **keys)
+        assert len(found.clusters) == clusters
+        assert hashes(many) == hashes(one)
+        assert found.model_sha256 == info.model_sha256
+        assert [r.metrics for r in many] == [r.metrics for r in one]
+
+
+def test_rules_differ_from_each_other(fabrics: Any) -> None:
+    last = {
+        name: run(fabrics(1), **{**DIGITS, **keys, "aggregation_strategy": name})[0].model_sha256
+        for name, keys in RULES.items()
+    }
+    assert len(set(last.values())) == len(RULES)
+    plain = run(fabrics(1), **DIGITS, aggregation_sample_scaling=False)[0].model_sha256
+    assert plain not in last.values()
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "SCAFFOLD", "FedNova", "Krum"])
+@pytest.mark.parametrize("clusters", [2, 3])
+def test_the_bytes_are_those_of_the_plan(fabrics: Any, name: str, clusters: int) -> None:
+    keys = {**DIGITS, **RULES[name], "aggregation_strategy": name}
+    fabric = fabrics(clusters)
+    plan = fabric.port.plan(build_submission(FederationConfig.from_mapping({**STAR, **keys})))
+    info, _ = run(fabric, **keys)
+    assert info.bytes_inter_cluster == pytest.approx(plan.bytes_inter_cluster_total, rel=0.02)
+    model = 4 * plan.num_parameters
+    remote = sum(1 for cluster in plan.assignment.values() if cluster != plan.assignment["server"])
+    per_round = {
+        "FedAvg": 3 * model * (clusters - 1),
+        "SCAFFOLD": 6 * model * (clusters - 1),
+        "FedNova": (3 * model + 8) * (clusters - 1),
+        "Krum": model * (clusters - 1) + model * remote,
+    }
+    assert plan.bytes_inter_cluster_per_round == per_round[name]
+
+
+# ---------------------------------------------------------------- closed forms
+
+CURVES = ((1.0, 0.0), (3.0, 1.0))
+ETA, START, OPTIMUM = 0.1, 5.0, 0.75
+
+
+class Quadratic(FederatedNode):
+    """Descends on a/2 (x - b)^2, another curve at each of two nodes."""
+
+    def loss(self, scores: Any, labels: Any) -> Any:
+        curvature, centre = CURVES[self.context.index - 1]
+        return 0.5 * curvature * torch.square(scores.mean() - centre)
+
+
+class Teller(FederatedNode):
+    """A server that says where the model is."""
+
+    def evaluate(self, phase: str = "test") -> dict[str, float]:
+        return {"x": float(next(self.model.parameters()).detach()[0])}
+
+
+class Point(nn.Module):
+    """One float64 number, whatever the input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.full((1,), START, dtype=torch.float64))
+
+    def forward(self, features: Any) -> Any:
+        return self.x.expand(len(features), 1)
+
+
+@register_model("test-point")
+def point() -> nn.Module:
+    return Point()
+
+
+@DATASETS.register("test-two-samples")
+def two_samples(data_dir: str = "") -> Dataset:
+    features, labels = np.zeros((2, 1), np.float32), np.zeros(2, np.int64)
+    return Dataset(features, labels, features, labels, 1, "test-two-samples")
+
+
+def descend(fabric: InlineFabric, steps: int, rounds: int, **keys: Any) -> list[float]:
+    """Where x is after each round."""
+    found = run(
+        fabric,
+        number_of_clients=2,
+        federated_learning_rounds=rounds,
+        local_steps=steps,
+        learning_rate=ETA,
+        model_type="test-point",
+        dataset_type="test-two-samples",
+        client_template="local:Quadratic",
+        server_template="local:Teller",
+        **keys,
+    )[1]
+    return [r.metrics["x"] for r in found]
+
+
+FEDAVG_LIMITS = {
+    1: 0.750000000,
+    2: 0.728571429,
+    5: 0.670133071,
+    10: 0.598711121,
+    20: 0.532162627,
+    50: 0.501291768,
+}
+SCAFFOLD_ROUNDS = {1: 100, 2: 49, 5: 23, 10: 24, 20: 53}
+
+
+@pytest.mark.parametrize("steps", FEDAVG_LIMITS)
+def test_fedavg_drifts_to_where_theory_says(fabrics: Any, steps: int) -> None:
+    found = descend(fabrics(2), steps, 20 + 90 // steps)[-1]
+    r = [(1 - ETA * a) ** steps for a, _ in CURVES]
+    limit = sum((1 - s) * b for s, (_, b) in zip(r, CURVES, strict=True)) / sum(1 - s for s in r)
+    assert limit == pytest.approx(FEDAVG_LIMITS[steps], abs=1e-9)
+    assert found == pytest.approx(limit, abs=1e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize("mu", [0.5, 2.0])
+def test_fedprox_drifts_less_and_to_where_theory_says(fabrics: Any, steps: int, mu: float) -> None:
+    found = descend(fabrics(2), steps, 40 + 80 // steps, aggregation_strategy="FedProx", mu=mu)[-1]
+    shares = [(1 - (1 - ETA * (a + mu)) ** steps) / (a + mu) for a, _ in CURVES]
+    pulls = [share * a for share, (a, _) in zip(shares, CURVES, strict=True)]
+    limit = sum(p * b for p, (_, b) in zip(pulls, CURVES, strict=True)) / sum(pulls)
+    assert found == pytest.approx(limit, abs=1e-8)
+    if steps > 1:
+        assert abs(found - OPTIMUM) < abs(FEDAVG_LIMITS[steps] - OPTIMUM) - 0.001
+
+
+@pytest.mark.parametrize("steps", SCAFFOLD_ROUNDS)
+def test_scaffold_reaches_the_optimum_in_the_rounds_that_theory_says(fabrics: Any, steps: int) -> None:
+    rounds = SCAFFOLD_ROUNDS[steps]
+    path = descend(fabrics(2), steps, rounds, aggregation_strategy="SCAFFOLD")
+    assert abs(path[rounds - 1] - OPTIMUM) < 1e-9 <= abs(path[rounds - 2] - OPTIMUM)
+
+
+def test_fedadam_is_the_recurrence_stepped_by_hand(fabrics: Any) -> None:
+    keys = {"server_learning_rate": 0.3, "server_beta1": 0.9, "server_beta2": 0.99, "tau": 1e-3}
+    path = descend(fabrics(2), 4, 6, aggregation_strategy="FedAdam", **keys)
+    x, m, v = START, 0.0, 0.0
+    for t, found in enumerate(path, 1):
+        ends = [b + (1 - ETA * a) ** 4 * (x - b) for a, b in CURVES]
+        g = x - sum(ends) / 2
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        x -= 0.3 * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)) ** 0.5 + 1e-3)
+        assert found == pytest.approx(x, abs=1e-9)
+
+
+def test_clipping_bounds_every_step(fabrics: Any) -> None:
+    """Both nodes want to move by more: the model moves by clip_norm until it is near."""
+    path = descend(fabrics(2), 5, 6, clip_norm=0.25)
+    assert path == pytest.approx([START - 0.25 * k for k in range(1, 7)], abs=1e-9)
+
+
+# ---------------------------------------------------------------- identities
+
+
+@register_model("test-softmax64")
+def softmax64(input_shape: Any, num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(input_shape)), num_classes).double())
+
+
+FULL_BATCH = {
+    **DIGITS,
+    "model_type": "test-softmax64",
+    "batch_size": 1_000_000,
+    "learning_rate": 0.5,
+    "federated_learning_rounds": 4,
+}
+
+
+def gradient_descent(rounds: int) -> float:
+    """Test loss after full-batch steps over all data, float64."""
+    from icrf.learning.models import build_model  # noqa: PLC0415
+    from icrf.learning.rng import derive_seed  # noqa: PLC0415
+
+    data = load_dataset("digits")
+    module = build_model("test-softmax64", data.input_shape, data.num_classes, derive_seed(0, 0, 0, "model"))
+    stepper = torch.optim.SGD(module.parameters(), lr=0.5)
+    for _ in range(rounds):
+        stepper.zero_grad()
+        scores = module(torch.from_numpy(data.train_x).double())
+        functional.cross_entropy(scores, torch.from_numpy(data.train_y)).backward()
+        stepper.step()
+    with torch.no_grad():
+        scores = module(torch.from_numpy(data.test_x).double())
+        return float(functional.cross_entropy(scores, torch.from_numpy(data.test_y)))
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "SCAFFOLD", "FedNova", "DiLoCo"])
+def test_one_step_on_the_full_batch_is_gradient_descent(fabrics: Any, name: str) -> None:
+    """FedSGD; SCAFFOLD with K = 1; DiLoCo with H = 1 and SGD at both ends is synchronous data-parallel SGD."""
+    keys = {"DiLoCo": {"local_steps": 1, "server_learning_rate": 1.0, "server_momentum": 0.0}}.get(name, {})
+    _, rounds = run(fabrics(2), **FULL_BATCH, **keys, aggregation_strategy=name)
+    assert rounds[-1].metrics["loss"] == pytest.approx(gradient_descent(4), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"aggregation_strategy": "FedAvgM", "server_momentum": 0.0},
+        {"aggregation_strategy": "FedProx", "mu": 0},
+        {"aggregation_strategy": "DiLoCo", "server_learning_rate": 1, "server_momentum": 0},
+    ],
+    ids=lambda keys: keys["aggregation_strategy"],
+)
+def test_rules_without_their_effect_are_fedavg_bit_by_bit(fabrics: Any, keys: dict[str, Any]) -> None:
+    assert hashes(run(fabrics(2), **DIGITS, **keys)[1]) == hashes(run(fabrics(2), **DIGITS)[1])
+
+
+def test_local_steps_are_those_of_the_epochs_they_replace(fabrics: Any) -> None:
+    """Seven nodes of about 205 samples make four batches of 64 an epoch; as steps they are drawn alike."""
+    iid = {**DIGITS, "data_distribution_kind": "iid"}
+    epochs = run(fabrics(1), **iid, number_of_epochs=2)[1]
+    assert hashes(run(fabrics(1), **iid, local_steps=8)[1]) == hashes(epochs)
+    assert hashes(run(fabrics(1), **iid, local_steps=7)[1]) != hashes(epochs)
+
+
+def test_the_inner_optimizer_of_diloco_outlives_the_round(fabrics: Any) -> None:
+    """One node: with a neutral server, two rounds of one step are one round of two, in moments too."""
+    keys = {
+        **DIGITS,
+        "number_of_clients": 1,
+        "data_distribution_kind": "iid",
+        "batch_size": 1_000_000,
+        "aggregation_strategy": "DiLoCo",
+        "server_learning_rate": 1,
+        "server_momentum": 0,
+        "optimizer": "AdamW",
+        "learning_rate": 0.01,
+        "model_type": "test-softmax64",
+        "shuffle": False,
+    }
+    often = run(fabrics(1), **{**keys, "federated_learning_rounds": 6, "local_steps": 1})[1][-1].metrics
+    rarely = run(fabrics(1), **{**keys, "federated_learning_rounds": 2, "local_steps": 3})[1][-1].metrics
+    assert often["loss"] == pytest.approx(rarely["loss"], rel=1e-10)
+    afresh = {**keys, "federated_learning_rounds": 6, "local_steps": 1, "aggregation_strategy": "FedAvg"}
+    assert run(fabrics(1), **afresh)[1][-1].metrics["loss"] != pytest.approx(often["loss"], rel=1e-3)
+
+
+# ---------------------------------------------------------------- participants that send anything
+
+
+class SignFlipper(FederatedNode):
+    """Two of ten send their change backwards and ten times as large."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        before = self.context.model.snapshot()
+        metrics = super().train(**kwargs)
+        if self.id in ("client_3", "client_8"):
+            self.context.model.load(before - 10 * (self.context.model.flat - before))
+        return metrics
+
+
+class Broken(FederatedNode):
+    """One of the nodes sends what is no number."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        if self.id == "client_4":
+            self.context.model.flat[7] = np.nan
+        return {}
+
+
+ATTACKED = {
+    **DIGITS,
+    "number_of_clients": 10,
+    "data_distribution_kind": "iid",
+    "federated_learning_rounds": 8,
+    "number_of_epochs": 2,
+    "batch_size": 16,
+    "momentum": 0.9,
+}
+
+
+def test_robust_rules_learn_under_attack_where_the_mean_does_not(fabrics: Any) -> None:
+    clean = run(fabrics(2), **ATTACKED)[1][-1].metrics["accuracy"]
+    attacked = {**ATTACKED, "client_template": "local:SignFlipper"}
+    assert clean > 0.9
+    assert run(fabrics(2), **attacked)[1][-1].metrics["accuracy"] < 0.4
+    for name in ("Median", "TrimmedMean", "Krum", "MultiKrum"):
+        found = run(fabrics(2), **attacked, aggregation_strategy=name, num_byzantine=2)[1][-1].metrics["accuracy"]
+        assert found > clean - (0.03 if name != "Krum" else 0.06), name
+
+
+# ---------------------------------------------------------------- one's own rule, and refusals
+
+
+class Cautious(MeanAggregator):
+    """Half of the way; named as ``module:attr`` below."""
+
+    def __init__(self, learning_rate: float) -> None:
+        self.share = 0.5 if learning_rate else 0.0
+
+    def advance(self, mean: Any, previous: Any, out: Any, facts: RoundFacts) -> None:
+        out[0][:] = previous[0] + self.share * (mean[0] - previous[0])
+
+
+def test_a_rule_of_ones_own_is_named_by_its_path(fabrics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys  # noqa: PLC0415
+
+    monkeypatch.setitem(sys.modules, "my_rules", sys.modules[__name__])
+    name = "my_rules:Cautious"
+    found = [hashes(run(fabrics(n), **DIGITS, aggregation_strategy=name)[1]) for n in (1, 2)]
+    assert found[0] == found[1] != hashes(run(fabrics(1), **DIGITS)[1])
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"aggregation_strategy": "FedProx"}, "C016.*mu is missing"),
+        ({"aggregation_strategy": "Krum"}, "C016.*num_byzantine is missing"),
+        ({"aggregation_strategy": "Krum", "num_byzantine": 3}, "C008.*Krum needs 9 participants"),
+        ({"aggregation_strategy": "MultiKrum", "num_byzantine": 3}, "C008.*MultiKrum needs 9 participants"),
+        ({"aggregation_strategy": "TrimmedMean", "num_byzantine": 4}, "C008.*TrimmedMean needs 9 participants"),
+        ({"aggregation_strategy": "MultiKrum", "num_byzantine": 2, "num_selected": 5}, "C008.*num_selected 5"),
+        ({"aggregation_strategy": "SCAFFOLD", "optimizer": "Adam"}, "C008.*optimizer Adam contradicts"),
+        ({"aggregation_strategy": "FedNova", "optimizer": "AdamW"}, "C008.*optimizer AdamW contradicts"),
+        ({"aggregation_strategy": "DiLoCo", "optimizer": "RMSprop"}, "C008.*optimizer RMSprop contradicts"),
+        ({"aggregation_strategy": "SCAFFOLD", "clip_norm": 1.0}, "C008.*clip_norm contradicts"),
+        ({"aggregation_strategy": "Bulyan"}, "C012.*not built"),
+        ({"clip_norm": 0}, "C007.*clip_norm"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_the_configuration(keys: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigErrors, match=complaint):
+        FederationConfig.from_mapping({**STAR, "number_of_clients": 8, **keys})
+
+
+def test_a_rule_of_other_rows_than_those_submitted_is_refused(fabrics: Any) -> None:
+    keys = {**STAR, **DIGITS, "aggregation_strategy": "SCAFFOLD"}
+    submission = build_submission(FederationConfig.from_mapping(keys))
+    info = fabrics(2).port.submit(replace(submission, rows=replace(submission.rows, up=1, server=1)))
+    for _ in fabrics(2).port.watch(info.run_id):
+        pass
+    assert "is not the one that was submitted" in fabrics(2).port.get(info.run_id).error_json
+
+
+def test_non_finite_updates_of_a_robust_rule_name_their_node(fabrics: Any) -> None:
+    keys = {**STAR, **DIGITS, "aggregation_strategy": "Median", "client_template": "local:Broken"}
+    info = fabrics(2).port.submit(build_submission(FederationConfig.from_mapping(keys)))
+    for _ in fabrics(2).port.watch(info.run_id):
+        pass
+    error = fabrics(2).port.get(info.run_id).error_json
+    assert "W020" in error and "client_4 on local-" in error
+
+
+# ---------------------------------------------------------------- crashes
+
+
+@pytest.mark.parametrize("name", ["SCAFFOLD", "DiLoCo", "FedYogi"])
+@pytest.mark.parametrize("cluster", ["local-1", "local-2"])
+def test_state_that_is_lost_comes_back_from_checkpoints(name: str, cluster: str) -> None:
+    """Whatever a rule keeps, at the server and at the nodes, is restored with the model: the hashes are the same."""
+    keys = {**STAR, **DIGITS, **RULES[name], "aggregation_strategy": name, "checkpoint_every": 2}
+    pins = {"server": "local-1", "client_0": "local-2", "client_1": "local-1"}
+    with InlineFabric(2) as fabric:
+        expected = run(fabric, **{**keys, "federated_learning_rounds": 6})[1]
+        config = FederationConfig.from_mapping({**keys, "federated_learning_rounds": 3, "placement": pins})
+        run_id = fabric.port.submit(build_submission(config, keep=True)).run_id
+        assert len(follow(fabric, run_id, 3)) == 3
+        for slot in range(2):
+            fabric.substrates[cluster].kill_host(run_id, slot)
+        fabric.port.advance(run_id, "run", 6)
+        found = follow(fabric, run_id, 6)
+    assert [r.model_sha256 for r in found] == hashes(expected)
+    # FedYogi keeps its state at the server only: the other cluster's hosts are set up again, and go on.
+    assert (found[-1].generation == 1) == (name == "FedYogi" and cluster == "local-2")
+
+
+def follow(fabric: InlineFabric, run_id: str, rounds_done: int) -> list[RoundResult]:
+    """Wait until a kept run is idle after so many rounds; all of them."""
+    found = []
+    for event in fabric.port.watch(run_id):
+        found += [event.round] if event.round else []
+        info = fabric.port.get(run_id)
+        assert info.status not in TERMINAL, info.error_json
+        if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds_done:
+            return found
+    raise AssertionError("the run has ended")
