@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from icrf.errors import ConfigErrors
 from icrf.federation.node import FederatedNode
 from icrf.learning.aggregation import MeanAggregator, RoundFacts
 from icrf.learning.datasets import DATASETS, Dataset, load_dataset
@@ -164,27 +163,37 @@ def point() -> nn.Module:
     return Point()
 
 
+@register_model("test-point-near-zero")
+def point_near_zero() -> nn.Module:
+    made = Point()
+    with torch.no_grad():
+        made.x.fill_(1e-7)
+    return made
+
+
 @DATASETS.register("test-two-samples")
 def two_samples(data_dir: str = "") -> Dataset:
     features, labels = np.zeros((2, 1), np.float32), np.zeros(2, np.int64)
     return Dataset(features, labels, features, labels, 1, "test-two-samples")
 
 
+def run_curves(fabric: InlineFabric, steps: int, rounds: int, **keys: Any) -> list[RoundResult]:
+    common = {
+        "number_of_clients": 2,
+        "federated_learning_rounds": rounds,
+        "local_steps": steps,
+        "learning_rate": ETA,
+        "model_type": "test-point",
+        "dataset_type": "test-two-samples",
+        "client_template": "local:Quadratic",
+        "server_template": "local:Teller",
+    }
+    return run(fabric, **{**common, **keys})[1]
+
+
 def descend(fabric: InlineFabric, steps: int, rounds: int, **keys: Any) -> list[float]:
     """Where x is after each round."""
-    found = run(
-        fabric,
-        number_of_clients=2,
-        federated_learning_rounds=rounds,
-        local_steps=steps,
-        learning_rate=ETA,
-        model_type="test-point",
-        dataset_type="test-two-samples",
-        client_template="local:Quadratic",
-        server_template="local:Teller",
-        **keys,
-    )[1]
-    return [r.metrics["x"] for r in found]
+    return [r.metrics["x"] for r in run_curves(fabric, steps, rounds, **keys)]
 
 
 FEDAVG_LIMITS = {
@@ -236,6 +245,21 @@ def test_fedadam_is_the_recurrence_stepped_by_hand(fabrics: Any) -> None:
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
         x -= 0.3 * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)) ** 0.5 + 1e-3)
         assert found == pytest.approx(x, abs=1e-9)
+
+
+def test_nodes_forget_what_an_attempt_without_result_has_left(fabrics: Any) -> None:
+    """The first round leaves its grid and is repeated: no control variate moves twice."""
+    found = run_curves(fabrics(2), 5, 3, model_type="test-point-near-zero", aggregation_strategy="SCAFFOLD")
+    assert found[0].attempt > 1
+    x, c, variates = 1e-7, 0.0, [0.0, 0.0]
+    for result in found:
+        ends = [x, x]
+        for k, (a, b) in enumerate(CURVES):
+            for _ in range(5):
+                ends[k] -= ETA * (a * (ends[k] - b) + c - variates[k])
+        variates = [v - c + (x - y) / (5 * ETA) for v, y in zip(variates, ends, strict=True)]
+        x, c = sum(ends) / 2, sum(variates) / 2
+        assert result.metrics["x"] == pytest.approx(x, abs=1e-10)
 
 
 def test_clipping_bounds_every_step(fabrics: Any) -> None:
@@ -330,6 +354,18 @@ def test_the_inner_optimizer_of_diloco_outlives_the_round(fabrics: Any) -> None:
     assert run(fabrics(1), **afresh)[1][-1].metrics["loss"] != pytest.approx(often["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_diloco_exchanges_a_twentieth_for_a_model_as_good(fabrics: Any) -> None:
+    keys = {**DIGITS, **RULES["DiLoCo"], "aggregation_strategy": "DiLoCo", "number_of_clients": 4, "batch_size": 32}
+    keys |= {"data_distribution_kind": "iid", "evaluate_every": 1000, "learning_rate": 0.001, "checkpoint_every": 0}
+    often, one = run(fabrics(4), **{**keys, "local_steps": 1, "federated_learning_rounds": 400})
+    rarely, twenty = run(fabrics(4), **{**keys, "local_steps": 20, "federated_learning_rounds": 20})
+    # But for the width of round numbers in headers.
+    assert often.bytes_inter_cluster == pytest.approx(20 * rarely.bytes_inter_cluster, rel=1e-4)
+    assert one[-1].metrics["accuracy"] > 0.94
+    assert twenty[-1].metrics["accuracy"] > one[-1].metrics["accuracy"] - 0.015
+
+
 # ---------------------------------------------------------------- participants that send anything
 
 
@@ -394,28 +430,6 @@ def test_a_rule_of_ones_own_is_named_by_its_path(fabrics: Any, monkeypatch: pyte
     name = "my_rules:Cautious"
     found = [hashes(run(fabrics(n), **DIGITS, aggregation_strategy=name)[1]) for n in (1, 2)]
     assert found[0] == found[1] != hashes(run(fabrics(1), **DIGITS)[1])
-
-
-@pytest.mark.parametrize(
-    ("keys", "complaint"),
-    [
-        ({"aggregation_strategy": "FedProx"}, "C016.*mu is missing"),
-        ({"aggregation_strategy": "Krum"}, "C016.*num_byzantine is missing"),
-        ({"aggregation_strategy": "Krum", "num_byzantine": 3}, "C008.*Krum needs 9 participants"),
-        ({"aggregation_strategy": "MultiKrum", "num_byzantine": 3}, "C008.*MultiKrum needs 9 participants"),
-        ({"aggregation_strategy": "TrimmedMean", "num_byzantine": 4}, "C008.*TrimmedMean needs 9 participants"),
-        ({"aggregation_strategy": "MultiKrum", "num_byzantine": 2, "num_selected": 5}, "C008.*num_selected 5"),
-        ({"aggregation_strategy": "SCAFFOLD", "optimizer": "Adam"}, "C008.*optimizer Adam contradicts"),
-        ({"aggregation_strategy": "FedNova", "optimizer": "AdamW"}, "C008.*optimizer AdamW contradicts"),
-        ({"aggregation_strategy": "DiLoCo", "optimizer": "RMSprop"}, "C008.*optimizer RMSprop contradicts"),
-        ({"aggregation_strategy": "SCAFFOLD", "clip_norm": 1.0}, "C008.*clip_norm contradicts"),
-        ({"aggregation_strategy": "Bulyan"}, "C012.*not built"),
-        ({"clip_norm": 0}, "C007.*clip_norm"),
-    ],
-)
-def test_what_cannot_work_is_refused_in_the_configuration(keys: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ConfigErrors, match=complaint):
-        FederationConfig.from_mapping({**STAR, "number_of_clients": 8, **keys})
 
 
 def test_a_rule_of_other_rows_than_those_submitted_is_refused(fabrics: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icrf.errors import ConfigError
+from icrf.errors import ConfigError, ConfigErrors
 from icrf.learning.aggregation import (
     AGGREGATORS,
     Aggregator,
@@ -27,12 +27,19 @@ from icrf.learning.aggregation import (
 from icrf.learning.aggregation.averaging import effective_steps
 from icrf.learning.aggregation.robust import krum_scores
 from icrf.preconditions import fewest_updates
+from icrf.spec import FederationConfig
 from icrf.update import ExactSum, choose_grid
 
 Array = np.ndarray[Any, Any]
 SETTINGS: dict[str, Any] = {"learning_rate": 0.1, "mu": 0.01, "num_byzantine": 1, "optimizer": "SGD"}
 RULES = ("FedAvg", "FedProx", "SCAFFOLD", "FedNova", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "DiLoCo")
 ROBUST = ("Median", "TrimmedMean", "Krum", "MultiKrum")
+STAR = {
+    "federation_id": "rules",
+    "schema": "TraditionalFederatedLearning",
+    "federated_learning_topology": "star",
+    "number_of_clients": 8,
+}
 SIZES = (3, 5)
 SIZE = sum(SIZES)
 
@@ -316,3 +323,25 @@ def test_a_registered_rule_is_found() -> None:
     found = advance(rule_of("test-half-way"), np.ones(SIZE), [np.full(SIZE, 4.0)] * 2, [1, 1], 1)
     assert found.tolist() == [2.5] * SIZE
     assert replace(HalfWay().rows, up=1) == HalfWay.rows
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"aggregation_strategy": "FedProx"}, "C016.*mu is missing"),
+        ({"aggregation_strategy": "Krum"}, "C016.*num_byzantine is missing"),
+        ({"aggregation_strategy": "Krum", "num_byzantine": 3}, "C008.*Krum needs 9 participants"),
+        ({"aggregation_strategy": "MultiKrum", "num_byzantine": 3}, "C008.*MultiKrum needs 9 participants"),
+        ({"aggregation_strategy": "TrimmedMean", "num_byzantine": 4}, "C008.*TrimmedMean needs 9 participants"),
+        ({"aggregation_strategy": "MultiKrum", "num_byzantine": 2, "num_selected": 5}, "C008.*num_selected 5"),
+        ({"aggregation_strategy": "SCAFFOLD", "optimizer": "Adam"}, "C008.*optimizer Adam contradicts"),
+        ({"aggregation_strategy": "FedNova", "optimizer": "AdamW"}, "C008.*optimizer AdamW contradicts"),
+        ({"aggregation_strategy": "DiLoCo", "optimizer": "RMSprop"}, "C008.*optimizer RMSprop contradicts"),
+        ({"aggregation_strategy": "SCAFFOLD", "clip_norm": 1.0}, "C008.*clip_norm contradicts"),
+        ({"aggregation_strategy": "Bulyan"}, "C012.*not built"),
+        ({"clip_norm": 0}, "C007.*clip_norm"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_the_configuration(keys: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigErrors, match=complaint):
+        FederationConfig.from_mapping({**STAR, **keys})
