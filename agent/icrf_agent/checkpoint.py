@@ -54,9 +54,10 @@ def unpack_rows(layout: Layout, data: bytes, round_number: int, names: Sequence[
 
 
 def merge_rows(parts: Sequence[bytes], round_number: int) -> bytes:
-    """One checkpoint of the keepers of several hosts."""
-    if len(parts) == 1:
-        return parts[0]
+    """One checkpoint of the keepers of several hosts; empty parts are those of hosts that keep nothing."""
+    parts = [part for part in parts if part]
+    if len(parts) < 2:
+        return parts[0] if parts else b""
     return pack_rows({name: row for part in parts for name, row in _load(part, round_number).items()}, round_number)
 
 

@@ -7,16 +7,16 @@ out of them. The rule itself is an :class:`icrf.learning.Aggregator`; FedAvg is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from icrf.errors import ConfigError, InternalError, WeightsError
+from icrf.errors import ConfigError, IcrfError, InternalError, NodeError, WeightsError
 from icrf.exchange import MODEL, PARTIAL, UPDATE
 from icrf.learning.aggregation import (
     ClientUpdate,
-    MeanAggregator,
     RoundFacts,
     UpdateAggregator,
     build_aggregator,
@@ -75,7 +75,7 @@ class CentralizedFlow:
                 state = unpack_rows(t.layout, restored, number, [SERVER], rows.server * self._size)[0]
                 self._seen = state[: self._size]
             server = VersionedState(state, number, recycle=not t.has_last_word)
-        kept = rows.client * self._size + self._rule.client_extra
+        kept = rows.client * self._size + rows.client_scalars
         if kept and self._participants:
             state = np.zeros((len(self._participants), kept), t.layout.dtype)
             if number:
@@ -109,8 +109,8 @@ class CentralizedFlow:
 
     def train(self, start: StartRound) -> PhaseReport:
         """Train this host's participants from the global model and publish what they contribute."""
-        t = self._t
-        if not self._participants:
+        t, participants = self._t, self._participants
+        if not participants:
             return PhaseReport()
         postings = t.collect(start, MODEL)
         if len(postings) != 1:
@@ -123,22 +123,23 @@ class CentralizedFlow:
         every_update = self._rule.rows.every_update
         updates = t.buffer("updates", (len(self._participants), self._size)) if every_update else None
         total = None if every_update else t.exact_sum(start)
-        for k, index in enumerate(self._participants):
-            flat = self._contribution(index, received, kept[k], next_kept[k], sums)
+        for k, index in enumerate(participants):
+            own = self._participants.index(index)
+            flat = self._contribution(index, received, kept[own], next_kept[own], sums)
             if total is not None:
                 with t.nodes.blamed(index):
                     overflow.update(total.add(flat, t.weight(index)))
             elif updates is not None:
-                updates[k] = flat
                 self._require_finite(index, flat)
+                updates[k] = flat
         if self._clients is not None:
             self._clients.stage(start, next_kept)
         if total is None and updates is not None:
-            self._publish(start, UPDATE, updates, 0)
+            self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
         elif total is not None and not overflow:
-            self._publish(start, PARTIAL, total.sums, total.weight)
+            self._publish(start, PARTIAL, participants, total.sums, total.weight)
         return PhaseReport(
-            nodes=self._participants,
+            nodes=participants,
             overflow=tuple(sorted(overflow)),
             metric_sums=sums,
             bytes_intra_cluster=t.foreign_bytes(postings, received.nbytes),
@@ -158,7 +159,8 @@ class CentralizedFlow:
         """Train one participant; what it contributes, valid until the next one trains."""
         t, rule = self._t, self._rule
         t.nodes.get(index).context.model.load(self._seen)
-        t.nodes.trainer.begin(rule.terms(received, next_kept))
+        with self._blaming_the_rule():
+            t.nodes.trainer.begin(rule.terms(received, next_kept))
         trained = t.train_node(index, sums)
         steps = t.nodes.trainer.steps
         t.nodes.trainer.begin()
@@ -167,11 +169,11 @@ class CentralizedFlow:
             self._require_finite(index, trained)
             clip_update(self._seen, trained, clip_norm)
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
-        return rule.contribution(ClientUpdate(received, trained, steps, kept, next_kept, out))
+        with self._blaming_the_rule():
+            return rule.contribution(ClientUpdate(received, trained, steps, kept, next_kept, out))
 
-    def _publish(self, start: StartRound, kind: str, array: Array, weight: int) -> None:
-        recipients = (self._aggregator,)
-        posting = self._t.posting(start, kind, self._participants, array, recipients=recipients, weight=weight)
+    def _publish(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, weight: int) -> None:
+        posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
         self._t.manager.publish_many(posting)
 
     def _require_finite(self, index: int, flat: Array) -> None:
@@ -216,18 +218,31 @@ class CentralizedFlow:
 
     def _combine(self, start: StartRound, previous: Array, state: Array) -> Sequence[Posting]:
         """Write the next server state; the postings that it was made of."""
-        t, rule = self._t, self._rule
-        everybody = len(self._all_participants)
-        facts = RoundFacts(start.round, participants=everybody, clients=everybody)
+        t, rule, participants = self._t, self._rule, self._all_participants
+        facts = RoundFacts(start.round, participants=len(participants), clients=len(self._all_participants))
         if isinstance(rule, UpdateAggregator):
             postings = t.collect(start, UPDATE)
-            rows = t.rows_of(postings, self._all_participants)
-            rule.combine([rows[i] for i in self._all_participants], previous, state, facts)
+            rows = t.rows_of(postings, participants)
+            with self._blaming_the_rule():
+                rule.combine([rows[i] for i in participants], previous, state, facts)
             return postings
-        assert isinstance(rule, MeanAggregator)
         postings = t.collect(start, PARTIAL)
-        rule.finish(t.merge(start, postings, start.total_weight), previous, state, facts)
+        total = t.merge(start, postings, start.total_weight)
+        with self._blaming_the_rule():
+            rule.finish(total, previous, state, facts)
         return postings
+
+    @contextmanager
+    def _blaming_the_rule(self) -> Iterator[None]:
+        """Rules may be the user's own code: what they raise becomes U001, naming the rule."""
+        try:
+            yield
+        except IcrfError:
+            raise
+        except Exception as error:
+            name = self._t.nodes.config.aggregation_strategy
+            place = f"aggregation_strategy {name} on {self._t.nodes.cluster}"
+            raise NodeError("U001", f"{type(error).__name__}: {error}", place=place) from error
 
     def evaluate(self, start: StartRound) -> PhaseReport:
         """Nothing: the aggregator has evaluated already."""

@@ -144,7 +144,7 @@ class Hosted:
         if not self.centralized:
             return [str(node) for node in nodes]
         trains = {i for i in nodes if "train" in self.activation.nodes[i].role.split("-")}
-        clients = sorted(trains) if self.activation.rows.client else []
+        clients = sorted(trains) if self.activation.rows.clients_keep else []
         return [*([SERVER] if self.aggregator in nodes else []), *(str(node) for node in clients)]
 
     def states_from(self, checkpoint: bytes) -> list[bytes]:

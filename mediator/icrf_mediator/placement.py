@@ -62,7 +62,7 @@ class Placement:
 
     def stateful(self, submission: Submission) -> tuple[str, ...]:
         """The clusters that hold committed state: the coordinator, or all where every node keeps some."""
-        if submission.flow == CENTRALIZED and not submission.rows.client:
+        if submission.flow == CENTRALIZED and not submission.rows.clients_keep:
             return (self.clusters[self.coordinator(submission)],)
         return self.clusters
 

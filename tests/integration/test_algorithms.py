@@ -1,7 +1,8 @@
-"""Every aggregation rule through the whole fabric: closed forms, identities, equal bits, attacks, crashes, traffic."""
+"""Every aggregation rule through the whole fabric: identities, equal bits, attacks, crashes, traffic."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from icrf.federation.node import FederatedNode
 from icrf.learning.aggregation import MeanAggregator, RoundFacts
-from icrf.learning.datasets import DATASETS, Dataset, load_dataset
+from icrf.learning.datasets import load_dataset
 from icrf.learning.models import register_model
 from icrf.protocol import COMPLETED, IDLE, TERMINAL, RoundResult, RunInfo
 from icrf.spec import FederationConfig
@@ -54,7 +55,7 @@ RULES = {**MERGING, **ROBUST}
 def fabrics() -> Iterator[Any]:
     """A fabric of so many clusters, started when it is asked for; it knows the node classes of this file."""
     opened: list[InlineFabric] = []
-    templates = {f"local:{kind.__name__}": kind for kind in (Quadratic, Teller, SignFlipper, Broken)}
+    templates = {f"local:{kind.__name__}": kind for kind in (SignFlipper, Broken)}
 
     @cache
     def open_fabric(clusters: int) -> InlineFabric:
@@ -124,148 +125,6 @@ def test_the_bytes_are_those_of_the_plan(fabrics: Any, name: str, clusters: int)
         "Krum": model * (clusters - 1) + model * remote,
     }
     assert plan.bytes_inter_cluster_per_round == per_round[name]
-
-
-# ---------------------------------------------------------------- closed forms
-
-CURVES = ((1.0, 0.0), (3.0, 1.0))
-ETA, START, OPTIMUM = 0.1, 5.0, 0.75
-
-
-class Quadratic(FederatedNode):
-    """Descends on a/2 (x - b)^2, another curve at each of two nodes."""
-
-    def loss(self, scores: Any, labels: Any) -> Any:
-        curvature, centre = CURVES[self.context.index - 1]
-        return 0.5 * curvature * torch.square(scores.mean() - centre)
-
-
-class Teller(FederatedNode):
-    """A server that says where the model is."""
-
-    def evaluate(self, phase: str = "test") -> dict[str, float]:
-        return {"x": float(next(self.model.parameters()).detach()[0])}
-
-
-class Point(nn.Module):
-    """One float64 number, whatever the input is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.x = nn.Parameter(torch.full((1,), START, dtype=torch.float64))
-
-    def forward(self, features: Any) -> Any:
-        return self.x.expand(len(features), 1)
-
-
-@register_model("test-point")
-def point() -> nn.Module:
-    return Point()
-
-
-@register_model("test-point-near-zero")
-def point_near_zero() -> nn.Module:
-    made = Point()
-    with torch.no_grad():
-        made.x.fill_(1e-7)
-    return made
-
-
-@DATASETS.register("test-two-samples")
-def two_samples(data_dir: str = "") -> Dataset:
-    features, labels = np.zeros((2, 1), np.float32), np.zeros(2, np.int64)
-    return Dataset(features, labels, features, labels, 1, "test-two-samples")
-
-
-def run_curves(fabric: InlineFabric, steps: int, rounds: int, **keys: Any) -> list[RoundResult]:
-    common = {
-        "number_of_clients": 2,
-        "federated_learning_rounds": rounds,
-        "local_steps": steps,
-        "learning_rate": ETA,
-        "model_type": "test-point",
-        "dataset_type": "test-two-samples",
-        "client_template": "local:Quadratic",
-        "server_template": "local:Teller",
-    }
-    return run(fabric, **{**common, **keys})[1]
-
-
-def descend(fabric: InlineFabric, steps: int, rounds: int, **keys: Any) -> list[float]:
-    """Where x is after each round."""
-    return [r.metrics["x"] for r in run_curves(fabric, steps, rounds, **keys)]
-
-
-FEDAVG_LIMITS = {
-    1: 0.750000000,
-    2: 0.728571429,
-    5: 0.670133071,
-    10: 0.598711121,
-    20: 0.532162627,
-    50: 0.501291768,
-}
-SCAFFOLD_ROUNDS = {1: 100, 2: 49, 5: 23, 10: 24, 20: 53}
-
-
-@pytest.mark.parametrize("steps", FEDAVG_LIMITS)
-def test_fedavg_drifts_to_where_theory_says(fabrics: Any, steps: int) -> None:
-    found = descend(fabrics(2), steps, 20 + 90 // steps)[-1]
-    r = [(1 - ETA * a) ** steps for a, _ in CURVES]
-    limit = sum((1 - s) * b for s, (_, b) in zip(r, CURVES, strict=True)) / sum(1 - s for s in r)
-    assert limit == pytest.approx(FEDAVG_LIMITS[steps], abs=1e-9)
-    assert found == pytest.approx(limit, abs=1e-8)
-
-
-@pytest.mark.parametrize("steps", [1, 5, 20])
-@pytest.mark.parametrize("mu", [0.5, 2.0])
-def test_fedprox_drifts_less_and_to_where_theory_says(fabrics: Any, steps: int, mu: float) -> None:
-    found = descend(fabrics(2), steps, 40 + 80 // steps, aggregation_strategy="FedProx", mu=mu)[-1]
-    shares = [(1 - (1 - ETA * (a + mu)) ** steps) / (a + mu) for a, _ in CURVES]
-    pulls = [share * a for share, (a, _) in zip(shares, CURVES, strict=True)]
-    limit = sum(p * b for p, (_, b) in zip(pulls, CURVES, strict=True)) / sum(pulls)
-    assert found == pytest.approx(limit, abs=1e-8)
-    if steps > 1:
-        assert abs(found - OPTIMUM) < abs(FEDAVG_LIMITS[steps] - OPTIMUM) - 0.001
-
-
-@pytest.mark.parametrize("steps", SCAFFOLD_ROUNDS)
-def test_scaffold_reaches_the_optimum_in_the_rounds_that_theory_says(fabrics: Any, steps: int) -> None:
-    rounds = SCAFFOLD_ROUNDS[steps]
-    path = descend(fabrics(2), steps, rounds, aggregation_strategy="SCAFFOLD")
-    assert abs(path[rounds - 1] - OPTIMUM) < 1e-9 <= abs(path[rounds - 2] - OPTIMUM)
-
-
-def test_fedadam_is_the_recurrence_stepped_by_hand(fabrics: Any) -> None:
-    keys = {"server_learning_rate": 0.3, "server_beta1": 0.9, "server_beta2": 0.99, "tau": 1e-3}
-    path = descend(fabrics(2), 4, 6, aggregation_strategy="FedAdam", **keys)
-    x, m, v = START, 0.0, 0.0
-    for t, found in enumerate(path, 1):
-        ends = [b + (1 - ETA * a) ** 4 * (x - b) for a, b in CURVES]
-        g = x - sum(ends) / 2
-        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
-        x -= 0.3 * (m / (1 - 0.9**t)) / ((v / (1 - 0.99**t)) ** 0.5 + 1e-3)
-        assert found == pytest.approx(x, abs=1e-9)
-
-
-def test_nodes_forget_what_an_attempt_without_result_has_left(fabrics: Any) -> None:
-    """The first round leaves its grid and is repeated: no control variate moves twice."""
-    found = run_curves(fabrics(2), 5, 3, model_type="test-point-near-zero", aggregation_strategy="SCAFFOLD")
-    assert found[0].attempt > 1
-    x, c, variates = 1e-7, 0.0, [0.0, 0.0]
-    for result in found:
-        ends = [x, x]
-        for k, (a, b) in enumerate(CURVES):
-            for _ in range(5):
-                ends[k] -= ETA * (a * (ends[k] - b) + c - variates[k])
-        variates = [v - c + (x - y) / (5 * ETA) for v, y in zip(variates, ends, strict=True)]
-        x, c = sum(ends) / 2, sum(variates) / 2
-        assert result.metrics["x"] == pytest.approx(x, abs=1e-10)
-
-
-def test_clipping_bounds_every_step(fabrics: Any) -> None:
-    """Both nodes want to move by more: the model moves by clip_norm until it is near."""
-    path = descend(fabrics(2), 5, 6, clip_norm=0.25)
-    assert path == pytest.approx([START - 0.25 * k for k in range(1, 7)], abs=1e-9)
 
 
 # ---------------------------------------------------------------- identities
@@ -424,12 +283,27 @@ class Cautious(MeanAggregator):
 
 
 def test_a_rule_of_ones_own_is_named_by_its_path(fabrics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys  # noqa: PLC0415
-
     monkeypatch.setitem(sys.modules, "my_rules", sys.modules[__name__])
     name = "my_rules:Cautious"
     found = [hashes(run(fabrics(n), **DIGITS, aggregation_strategy=name)[1]) for n in (1, 2)]
     assert found[0] == found[1] != hashes(run(fabrics(1), **DIGITS)[1])
+
+
+class Failing(MeanAggregator):
+    """Divides by nothing."""
+
+    def advance(self, mean: Any, previous: Any, out: Any, facts: RoundFacts) -> None:
+        out[0][:] = mean[0] / (facts.number - 1 // 0)
+
+
+def test_a_rule_that_raises_is_named(fabrics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_rules", sys.modules[__name__])
+    config = FederationConfig.from_mapping({**STAR, **DIGITS, "aggregation_strategy": "my_rules:Failing"})
+    info = fabrics(2).port.submit(build_submission(config))
+    for _ in fabrics(2).port.watch(info.run_id):
+        pass
+    error = fabrics(2).port.get(info.run_id).error_json
+    assert "U001" in error and "ZeroDivisionError" in error and "my_rules:Failing on local-" in error
 
 
 def test_a_rule_of_other_rows_than_those_submitted_is_refused(fabrics: Any) -> None:
@@ -471,6 +345,18 @@ def test_state_that_is_lost_comes_back_from_checkpoints(name: str, cluster: str)
     assert [r.model_sha256 for r in found] == hashes(expected)
     # FedYogi keeps its state at the server only: the other cluster's hosts are set up again, and go on.
     assert (found[-1].generation == 1) == (name == "FedYogi" and cluster == "local-2")
+
+
+def test_a_new_mediator_knows_what_a_rule_moves_and_keeps() -> None:
+    keys = {**STAR, **DIGITS, **RULES["SCAFFOLD"], "aggregation_strategy": "SCAFFOLD"}
+    with InlineFabric(2) as fabric:
+        expected = run(fabric, **{**keys, "federated_learning_rounds": 5})[1]
+        run_id = fabric.port.submit(build_submission(FederationConfig.from_mapping(keys), keep=True)).run_id
+        follow(fabric, run_id, 3)
+        fabric.restart_mediator()
+        fabric.port.advance(run_id, "run", 5)
+        found = follow(fabric, run_id, 5)
+    assert [r.model_sha256 for r in found] == hashes(expected)
 
 
 def follow(fabric: InlineFabric, run_id: str, rounds_done: int) -> list[RoundResult]:

@@ -27,6 +27,7 @@ from icrf.learning.aggregation import (
 from icrf.learning.aggregation.averaging import effective_steps
 from icrf.learning.aggregation.robust import krum_scores
 from icrf.preconditions import fewest_updates
+from icrf.protocol import Rows
 from icrf.spec import FederationConfig
 from icrf.update import ExactSum, choose_grid
 
@@ -51,7 +52,7 @@ def rule_of(name: str, **more: Any) -> Any:
 def contribute(rule: Aggregator, server: Array, trained: Array, steps: int) -> Array:
     """What a participant with a fresh state sends."""
     rows = rule.rows
-    kept = np.zeros(rows.client * SIZE + rule.client_extra, trained.dtype)
+    kept = np.zeros(rows.client * SIZE + rows.client_scalars, trained.dtype)
     out = np.empty(rows.up * SIZE + rows.scalars, trained.dtype)
     received = server[: rows.down * SIZE]
     return rule.contribution(ClientUpdate(received, trained, steps, kept, kept.copy(), out)).copy()
@@ -298,11 +299,20 @@ def test_rules_take_settings_by_name_and_null_is_their_default() -> None:
         assert rule_of(name).rows.every_update == (name in ROBUST)
 
 
+@register_aggregator("test-forgetful")
+class Forgetful(UpdateAggregator):
+    """Does not say that it needs every update."""
+
+    rows = Rows(server=2)
+
+
 def test_what_is_no_rule_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"C010.*FedAwg.*FedAvg"):
         rule_of("FedAwg")
     with pytest.raises(ConfigError, match=r"C017.*made a list"):
         rule_of("builtins:list")
+    with pytest.raises(ConfigError, match=r"C017.*every_update False"):
+        rule_of("test-forgetful")
     with pytest.raises(ConfigError, match=r"C017.*TypeError"):
         build_aggregator("FedProx", {"mu": None})
     with pytest.raises(ConfigError, match=r"C008.*cannot be kept"):

@@ -61,7 +61,8 @@ class Rows:
         up: rows of a contribution, and so of a partial sum.
         scalars: numbers that follow the rows of a contribution.
         server: rows of the aggregator's committed state; its first `down` ones are sent.
-        client: rows that every participant keeps from round to round; 0 where it keeps nothing.
+        client: rows that every participant keeps from round to round.
+        client_scalars: numbers that it keeps after them.
         every_update: contributions travel one by one, because the rule has to see each of them.
     """
 
@@ -70,7 +71,13 @@ class Rows:
     scalars: int = 0
     server: int = 1
     client: int = 0
+    client_scalars: int = 0
     every_update: bool = False
+
+    @property
+    def clients_keep(self) -> bool:
+        """Whether participants keep anything from round to round."""
+        return bool(self.client or self.client_scalars)
 
     def num_summed(self, num_tensors: int) -> int:
         """Tensors with a grid of their own in a contribution: those of every row, and the numbers as one more."""

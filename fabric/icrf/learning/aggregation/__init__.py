@@ -10,11 +10,12 @@ from icrf.learning.aggregation.base import (
     ClientUpdate,
     MeanAggregator,
     RoundFacts,
+    UpdateAggregator,
     build_aggregator,
     clip_update,
     register_aggregator,
 )
-from icrf.learning.aggregation.robust import Krum, Median, MultiKrum, TrimmedMean, UpdateAggregator
+from icrf.learning.aggregation.robust import Krum, Median, MultiKrum, TrimmedMean
 from icrf.learning.aggregation.scaffold import Scaffold
 from icrf.learning.aggregation.server_optimizers import DiLoCo, FedAdagrad, FedAdam, FedAvgM, FedYogi
 

@@ -5,7 +5,7 @@ node contributes, and how the next server state follows. Everything here works o
 ``state[k * num_parameters : (k + 1) * num_parameters]``, row 0 of the server's state is the model.
 
 Two kinds of rules differ in what reaches the server: :class:`MeanAggregator` gets exact weighted means, whose bits
-depend on neither grouping nor order; :class:`icrf.learning.aggregation.robust.UpdateAggregator` gets every update.
+depend on neither grouping nor order; :class:`UpdateAggregator` gets every update.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def register_aggregator(name: str) -> Callable[[Callable[..., Any]], Callable[..
     return AGGREGATORS.register(name)
 
 
-def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
+def build_aggregator(name: str, settings: Mapping[str, Any]) -> MeanAggregator | UpdateAggregator:
     """The rule of this name.
 
     Args:
@@ -45,7 +45,7 @@ def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
         settings: the configuration's keys.
 
     Raises:
-        ConfigError: C010 unknown name, C017 code that cannot be loaded, that raises, or that makes no Aggregator;
+        ConfigError: C010 unknown name, C017 code that cannot be loaded, that raises, or that makes no rule;
             C008 settings that contradict each other.
     """
     kind = AGGREGATORS.get(name)
@@ -58,9 +58,12 @@ def build_aggregator(name: str, settings: Mapping[str, Any]) -> Aggregator:
     except Exception as error:
         message = f"aggregator raised {type(error).__name__}: {error}"
         raise ConfigError("C017", message, place=place, value=name) from error
-    if not isinstance(rule, Aggregator):
-        found = type(rule).__name__
-        raise ConfigError("C017", f"'{name}' made a {found}", place=place, allowed="an icrf.learning Aggregator")
+    if not isinstance(rule, MeanAggregator | UpdateAggregator):
+        message = f"'{name}' made a {type(rule).__name__}"
+        raise ConfigError("C017", message, place=place, allowed="a MeanAggregator or an UpdateAggregator")
+    if rule.rows.every_update != isinstance(rule, UpdateAggregator):
+        message = f"'{name}' has rows with every_update {rule.rows.every_update}"
+        raise ConfigError("C017", message, place=place, allowed="true for an UpdateAggregator only")
     return rule
 
 
@@ -72,7 +75,8 @@ class ClientUpdate:
         received: the rows that the server sent, shape (rows.down * num_parameters,); read only.
         trained: the model after training (and clipping), shape (num_parameters,); the node's live parameters.
         steps: optimizer steps that were made.
-        state: what the node kept so far, zeros at first, shape (rows.client * num_parameters + extra,); read only.
+        state: what the node kept so far, zeros at first, shape (rows.client * num_parameters +
+            rows.client_scalars,); read only.
         next_state: what it keeps from now on; filled with `state`, to be changed in place.
         out: a buffer for the contribution, shape (rows.up * num_parameters + rows.scalars,).
     """
@@ -107,11 +111,9 @@ class Aggregator:
 
     Attributes:
         rows: what the rule moves and keeps.
-        client_extra: numbers that a node keeps after its rows.
     """
 
     rows: Rows = Rows()
-    client_extra: int = 0
 
     def require(self, num_participants: int) -> None:
         """Raise C008 if the rule does not work with so many participants in a round."""
@@ -186,6 +188,22 @@ class MeanAggregator(Aggregator):
             mean: the weighted mean of each row of the contributions, float64; may be overwritten.
             previous: each row of the committed state, in the model's type.
             out: each row of the next one.
+        """
+        raise NotImplementedError
+
+
+class UpdateAggregator(Aggregator):
+    """A rule that has to see every update."""
+
+    rows = Rows(every_update=True)
+
+    def combine(self, updates: Sequence[Array], previous: Array, out: Array, facts: RoundFacts) -> None:
+        """Write the next server state.
+
+        Args:
+            updates: the nodes' models in node-index order, each of shape (num_parameters,).
+            previous: the committed server state, shape (rows.server * num_parameters,).
+            out: where the next one goes.
         """
         raise NotImplementedError
 

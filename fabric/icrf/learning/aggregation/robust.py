@@ -10,26 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from icrf.errors import ConfigError
-from icrf.learning.aggregation.base import Aggregator, Array, RoundFacts, register_aggregator
+from icrf.learning.aggregation.base import Array, RoundFacts, UpdateAggregator, register_aggregator
 from icrf.preconditions import fewest_updates, most_selected
-from icrf.protocol import Rows
 from icrf.update import CHUNK
-
-
-class UpdateAggregator(Aggregator):
-    """A rule that has to see every update."""
-
-    rows = Rows(every_update=True)
-
-    def combine(self, updates: Sequence[Array], previous: Array, out: Array, facts: RoundFacts) -> None:
-        """Write the next server state.
-
-        Args:
-            updates: the nodes' models in node-index order, each of shape (num_parameters,).
-            previous: the committed server state, shape (rows.server * num_parameters,).
-            out: where the next one goes.
-        """
-        raise NotImplementedError
 
 
 def _require(rule: str, num_updates: int, num_byzantine: int) -> None:

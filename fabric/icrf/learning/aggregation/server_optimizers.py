@@ -54,8 +54,8 @@ class DiLoCo(FedAvgM):
         server_momentum: float = 0.9,
     ) -> None:
         super().__init__(server_learning_rate, server_momentum)
-        client, self.client_extra = optimizer_rows(optimizer, momentum)
-        self.rows = Rows(server=2, client=client)
+        client, scalars = optimizer_rows(optimizer, momentum)
+        self.rows = Rows(server=2, client=client, client_scalars=scalars)
 
     def terms(self, received: Array, state: Array) -> LocalTerms | None:
         return LocalTerms(optimizer_state=state) if len(state) else None

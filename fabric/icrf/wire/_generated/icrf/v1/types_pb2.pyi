@@ -108,12 +108,14 @@ class Rows(_message.Message):
     SCALARS_FIELD_NUMBER: _builtins.int
     SERVER_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
+    CLIENT_SCALARS_FIELD_NUMBER: _builtins.int
     EVERY_UPDATE_FIELD_NUMBER: _builtins.int
     down: _builtins.int
     up: _builtins.int
     scalars: _builtins.int
     server: _builtins.int
     client: _builtins.int
+    client_scalars: _builtins.int
     every_update: _builtins.bool
     def __init__(
         self,
@@ -123,11 +125,12 @@ class Rows(_message.Message):
         scalars: _builtins.int = ...,
         server: _builtins.int = ...,
         client: _builtins.int = ...,
+        client_scalars: _builtins.int = ...,
         every_update: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "down", b"down", "every_update", b"every_update", "scalars", b"scalars", "server", b"server", "up", b"up"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_scalars", b"client_scalars", "down", b"down", "every_update", b"every_update", "scalars", b"scalars", "server", b"server", "up", b"up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
