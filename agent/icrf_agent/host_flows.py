@@ -49,7 +49,10 @@ class CentralizedFlow:
         roles = [n.role.split("-") for n in t.activation.nodes]
         self._aggregator = next(i for i, words in enumerate(roles) if "aggregate" in words)
         self._all_participants = tuple(i for i, words in enumerate(roles) if "train" in words)
-        self._participants = tuple(i for i in t.nodes.indices if i in set(self._all_participants))
+        training = frozenset(self._all_participants)
+        self._participants = tuple(i for i in t.nodes.indices if i in training)
+        # Where a participant's rows are among those that this host keeps.
+        self._row_of = {index: k for k, index in enumerate(self._participants)}
         self._rule = build_aggregator(t.nodes.config.aggregation_strategy, t.nodes.config.model_dump())
         self._rule.require(len(self._all_participants))
         if self._rule.rows != t.activation.rows:
@@ -124,7 +127,7 @@ class CentralizedFlow:
         updates = t.buffer("updates", (len(self._participants), self._size)) if every_update else None
         total = None if every_update else t.exact_sum(start)
         for k, index in enumerate(participants):
-            own = self._participants.index(index)
+            own = self._row_of[index]
             flat = self._contribution(index, received, kept[own], next_kept[own], sums)
             if total is not None:
                 with t.nodes.blamed(index):
