@@ -113,6 +113,7 @@ class CentralizedFlow:
     def train(self, start: StartRound) -> PhaseReport:
         """Train this host's participants from the global model and publish what they contribute."""
         t, participants = self._t, self._participants
+        kept, next_kept = self._client_states(start)
         if not participants:
             return PhaseReport()
         postings = t.collect(start, MODEL)
@@ -120,7 +121,6 @@ class CentralizedFlow:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
         received = t.references.get(postings[0].reference)
         self._seen = received[: self._size]
-        kept, next_kept = self._client_states(start)
         sums: MetricSums = {}
         overflow: set[int] = set()
         every_update = self._rule.rows.every_update
@@ -135,8 +135,6 @@ class CentralizedFlow:
             elif updates is not None:
                 self._require_finite(index, flat)
                 updates[k] = flat
-        if self._clients is not None:
-            self._clients.stage(start, next_kept)
         if total is None and updates is not None:
             self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
         elif total is not None and not overflow:
@@ -149,13 +147,18 @@ class CentralizedFlow:
         )
 
     def _client_states(self, start: StartRound) -> tuple[Array, Array]:
-        """What the participants keep, and a copy for the next round; empty rows where the rule keeps nothing."""
+        """What this host's nodes keep, and what they will have kept after the attempt, a copy so far; empty rows where
+        the rule keeps nothing.
+
+        The copy is staged at once: whoever does not take part keeps what it has. A later attempt replaces it.
+        """
         if self._clients is None:
             nothing = np.empty((len(self._participants), 0), self._t.layout.dtype)
             return nothing, nothing
         kept = self._clients.rebase(start)
         next_kept = self._clients.spare()
         np.copyto(next_kept, kept)
+        self._clients.stage(start, next_kept)
         return kept, next_kept
 
     def _contribution(self, index: int, received: Array, kept: Array, next_kept: Array, sums: MetricSums) -> Array:
