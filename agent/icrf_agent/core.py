@@ -223,7 +223,7 @@ class AgentCore:
     def _compile(self, activation: Activate) -> _Run:
         adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
         roles = [node.role for node in activation.nodes]
-        plan = compile_exchange(activation.flow, adjacency, roles, activation.assignment)
+        plan = compile_exchange(activation.flow, adjacency, roles, activation.assignment, activation.rows)
         return _Run(activation, plan, activation.clusters.index(self.cluster))
 
     def _start(self, start: StartRound, now_s: float) -> list[Action]:

@@ -133,6 +133,7 @@ class HostNodes:
         self.layout = Layout(activation.layout)
         self.model = FlatModule(module, self.layout)
         self.initial = self.model.snapshot()
+        self.trainer = LocalTrainer()
         self._nodes: dict[int, FederatedNode] = {}
         self._build(dataset)
         self._num_samples = dict(self.sample_counts())
@@ -221,7 +222,6 @@ class HostNodes:
         position = {index: k for k, index in enumerate(trains)}
         features, labels = to_tensor(dataset.train_x), to_tensor(dataset.train_y)
         test = (to_tensor(dataset.test_x), to_tensor(dataset.test_y))
-        trainer = LocalTrainer()
         for index in self.indices:
             data = None
             if index in position:
@@ -243,7 +243,7 @@ class HostNodes:
                 train_data=data,
                 test_data=test,
                 model=self.model,
-                trainer=trainer,
+                trainer=self.trainer,
                 mailbox=self.mailbox,
             )
             self._nodes[index] = node
@@ -283,6 +283,7 @@ class HostNodes:
             "model_type": c.model_type,
             "dataset_type": c.dataset_type,
             "data_distribution_kind": c.data_distribution_kind,
+            "aggregation_strategy": c.aggregation_strategy,
         }
         for key, name in wanted.items():
             if name and ":" in name and name not in self._setup.allow:

@@ -15,13 +15,17 @@ from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import CENTRALIZED, Activated, StartRound
-from icrf_agent.host_flows import CentralizedFlow, DecentralizedFlow, Flow, HostTools
+from icrf_agent.host_flows import CentralizedFlow
 from icrf_agent.host_nodes import HostNodes, HostSetup
 from icrf_agent.host_notes import HostNotes
+from icrf_agent.host_peers import DecentralizedFlow
 from icrf_agent.host_state import HostHeld
+from icrf_agent.host_tools import HostTools
 from icrf_agent.topology_manager import HybridTopologyManager, References
 
 NUM_THREADS = 1
+
+Flow = CentralizedFlow | DecentralizedFlow
 
 
 class NodeHost:

@@ -7,6 +7,9 @@ Centralized (the coordinator holds the global model)::
                                        partials of all remote clusters ─────────┘
     other:        model arrives ─> train ─> send one partial ─> report
 
+Where the aggregation rule has to see every update, they travel one by one in the place of the partials. Where it has
+nodes keep something, a cluster trains also if none of its nodes takes part: its hosts carry over what they keep.
+
 Decentralized::
 
     train ─> send one update per (node, remote cluster) ─┐
@@ -85,6 +88,8 @@ class RoundMachine:
         if self._waits_for(MODEL):
             self._seconds.exchange_from = now_s
             return []
+        if self.plan.rows.clients_keep:
+            return [Step(TRAIN)]
         return self._maybe_report(now_s)
 
     def arrived(self, arrival: Arrival, source: int, now_s: float) -> list[Step]:
@@ -110,7 +115,7 @@ class RoundMachine:
         if step.kind == PUBLISH:
             sends = [Step(SEND, t) for t in self.plan.outbound(self.cluster, MODEL)]
             self._sending += len(sends)
-            if self.plan.local_participants(self.cluster):
+            if self.plan.local_participants(self.cluster) or self.plan.rows.clients_keep:
                 return [*sends, Step(TRAIN)]
             self._trained = True
             self._seconds.exchange_from = now_s
@@ -144,10 +149,7 @@ class RoundMachine:
         return any(key[0] == kind for key in self._expected)
 
     def _send_after_training(self) -> list[Step]:
-        if self.plan.flow == CENTRALIZED:
-            transfers: Sequence[Transfer] = self.plan.outbound(self.cluster, PARTIAL)
-        else:
-            transfers = self.plan.outbound(self.cluster, UPDATE)
+        transfers = (*self.plan.outbound(self.cluster, PARTIAL), *self.plan.outbound(self.cluster, UPDATE))
         self._sending += len(transfers)
         return [Step(SEND, t) for t in transfers]
 

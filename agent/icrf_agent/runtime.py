@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import quote
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
-from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer
+from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer, num_elements
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import Activate, Activated, HeldRun, PeerAddress, Reserve, StartRound
-from icrf_agent.checkpoint import merge_nodes
+from icrf_agent.checkpoint import merge_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
@@ -169,9 +169,7 @@ class HostedRuntime:
         run = self._run(run_id)
         keepers = [host for slot, host in enumerate(run.hosts) if run.keeps_state(slot)]
         parts = await asyncio.gather(*(host.call("host_checkpoint", round_number) for host in keepers))
-        if run.centralized:
-            return b"".join(parts)
-        return await asyncio.to_thread(merge_nodes, parts, round_number)
+        return await asyncio.to_thread(merge_rows, parts, round_number)
 
     async def recover(self, run_id: str, error: IcrfError) -> str:
         """See the port; concurrent calls heal one after the other, later ones find it done.
@@ -246,7 +244,7 @@ class HostedRuntime:
             transfer.target,
             sender=transfer.sender,
             dtype="float64" if partial else layout[0].dtype,
-            num_elements=sum(_size(t.shape) for t in layout),
+            num_elements=num_elements(transfer.kind, sum(_size(t.shape) for t in layout), run.activation.rows),
             weight=posting.weight,
             recipients=transfer.recipients if partial else (),
         )

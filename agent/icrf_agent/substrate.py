@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
 from icrf.protocol import CENTRALIZED, Activate, Activated, Reserve
-from icrf_agent.checkpoint import split_nodes
+from icrf_agent.checkpoint import SERVER, split_rows
 from icrf_agent.host_nodes import HostSetup
 
 
@@ -136,11 +136,18 @@ class Hosted:
 
     def keeps_state(self, slot: int) -> bool:
         """Whether a host keeps what rounds start from."""
-        return not self.centralized or self.aggregator in self.nodes[slot]
+        return bool(self._keepers(slot))
+
+    def _keepers(self, slot: int) -> list[str]:
+        """Whose state a host keeps, as checkpoints name it."""
+        nodes = self.nodes[slot]
+        if not self.centralized:
+            return [str(node) for node in nodes]
+        trains = {i for i in nodes if "train" in self.activation.nodes[i].role.split("-")}
+        clients = sorted(trains) if self.activation.rows.clients_keep else []
+        return [*([SERVER] if self.aggregator in nodes else []), *(str(node) for node in clients)]
 
     def states_from(self, checkpoint: bytes) -> list[bytes]:
         """Each host's part of the state to restore; W010 if it is not there."""
-        number = self.activation.restore_round
-        if number and not self.centralized:
-            return split_nodes(checkpoint, number, self.nodes)
-        return [checkpoint if number and self.keeps_state(slot) else b"" for slot in range(len(self.nodes))]
+        number, slots = self.activation.restore_round, range(len(self.nodes))
+        return split_rows(checkpoint, number, [self._keepers(slot) if number else [] for slot in slots])

@@ -17,7 +17,7 @@ import numpy as np
 
 from icrf import values
 from icrf.errors import ProtocolError, RoutingError, WeightsError
-from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE
+from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
 from icrf.protocol import Activate
@@ -391,7 +391,8 @@ class HybridTopologyManager:
 
     def _require_shape(self, room: _Room, header: PayloadHeader) -> None:
         whole = header.kind in (MODEL, UPDATE)
-        wanted = (room.activation.layout[0].dtype if whole else "float64", room.num_parameters)
+        elements = num_elements(header.kind, room.num_parameters, room.activation.rows)
+        wanted = (room.activation.layout[0].dtype if whole else "float64", elements)
         if (header.dtype, header.num_elements) != wanted:
             raise WeightsError(
                 "W010",

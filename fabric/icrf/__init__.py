@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         schema_factory,
     )
     from icrf.federation.virtual_node import VirtualNode
-    from icrf.learning import register_model
+    from icrf.learning import register_aggregator, register_model
     from icrf.spec import FederationConfig
     from icrf.topology import register_mixing, register_network_builder, register_topology
 
@@ -52,6 +52,7 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
+    "register_aggregator",
     "register_mixing",
     "register_model",
     "register_network_builder",
@@ -76,6 +77,7 @@ _HOME = {
     "register_mixing": "icrf.topology",
     "register_network_builder": "icrf.topology",
     "register_topology": "icrf.topology",
+    "register_aggregator": "icrf.learning",
     "register_model": "icrf.learning",
 }
 

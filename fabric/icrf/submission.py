@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from icrf.errors import ConfigError, TopologyError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Submission, TensorSpec
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Rows, Submission, TensorSpec
 from icrf.seeds import derive_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import TRADITIONAL
@@ -69,6 +69,7 @@ def build_submission(
     with on_path(code_path):
         graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
         layout = resolve_layout(config)
+        rows = resolve_rows(config, chosen) if flow == CENTRALIZED else Rows()
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -79,6 +80,7 @@ def build_submission(
         keep=keep,
         stage=stage,
         code_path=code_path,
+        rows=rows,
     )
 
 
@@ -201,6 +203,15 @@ def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
     module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
     check_fit(module, dataset)
     return Layout.of_module(module).tensors
+
+
+def resolve_rows(config: FederationConfig, nodes: Sequence[NodeSpec]) -> Rows:
+    """What the aggregation rule moves and keeps; C008 if it does not work with so many participants."""
+    from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
+
+    rule = build_aggregator(config.aggregation_strategy, config.model_dump())
+    rule.require(sum("train" in node.role.split("-") for node in nodes))
+    return rule.rows
 
 
 @contextmanager

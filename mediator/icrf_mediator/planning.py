@@ -98,7 +98,8 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
     owners = assignment.clusters or (0,) * adjacency.num_nodes
-    exchange = compile_exchange(submission.flow, adjacency, [node.role for node in submission.nodes], owners)
+    roles = [node.role for node in submission.nodes]
+    exchange = compile_exchange(submission.flow, adjacency, roles, owners, submission.rows)
     slots = _slots(assignment, clusters)
     num_parameters = sum(math.prod(tensor.shape) for tensor in submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
@@ -221,21 +222,23 @@ def _peak_memory_bytes(
     """An estimate of the largest memory that one cluster needs, Ray itself and the data sets not counted.
 
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
-    copy, plus its partial sum (8 bytes). Centralized adds on the coordinator the global model, the sum and one
-    partial of each other cluster. Decentralized adds the committed and the next state of every local node and the
-    payloads that arrive from other clusters in a round.
+    rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum, and where
+    nodes keep rows the committed and the next ones. Decentralized adds the committed and the next state of every local
+    node. Both add the payloads that arrive from other clusters in a round.
     """
-    model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters
+    rows = exchange.rows
+    model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
     arriving: Counter[int] = Counter()
     for transfer in exchange.transfers + exchange.evaluation:
-        arriving[transfer.target] += partial if transfer.sender < 0 else model
+        arriving[transfer.target] += exchange.transfer_bytes(transfer, num_parameters)
     peak = 0
     for index, cluster in enumerate(clusters):
         if cluster.name not in slots:
             continue
-        needed = slots[cluster.name] * (HOST_BYTES + 3 * model + partial) + arriving[index]
+        needed = slots[cluster.name] * (HOST_BYTES + (2 + rows.down) * model + partial) + arriving[index]
         if exchange.flow == CENTRALIZED:
-            needed += model + partial if index == exchange.coordinator else 0
+            needed += rows.server * model + partial if index == exchange.coordinator else 0
+            needed += 2 * rows.client * model * len(exchange.local_participants(index))
         else:
             needed += 2 * model * len(exchange.local_nodes(index))
         peak = max(peak, needed)

@@ -130,12 +130,19 @@ class RunBase:
 
     # ------------------------------------------------------------ small things
 
+    def _summed_name(self, number: int) -> str:
+        """What a summed tensor is called: its name in the model, in whichever row."""
+        layout, rows = self.submission.layout, self.submission.rows
+        return "scalars" if number >= rows.up * len(layout) else layout[number % len(layout)].name
+
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         flow, members = self.submission.flow, placement.members()
         coordinator = placement.clusters[placement.coordinator(self.submission)]
         self._ledger = RoundLedger(flow, placement.clusters, members, coordinator)
-        self._checks = ReportChecks(flow, len(self.submission.layout), members, coordinator)
+        self._checks = ReportChecks(
+            flow, self.submission.rows.num_summed(len(self.submission.layout)), members, coordinator
+        )
 
     def _save_goal(self, effects: Effects) -> None:
         goal = {"stage": self._stage, "rounds_wanted": self._rounds_wanted, "finishing": self._finishing}

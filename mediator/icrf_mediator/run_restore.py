@@ -12,6 +12,7 @@ from icrf.protocol import (
     Graph,
     NodeSpec,
     RoundResult,
+    Rows,
     RunEvent,
     RunInfo,
     Submission,
@@ -44,6 +45,7 @@ def submission_of(row: Mapping[str, Any]) -> Submission:
     graph = parts["graph"]
     parts["graph"] = Graph(graph["num_nodes"], tuple(graph["indptr"]), tuple(graph["indices"]))
     parts["layout"] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in parts["layout"])
+    parts["rows"] = Rows(**parts["rows"])
     return Submission(**parts)
 
 

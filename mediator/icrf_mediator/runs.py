@@ -369,7 +369,7 @@ class RunMachine(RunBase):
         known = ledger.recorded(self._restored_round)
         if known and known != head:
             return self.fail(effects, now, differs(self._restored_round, known, head))
-        total = sum(samples[i] for i in trains)
+        total = sum(samples[i] if self.config.get("aggregation_sample_scaling", True) else 1 for i in trains)
         if self._restored_round == 0:
             ledger.begin([part.absmax for part in self._parts.values()], head, total)
         ledger.total_weight = total
@@ -385,7 +385,7 @@ class RunMachine(RunBase):
         assert self._ledger is not None and self._ledger.open is not None
         old = self._ledger.open.start
         start = self._ledger.retry_coarser(overflow, now.monotonic_s)
-        names = ", ".join(self.submission.layout[t].name for t in overflow[:4])
+        names = ", ".join(self._summed_name(t) for t in overflow[:4])
         if start is None:
             return self.fail(effects, now, make_error("W021", f"round {old.round}: values of {names} keep growing"))
         text = f"round {old.round}: values of {names} left the exact grid; attempt {start.attempt} uses a coarser one"

@@ -354,12 +354,11 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "dataset_type: mnist",
         "data_distribution_kind: shards",
         "optimizer: LBFGS",
-        "aggregation_strategy: FedProx",
+        "aggregation_strategy: FedBuff",
         "assignment_strategy: metis",
         "topology_adaptation_strategy: random",
         "clustering_period: 2",
         "do_cluster: true",
-        "aggregation_sample_scaling: false",
         "store_node_models: true",
         "device: cuda",
         "min_nodes: 9",
@@ -377,9 +376,9 @@ def test_what_is_not_built_yet_is_refused_by_name(tmp_path: Path, line: str) -> 
 
 
 def test_unknown_names_suggest_the_nearest(tmp_path: Path) -> None:
-    assert only_error(tmp_path, HEAD + "aggregation_strategy: fedavgg") == (
-        "C010 fed.yaml:4: aggregation_strategy: 'fedavgg' unknown; allowed: FedAvg. Did you mean 'FedAvg' or 'FedAvgM'?"
-    )
+    error = only_error(tmp_path, HEAD + "aggregation_strategy: fedavgg")
+    assert error.startswith("C010 fed.yaml:4: aggregation_strategy: 'fedavgg' unknown; allowed: FedAvg, FedProx, ")
+    assert error.endswith("a registered name, module:attr. Did you mean 'FedAvg' or 'FedAvgM'?")
     assert "Did you mean 'SGD'?" in only_error(tmp_path, HEAD + "optimizer: sgd")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch.nn import functional
 
 from icrf.errors import NodeError, NodeWouldBlock
 from icrf.federation.message import Message
@@ -65,7 +66,7 @@ class NodeContext:
 class FederatedNode:
     """One participant of a federation.
 
-    Override `build`, `train`, `evaluate` or `aggregate`; everything else is the fabric's. Do not override
+    Override `build`, `loss`, `train`, `evaluate` or `aggregate`; everything else is the fabric's. Do not override
     ``__init__``.
 
     Args:
@@ -116,8 +117,19 @@ class FederatedNode:
             batch_size=c.batch_size,
             shuffle=c.shuffle,
             generator=self.generator("batches"),
+            steps=c.local_steps,
+            loss=self.loss,
         )
         return {"loss": loss}
+
+    def loss(self, scores: Any, labels: Any) -> Any:
+        """What `train` descends on, as a scalar tensor: the mean cross entropy.
+
+        Args:
+            scores: the model's output of a batch, shape (n, num_classes).
+            labels: int64 classes, shape (n,).
+        """
+        return functional.cross_entropy(scores, labels)
 
     def evaluate(self, phase: str = "test") -> dict[str, float]:
         """Accuracy and loss of ``self.model`` on the held-out data (``test``) or the node's own (else)."""

@@ -9,6 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icrf.learning.aggregation import (
+        Aggregator,
+        MeanAggregator,
+        UpdateAggregator,
+        build_aggregator,
+        register_aggregator,
+    )
     from icrf.learning.datasets import Dataset, load_dataset
     from icrf.learning.layout import FlatModule, Layout
     from icrf.learning.models import build_model, check_fit, register_model
@@ -16,19 +23,29 @@ if TYPE_CHECKING:
     from icrf.learning.training import LocalTrainer, evaluate
 
 __all__ = [
+    "Aggregator",
     "Dataset",
     "FlatModule",
     "Layout",
     "LocalTrainer",
+    "MeanAggregator",
+    "UpdateAggregator",
+    "build_aggregator",
     "build_model",
     "check_fit",
     "evaluate",
     "load_dataset",
     "partition",
+    "register_aggregator",
     "register_model",
 ]
 
 _HOME = {
+    "Aggregator": "aggregation",
+    "MeanAggregator": "aggregation",
+    "UpdateAggregator": "aggregation",
+    "build_aggregator": "aggregation",
+    "register_aggregator": "aggregation",
     "Dataset": "datasets",
     "load_dataset": "datasets",
     "FlatModule": "layout",

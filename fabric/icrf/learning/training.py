@@ -8,8 +8,10 @@ first optimizer step of a process imports), and batches are views of one permute
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,29 @@ from icrf.registry import unknown_name
 # Permuted copies of a node's data are made in blocks of about this size, so that a large node does not double.
 _BLOCK_BYTES = 16 << 20
 _ALIGNMENT = 64
+
+# What Adam and AdamW keep of every parameter, beside the number of steps.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LocalTerms:
+    """What an aggregation rule adds to a node's local training; arrays are flat, in the layout's order.
+
+    Attributes:
+        mu: weight of the proximal term ``mu/2 * |w - anchor|^2``; 0 for none.
+        anchor: where that term pulls to, shape (num_parameters,).
+        correction: what is added to every gradient, shape (num_parameters,); None for nothing.
+        optimizer_state: the optimizer's state that outlives the call, see :func:`optimizer_rows`; written in place.
+    """
+
+    mu: float = 0.0
+    anchor: Array | None = None
+    correction: Array | None = None
+    optimizer_state: Array | None = None
 
 
 def to_tensor(array: Any, dtype: Any | None = None) -> torch.Tensor:
@@ -71,6 +96,17 @@ class _PlainSgd:
         self._momentum = momentum
         self._weight_decay = weight_decay
         self._velocity: dict[int, Any] = {}
+        self.num_rows, _ = optimizer_rows("SGD", momentum)
+
+    def load(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Go on from kept velocities; without momentum there are none."""
+        if rows:
+            self._velocity = {number: view.clone() for number, view in enumerate(rows[0])}
+
+    def save(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Keep the velocities."""
+        for number, velocity in self._velocity.items():
+            rows[0][number].copy_(velocity)
 
     def step(self) -> None:
         """Update every parameter that has a gradient and drop the gradients."""
@@ -101,6 +137,24 @@ class _TorchOptimizer:
         offered = {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay, "foreach": False}
         parameters = [parameter for parameter, _ in flat_module.trainable]
         self._optimizer = kind(parameters, **accepted_arguments(kind, offered))
+        self.num_rows = len(_MOMENTS)
+
+    def load(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Go on from kept moments (Adam, AdamW)."""
+        if not scalars[0]:
+            return
+        for number, parameter in enumerate(self._optimizer.param_groups[0]["params"]):
+            moments = {name: row[number].clone() for name, row in zip(_MOMENTS, rows, strict=True)}
+            self._optimizer.state[parameter] = {"step": scalars[0].to(torch.float32), **moments}
+
+    def save(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Keep the moments and the number of steps."""
+        for number, parameter in enumerate(self._optimizer.param_groups[0]["params"]):
+            state = self._optimizer.state.get(parameter)
+            if state:
+                scalars[0] = state["step"]
+                for name, row in zip(_MOMENTS, rows, strict=True):
+                    row[number].copy_(state[name])
 
     def step(self) -> None:
         """Update every parameter that has a gradient and drop the gradients."""
@@ -108,8 +162,92 @@ class _TorchOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
 
+Stepper = _PlainSgd | _TorchOptimizer
+
+
+def optimizer_rows(optimizer: str, momentum: float = 0.0) -> tuple[int, int]:
+    """Rows of the model's size, and numbers after them, that an optimizer's state takes.
+
+    Raises:
+        ConfigError: C008 for an optimizer whose state cannot be kept between calls.
+    """
+    if optimizer == "SGD":
+        return (1, 0) if momentum else (0, 0)
+    if optimizer in ("Adam", "AdamW"):
+        return len(_MOMENTS), 1
+    raise ConfigError("C008", f"the state of {optimizer} cannot be kept", place="optimizer", allowed="SGD, Adam, AdamW")
+
+
+class _Extras:
+    """The terms of one call as tensors, laid out like the parameters."""
+
+    def __init__(self, flat_module: FlatModule, terms: LocalTerms) -> None:
+        self._module, self._terms = flat_module, terms
+        self._anchor = None if terms.anchor is None or not terms.mu else self._views(terms.anchor)
+        self._correction = None if terms.correction is None else self._views(terms.correction)
+
+    @property
+    def changes_gradients(self) -> bool:
+        return self._anchor is not None or self._correction is not None
+
+    def correct(self) -> None:
+        """Change the gradients of the step that is about to be made."""
+        for number, (parameter, data) in enumerate(self._module.trainable):
+            if parameter.grad is None:
+                continue
+            if self._anchor is not None:
+                parameter.grad.add_(data - self._anchor[number], alpha=self._terms.mu)
+            if self._correction is not None:
+                parameter.grad.add_(self._correction[number])
+
+    def load(self, stepper: Stepper) -> None:
+        """Hand the optimizer what it had when it stopped."""
+        if self._terms.optimizer_state is not None:
+            stepper.load(*self._state(torch.tensor(self._terms.optimizer_state), stepper.num_rows))
+
+    def save(self, stepper: Stepper) -> None:
+        """Take it back."""
+        if self._terms.optimizer_state is not None:
+            kept = torch.tensor(self._terms.optimizer_state)
+            stepper.save(*self._state(kept, stepper.num_rows))
+            np.copyto(self._terms.optimizer_state, kept.numpy())
+
+    def _state(self, kept: Any, num_rows: int) -> tuple[list[list[Any]], Any]:
+        size = self._module.layout.num_parameters
+        return [self._cut(kept[k * size : (k + 1) * size]) for k in range(num_rows)], kept[num_rows * size :]
+
+    def _views(self, flat: Array) -> list[Any]:
+        # A copy: arrays of an object store cannot be written to, which torch does not accept.
+        return self._cut(torch.tensor(flat))
+
+    def _cut(self, flat: Any) -> list[Any]:
+        """A flat tensor in the shapes of the trainable parameters."""
+        return [
+            flat[part].view(data.shape) for part, (_, data) in zip(self._slices, self._module.trainable, strict=True)
+        ]
+
+    @property
+    def _slices(self) -> list[slice]:
+        layout = self._module.layout
+        named = dict(self._module.module.named_parameters())
+        return [s for name, s in zip(layout.names, layout.slices, strict=True) if named[name].requires_grad]
+
+
 class LocalTrainer:
-    """Trains one node after the other on the host's module. Not thread-safe: torch's global generator is borrowed."""
+    """Trains one node after the other on the host's module. Not thread-safe: torch's global generator is borrowed.
+
+    Attributes:
+        steps: optimizer steps since :meth:`begin`.
+    """
+
+    def __init__(self) -> None:
+        self._terms = LocalTerms()
+        self.steps = 0
+
+    def begin(self, terms: LocalTerms | None = None) -> None:
+        """The host is about to train another node, with what its aggregation rule adds to that."""
+        self._terms = terms or LocalTerms()
+        self.steps = 0
 
     def train(
         self,
@@ -125,8 +263,10 @@ class LocalTrainer:
         batch_size: int,
         shuffle: bool,
         generator: torch.Generator,
+        steps: int | None = None,
+        loss: Loss = functional.cross_entropy,
     ) -> tuple[float, int]:
-        """Train by minibatch descent on the cross entropy; the optimizer starts afresh in every call.
+        """Train by minibatch descent; the optimizer starts afresh in every call unless the rule keeps its state.
 
         All randomness, the model's own (dropout) included, comes from `generator`; torch's global generator is put
         back afterwards.
@@ -143,14 +283,15 @@ class LocalTrainer:
             batch_size: samples per step; 0 takes all at once. The last batch of a pass may be smaller.
             shuffle: draw a new order for every pass; otherwise the given order.
             generator: CPU generator of this (node, round).
+            steps: optimizer steps to make, over as many passes as that takes, in place of `epochs`.
+            loss: mean loss of a batch from (scores, labels); a scalar tensor.
 
         Returns:
             Mean loss over all samples seen, each at the time of its step, and their number; (0.0, 0) without any.
         """
         num_samples = len(y)
-        if epochs <= 0 or not num_samples:
+        if (epochs if steps is None else steps) <= 0 or not num_samples:
             return 0.0, 0
-        module = flat_module.module
         x = to_tensor(x, getattr(torch, flat_module.layout.dtype.name))
         y = to_tensor(y)
         stepper = (
@@ -158,17 +299,32 @@ class LocalTrainer:
             if optimizer == "SGD"
             else _TorchOptimizer(optimizer, flat_module, learning_rate, momentum, weight_decay)
         )
-        total = torch.zeros((), dtype=torch.float64)
+        extras = _Extras(flat_module, self._terms)
+        extras.load(stepper)
         flat_module.zero_grad()
-        module.train()
+        flat_module.module.train()
         with _global_randomness_from(generator):
-            for _ in range(epochs):
-                for features, labels in _batches(x, y, batch_size or num_samples, shuffle, generator):
-                    loss = functional.cross_entropy(module(features), labels)
-                    loss.backward()
-                    stepper.step()
-                    total.add_(loss.detach(), alpha=len(labels))
-        return total.item() / (num_samples * epochs), num_samples * epochs
+            passes = itertools.repeat(None) if steps is not None else itertools.repeat(None, epochs)
+            batches = (b for _ in passes for b in _batches(x, y, batch_size or num_samples, shuffle, generator))
+            found = self._descend(flat_module.module, itertools.islice(batches, steps), loss, stepper, extras)
+        extras.save(stepper)
+        return found
+
+    def _descend(
+        self, module: Any, batches: Iterable[tuple[Any, Any]], loss: Loss, stepper: Stepper, extras: _Extras
+    ) -> tuple[float, int]:
+        """One optimizer step per batch; mean loss and samples seen."""
+        total, seen = torch.zeros((), dtype=torch.float64), 0
+        for features, labels in batches:
+            batch_loss = loss(module(features), labels)
+            batch_loss.backward()
+            if extras.changes_gradients:
+                extras.correct()
+            stepper.step()
+            total.add_(batch_loss.detach(), alpha=len(labels))
+            seen += len(labels)
+            self.steps += 1
+        return total.item() / seen, seen
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from icrf.protocol.federations import (
     NodeSpec,
     Plan,
     Resources,
+    Rows,
     Submission,
     TensorSpec,
 )
@@ -131,6 +132,7 @@ __all__ = [
     "Resources",
     "RoundReport",
     "RoundResult",
+    "Rows",
     "RunEvent",
     "RunInfo",
     "SaveCheckpoint",

@@ -61,6 +61,38 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What an aggregation rule moves and keeps, in rows; a row has as many elements as the model has parameters.
+
+    Attributes:
+        down: rows that go from the aggregator to every cluster, the model first.
+        up: rows of a contribution, and so of a partial sum.
+        scalars: numbers that follow the rows of a contribution.
+        server: rows of the aggregator's committed state; its first `down` ones are sent.
+        client: rows that every participant keeps from round to round.
+        client_scalars: numbers that it keeps after them.
+        every_update: contributions travel one by one, because the rule has to see each of them.
+    """
+
+    down: int = 1
+    up: int = 1
+    scalars: int = 0
+    server: int = 1
+    client: int = 0
+    client_scalars: int = 0
+    every_update: bool = False
+
+    @property
+    def clients_keep(self) -> bool:
+        """Whether participants keep anything from round to round."""
+        return bool(self.client or self.client_scalars)
+
+    def num_summed(self, num_tensors: int) -> int:
+        """Tensors with a grid of their own in a contribution: those of every row, and the numbers as one more."""
+        return self.up * num_tensors + (self.scalars > 0)
+
+
+@dataclass(frozen=True)
 class Submission:
     """What the SDK submits: everything is resolved, so that the mediator runs no user code.
 
@@ -72,6 +104,7 @@ class Submission:
         keep: stay allocated after the configured rounds until ``finish``.
         stage: how far to go without being asked, one of :data:`STAGES`.
         code_path: folder of the user's own modules, put on the path of local hosts; empty for none.
+        rows: what the aggregation rule moves and keeps.
     """
 
     client_request_id: str
@@ -83,6 +116,7 @@ class Submission:
     keep: bool = False
     stage: str = "run"
     code_path: str = ""
+    rows: Rows = field(default_factory=Rows)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
 from icrf.spec.choices import CHOICES, DECENTRALIZED, TRADITIONAL, not_built
 from icrf.spec.problems import Problem
 
@@ -56,7 +57,7 @@ def _only_today(values: Values) -> Iterator[Problem]:
     for key, works in (("client_fraction", 1.0), ("clustering_period", 0)):
         if key in values and values[key] != works:
             yield not_built(key, values[key], str(works))
-    for key, wanted in (("do_cluster", False), ("aggregation_sample_scaling", True), ("store_node_models", False)):
+    for key, wanted in (("do_cluster", False), ("store_node_models", False)):
         if values.get(key, wanted) is not wanted:
             yield not_built(key, not wanted, str(wanted).lower())
     if values.get("device") == "cuda":
@@ -185,7 +186,49 @@ def _server_template(values: Values) -> Iterator[Problem]:
         )
 
 
+# Local optimizers that a rule understands; others work with any.
+_LOCAL_OPTIMIZERS = {"SCAFFOLD": ("SGD",), "FedNova": ("SGD",), "DiLoCo": ("SGD", "Adam", "AdamW")}
+
+
+def _aggregation(values: Values) -> Iterator[Problem]:
+    rule = values["aggregation_strategy"]
+    if values["federated_learning_schema"] != TRADITIONAL:
+        return
+    if rule == "FedProx" and values["mu"] is None:
+        yield _needs(rule, "mu", "mu: 0.01, the weight of its proximal term")
+    optimizers = _LOCAL_OPTIMIZERS.get(rule)
+    if optimizers and values["optimizer"] not in optimizers:
+        text = f"optimizer {values['optimizer']} contradicts aggregation_strategy {rule}"
+        yield Problem("C008", ("optimizer",), text, allowed=", ".join(optimizers))
+    if rule == "SCAFFOLD" and values["clip_norm"] is not None:
+        text = "clip_norm contradicts aggregation_strategy SCAFFOLD, which reads gradients off the unclipped update"
+        yield Problem("C008", ("clip_norm",), text, allowed="null with SCAFFOLD")
+
+
+def _byzantine(values: Values) -> Iterator[Problem]:
+    rule, bad, nodes = values["aggregation_strategy"], values["num_byzantine"], values["number_of_clients"]
+    if values["federated_learning_schema"] != TRADITIONAL or rule not in WITH_NUM_BYZANTINE:
+        return
+    if bad is None:
+        yield _needs(rule, "num_byzantine", "num_byzantine: 1, how many participants may send anything")
+        return
+    fewest, selected = fewest_updates(rule, bad), values["num_selected"]
+    if nodes < fewest:
+        text = f"num_byzantine {bad} contradicts number_of_clients {nodes}: {rule} needs {fewest} participants for it"
+        yield Problem("C008", ("num_byzantine",), text, allowed=f"with {nodes} participants less")
+    elif rule == "MultiKrum" and selected is not None and selected > (most := most_selected(nodes, bad)):
+        text = f"num_selected {selected} contradicts number_of_clients {nodes} and num_byzantine {bad}"
+        yield Problem("C008", ("num_selected",), text, allowed=f"1 to {most}")
+
+
+def _needs(rule: str, key: str, example: str) -> Problem:
+    text = f"{key} is missing: aggregation_strategy {rule} needs it"
+    return Problem("C016", ("aggregation_strategy",), text, hint=f"Set {example}.")
+
+
 CHECKS: tuple[Check, ...] = (
+    _aggregation,
+    _byzantine,
     _min_nodes,
     _schema_and_topology,
     _custom_matrix,

@@ -113,6 +113,8 @@ class FederationConfig(BaseModel):
     """Rounds to run."""
     number_of_epochs: CountOrZero = 1
     """Passes over the local data per round; 0 trains nothing (pure gossip)."""
+    local_steps: Count | None = None
+    """Optimizer steps per round, in place of ``number_of_epochs``; null: as many as the epochs have batches."""
     batch_size: Count = 16
     """Samples per optimizer step."""
     target_accuracy: Share | None = None
@@ -144,9 +146,26 @@ class FederationConfig(BaseModel):
 
     # ---- aggregation
     aggregation_strategy: Text = "FedAvg"
-    """How a server combines updates."""
+    """How a server combines updates: a built-in rule, a registered name or ``module:attr`` of an ``Aggregator``."""
     mu: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """Weight of the proximal term of ``FedProx``."""
+    server_learning_rate: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Step size of the server; null: 1 for ``FedAvgM``, ``SCAFFOLD`` and ``FedNova``, 0.7 for ``DiLoCo``, 0.1 for
+    ``FedAdagrad``, ``FedAdam`` and ``FedYogi``."""
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of the server in ``FedAvgM`` and ``DiLoCo``, in [0, 1)."""
+    server_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment in ``FedAdam`` and ``FedYogi``, in [0, 1)."""
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the second moment in ``FedAdam`` and ``FedYogi``, in [0, 1)."""
+    tau: Annotated[float, Field(gt=0, le=1e6)] = 1e-3
+    """Adaptivity of ``FedAdagrad``, ``FedAdam`` and ``FedYogi``: what is added to the root of the second moment."""
+    num_byzantine: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """Participants f that may send anything; ``TrimmedMean``, ``Krum`` and ``MultiKrum`` need it."""
+    num_selected: Count | None = None
+    """Updates that ``MultiKrum`` averages; null: as many as it may, participants - f - 2."""
+    clip_norm: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    """Scale every node's change of the model down to this L2 norm before it is sent to a server; null: never."""
     aggregation_sample_scaling: bool = True
     """Weight updates by the nodes' sample counts; false: every node counts the same."""
     mixing: Text = "metropolis_hastings"

@@ -44,6 +44,10 @@ class InlineFabric:
         num_slots: hosts per cluster.
         templates: node classes by ``local:NAME``.
         labels: labels by cluster name.
+
+    Attributes:
+        agents: the agents by cluster name.
+        substrates: what carries their hosts, and kills them on command.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class InlineFabric:
         self._policy = policy
         self._current: MediatorService | None = None
         self.agents: dict[str, AgentService] = {}
+        self.substrates: dict[str, InlineSubstrate] = {}
         self._serving: list[asyncio.Task[None]] = []
         self.service: MediatorService = self._thread.call(self._start(names))
         self.port: MediatorPort = InProcessMediator(self.service, self._thread.loop)
@@ -78,7 +83,7 @@ class InlineFabric:
         return service
 
     async def _add(self, service: MediatorService, name: str) -> None:
-        substrate = InlineSubstrate(self._capacity, lambda: InProcessTransport(self._hub, name))
+        substrate = self.substrates[name] = InlineSubstrate(self._capacity, lambda: InProcessTransport(self._hub, name))
         runtime = HostedRuntime(name, substrate, templates=self._templates)
         identity = AgentIdentity(name, uuid.uuid4().hex, self._labels.get(name, {}))
         agent = AgentService(identity, InProcessLink(lambda: self._current), runtime)

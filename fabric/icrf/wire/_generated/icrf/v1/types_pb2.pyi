@@ -108,6 +108,43 @@ class Graph(_message.Message):
 Global___Graph: _TypeAlias = Graph  # noqa: Y015
 
 @_typing.final
+class Rows(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOWN_FIELD_NUMBER: _builtins.int
+    UP_FIELD_NUMBER: _builtins.int
+    SCALARS_FIELD_NUMBER: _builtins.int
+    SERVER_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    CLIENT_SCALARS_FIELD_NUMBER: _builtins.int
+    EVERY_UPDATE_FIELD_NUMBER: _builtins.int
+    down: _builtins.int
+    up: _builtins.int
+    scalars: _builtins.int
+    server: _builtins.int
+    client: _builtins.int
+    client_scalars: _builtins.int
+    every_update: _builtins.bool
+    def __init__(
+        self,
+        *,
+        down: _builtins.int = ...,
+        up: _builtins.int = ...,
+        scalars: _builtins.int = ...,
+        server: _builtins.int = ...,
+        client: _builtins.int = ...,
+        client_scalars: _builtins.int = ...,
+        every_update: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_scalars", b"client_scalars", "down", b"down", "every_update", b"every_update", "scalars", b"scalars", "server", b"server", "up", b"up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rows: _TypeAlias = Rows  # noqa: Y015
+
+@_typing.final
 class Submission(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -120,6 +157,7 @@ class Submission(_message.Message):
     KEEP_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     CODE_PATH_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     client_request_id: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
@@ -132,6 +170,8 @@ class Submission(_message.Message):
     def graph(self) -> Global___Graph: ...
     @_builtins.property
     def layout(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
+    @_builtins.property
+    def rows(self) -> Global___Rows: ...
     def __init__(
         self,
         *,
@@ -144,10 +184,11 @@ class Submission(_message.Message):
         keep: _builtins.bool = ...,
         stage: _builtins.str = ...,
         code_path: _builtins.str = ...,
+        rows: Global___Rows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "rows", b"rows", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -611,6 +652,7 @@ class Activate(_message.Message):
     CODE_PATH_FIELD_NUMBER: _builtins.int
     RESTORE_ROUND_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     federation: _builtins.str
@@ -633,6 +675,8 @@ class Activate(_message.Message):
     def assignment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerAddress]: ...
+    @_builtins.property
+    def rows(self) -> Global___Rows: ...
     def __init__(
         self,
         *,
@@ -652,10 +696,11 @@ class Activate(_message.Message):
         code_path: _builtins.str = ...,
         restore_round: _builtins.int = ...,
         checkpoint: _builtins.str = ...,
+        rows: Global___Rows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
