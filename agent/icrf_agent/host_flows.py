@@ -19,7 +19,7 @@ from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE
 from icrf.federation.node import FederatedNode
 from icrf.learning.layout import Layout
 from icrf.ports import PhaseReport
-from icrf.protocol import Activate, Activated, StartRound
+from icrf.protocol import Activate, Activated, StartRound, nodes_of
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf.topology.mixing import MIXINGS, mixing_row
 from icrf.update import ExactSum, exact_metric, weighted_mix
@@ -74,6 +74,14 @@ class HostTools:
             if local and not mine.issuperset(local):
                 rows += 1 if posting.kind in (MODEL, PARTIAL, CONSENSUS) else len(local)
         return rows * row_bytes
+
+    @staticmethod
+    def taking_part(start: StartRound, nodes: Sequence[int]) -> tuple[int, ...]:
+        """Those of `nodes` that train in this round."""
+        if not start.participants:
+            return tuple(nodes)
+        chosen = frozenset(nodes_of(start.participants))
+        return tuple(i for i in nodes if i in chosen)
 
     def exact_sum(self, start: StartRound) -> ExactSum:
         """The host's one sum, emptied, on the attempt's grid; its last use is over."""
@@ -166,14 +174,15 @@ class CentralizedFlow:
         """Aggregator: publish the committed global model to all participants."""
         assert self._state is not None
         model = self._state.rebase(start)
-        recipients = tuple(i for i in self._all_participants if i != self._aggregator)
+        recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
         posting = self._t.posting(start, MODEL, (self._aggregator,), model, recipients=recipients)
         self._t.manager.publish_many(posting)
 
     def train(self, start: StartRound) -> PhaseReport:
         """Train this host's participants from the global model and publish their exact partial."""
         t = self._t
-        if not self._participants:
+        participants = t.taking_part(start, self._participants)
+        if not participants:
             return PhaseReport()
         postings = t.collect(start, MODEL)
         if len(postings) != 1:
@@ -182,18 +191,18 @@ class CentralizedFlow:
         total = t.exact_sum(start)
         sums: MetricSums = {}
         overflow: set[int] = set()
-        for index in self._participants:
+        for index in participants:
             t.nodes.get(index).context.model.load(self._seen)
             flat = t.train_node(index, sums)
             with t.nodes.blamed(index):
                 overflow.update(total.add(flat, t.nodes.weight(index)))
         if not overflow:
             posting = t.posting(
-                start, PARTIAL, self._participants, total.sums, recipients=(self._aggregator,), weight=total.weight
+                start, PARTIAL, participants, total.sums, recipients=(self._aggregator,), weight=total.weight
             )
             t.manager.publish_many(posting)
         return PhaseReport(
-            nodes=self._participants,
+            nodes=participants,
             overflow=tuple(sorted(overflow)),
             metric_sums=sums,
             bytes_intra_cluster=t.foreign_bytes(postings, self._seen.nbytes),
@@ -283,10 +292,11 @@ class DecentralizedFlow:
         updates = self._updates
         sums: MetricSums = {}
         trained = []
+        training = frozenset(t.taking_part(start, tuple(self._rows)))
         for index, k in self._rows.items():
             node = t.nodes.get(index)
             t.nodes.model.load(state[k])
-            if node.is_train_node:
+            if node.is_train_node and index in training:
                 t.train_node(index, sums)
                 trained.append(index)
             updates[k] = t.nodes.model.flat

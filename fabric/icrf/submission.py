@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from icrf.errors import ConfigError, TopologyError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Submission, TensorSpec
+from icrf.participation import UNIFORM, schedule
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Submission, TensorSpec, sample_size
 from icrf.spec import FederationConfig
 from icrf.spec.choices import TRADITIONAL
 from icrf.topology import HybridAdjacencyMatrix, build_topology, require_connected
@@ -47,7 +48,7 @@ def build_submission(
 
     Raises:
         ConfigError: C008 for roles that the flow cannot use, C010 or C017 for names that cannot be loaded, C018 if the
-            model does not take the data.
+            model does not take the data, or for a sampler's answer that cannot be used.
         TopologyError: T0xx for a graph that cannot be used.
         WeightsError: W011 for a model with tensors that have no aggregation rule.
     """
@@ -59,6 +60,7 @@ def build_submission(
     with on_path(code_path):
         graph = _graph(config, chosen, adjacency)
         layout = resolve_layout(config)
+        rows = _schedule(config, chosen)
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -69,6 +71,7 @@ def build_submission(
         keep=keep,
         stage=stage,
         code_path=code_path,
+        schedule=rows,
     )
 
 
@@ -143,6 +146,16 @@ def _graph(
         )
     require_connected(matrix, place="adjacency")
     return matrix.to_graph()
+
+
+def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str, ...]:
+    """What the user's own sampler chooses; empty where the mediator draws."""
+    if config.client_sampler == UNIFORM:
+        return ()
+    clients = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    count = sample_size(len(clients), config.client_fraction, config.sampled_clients)
+    ids = [node.id for node in nodes]
+    return schedule(config.client_sampler, ids, clients, count, config.federated_learning_rounds, config.seed)
 
 
 def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:

@@ -23,6 +23,7 @@ from icrf_mediator.checkpoints import Checkpoints
 from icrf_mediator.checks import ReportChecks
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
+from icrf_mediator.quorum import Quorum
 from icrf_mediator.rounds import RoundLedger
 from icrf_mediator.run_record import RunRecord
 
@@ -69,6 +70,11 @@ class RunBase:
         self._pending: dict[str, Instruction] = {}
         self._held: set[str] = set()
         self._away: set[str] = set()
+        # Away, and the run does not wait for them; they may be back and wait for the state to be durable.
+        self._excluded: set[str] = set()
+        self._returning: set[str] = set()
+        # Not away, but too late for the open round.
+        self._late: set[str] = set()
         self._lost_state = False
         self._recoveries = 0
         self._attempt_floor = 0
@@ -135,6 +141,7 @@ class RunBase:
         flow, members = self.submission.flow, placement.members()
         coordinator = placement.clusters[placement.coordinator(self.submission)]
         self._ledger = RoundLedger(flow, placement.clusters, members, coordinator)
+        self._quorum = Quorum(self.submission, self.config, placement.cluster_of, coordinator)
         self._checks = ReportChecks(flow, len(self.submission.layout), members, coordinator)
 
     def _save_goal(self, effects: Effects) -> None:

@@ -41,7 +41,7 @@ log = logging.getLogger("icrf.mediator")
 TICK_S = 0.5
 CALL_TIMEOUT_S = 600.0
 PLAN_ARTIFACT = "plan.json"
-_OF_UNFINISHED_RUNS = ("goals", "assignments", "activations", "commits", "checkpoints", "events")
+_OF_UNFINISHED_RUNS = ("goals", "assignments", "activations", "participants", "commits", "checkpoints", "events")
 
 
 @dataclass(frozen=True)

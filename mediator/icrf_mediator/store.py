@@ -17,6 +17,7 @@ TABLES = (
     "goals",
     "assignments",
     "activations",
+    "participants",
     "attempts",
     "commits",
     "checkpoints",

@@ -6,25 +6,12 @@ generator outlives its purpose, and none is shared between nodes.
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any
-
 import numpy as np
 import torch
 
+from icrf.seeds import derive_seed, stable_random_state
 
-def derive_seed(federation_seed: int, node_index: int, round_number: int, purpose: str) -> int:
-    """A 63-bit seed from all four values; changing any of them gives an unrelated one.
-
-    Args:
-        federation_seed: the ``seed`` of the configuration.
-        node_index: position of the node in the specification, or -1 for the federation itself.
-        round_number: round, counted from 1; 0 for what happens before the first.
-        purpose: what it is for, for instance ``train``.
-    """
-    packed = b"".join(n.to_bytes(16, "little", signed=True) for n in (federation_seed, node_index, round_number))
-    digest = hashlib.blake2b(packed + purpose.encode(), digest_size=8, person=b"icrf-seed").digest()
-    return int.from_bytes(digest, "little") >> 1
+__all__ = ["derive_seed", "numpy_generator", "stable_random_state", "torch_generator"]
 
 
 def torch_generator(federation_seed: int, node_index: int, round_number: int, purpose: str) -> torch.Generator:
@@ -37,13 +24,3 @@ def torch_generator(federation_seed: int, node_index: int, round_number: int, pu
 def numpy_generator(federation_seed: int, node_index: int, round_number: int, purpose: str) -> np.random.Generator:
     """A NumPy generator seeded by :func:`derive_seed` (PCG64)."""
     return np.random.Generator(np.random.PCG64(derive_seed(federation_seed, node_index, round_number, purpose)))
-
-
-def stable_random_state(seed: int, purpose: str) -> np.random.RandomState:
-    """A generator whose streams NumPy has frozen for good, for choices on which clusters must agree.
-
-    ``numpy.random.Generator`` may change its streams between releases (NEP 19); ``RandomState`` may not. Data splits
-    use this one, so that two clusters with different NumPy releases still partition alike.
-    """
-    key: Any = np.frombuffer(derive_seed(seed, -1, 0, purpose).to_bytes(8, "little"), dtype="<u4")
-    return np.random.RandomState(key)

@@ -54,6 +54,7 @@ from icrf.protocol.instructions import (
     StartRound,
     StoreModel,
 )
+from icrf.protocol.participants import bitmap, nodes_of, sample_size
 from icrf.protocol.reports import (
     Activated,
     CallDone,
@@ -138,4 +139,7 @@ __all__ = [
     "Submission",
     "TensorSpec",
     "Warned",
+    "bitmap",
+    "nodes_of",
+    "sample_size",
 ]

@@ -64,6 +64,8 @@ class Submission:
         keep: stay allocated after the configured rounds until ``finish``.
         stage: how far to go without being asked, one of :data:`STAGES`.
         code_path: folder of the user's own modules, put on the path of local hosts; empty for none.
+        schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
+            mediator draws the participants.
     """
 
     client_request_id: str
@@ -75,6 +77,7 @@ class Submission:
     keep: bool = False
     stage: str = "run"
     code_path: str = ""
+    schedule: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""The rounds of a run: opened with the participants that are there, repeated without those that are late. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from icrf.ports import Write
+from icrf.protocol import RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.run_base import RunBase
+
+
+class RunRounds(RunBase):
+    """What a run asks of its clusters once their nodes are live."""
+
+    def load_participants(self, number: int, participants: str) -> None:
+        """Out of the journal: who takes part in a round, in hexadecimal, where it was not the rule that decided."""
+        self._quorum.decide(number, bytes.fromhex(participants))
+
+    # ------------------------------------------------------------ who takes part
+
+    @property
+    def _gone(self) -> set[str]:
+        """The clusters that the next attempt is opened without."""
+        return self._away | self._late
+
+    def _can_do_without(self, gone: Collection[str]) -> bool:
+        """Whether what comes next is possible without these clusters."""
+        ledger = self._ledger
+        if not gone or ledger is None or not self._quorum.exists or ledger.coordinator in gone:
+            return not gone
+        number = ledger.round + 1
+        return number > self._rounds_wanted or self._participants(number, gone) is not None
+
+    def _participants(self, number: int, gone: Collection[str]) -> bytes | None:
+        assert self._ledger is not None
+        return self._quorum.without(number, gone, fixed=bool(self._ledger.recorded(number)))
+
+    def _decide(self, effects: Effects, now: Now, number: int, participants: bytes) -> None:
+        """Write down who takes part where it is not who was chosen."""
+        chosen = self._quorum.chosen(number)
+        if participants == chosen:
+            return
+        self._quorum.decide(number, participants)
+        gone = sorted(self._gone)
+        row = {"participants": participants.hex(), "without": gone}
+        effects.writes.append(Write("participants", (self.run_id, number), row))
+        there, all_of_them = self._quorum.count(participants), self._quorum.count(chosen)
+        text = f"round {number} goes on without {', '.join(gone)}: {there} of {all_of_them} nodes take part"
+        self.record.event(effects, now, "warning", text)
+
+    def _drop_late(self, effects: Effects, now: Now) -> bool:
+        """The deadline of an attempt has passed: another one without the late clusters, if it can do without them."""
+        ledger = self._ledger
+        if self.info.status != RUNNING or ledger is None or ledger.open is None:
+            return False
+        # The coordinator has to wait for the others; it is late itself only where it is the only one.
+        late = self._pending.keys() - {ledger.coordinator}
+        if not late or not self._can_do_without(self._gone | late):
+            return False
+        self._late |= late
+        self._abort_open(effects)
+        return self._next_round(effects, now)
+
+    def _abort_open(self, effects: Effects) -> None:
+        """Void the open attempt, if there is one."""
+        if self._ledger is None or self._ledger.open is None:
+            return
+        start, self._ledger.open = self._ledger.open.start, None
+        self._attempt_floor = max(self._attempt_floor, start.attempt)
+        for cluster in self.clusters:
+            effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
+
+    # ------------------------------------------------------------ rounds
+
+    def _next_round(self, effects: Effects, now: Now) -> bool:
+        """Open the next round, or the next attempt of the one that was open; False if too few can take part."""
+        assert self._ledger is not None
+        number = self._ledger.round + 1
+        participants = self._participants(number, self._gone)
+        if participants is None:
+            return False
+        self._decide(effects, now, number, participants)
+        every = int(self.config["evaluate_every"])
+        evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
+        attempt = self._attempt_floor + 1
+        start = self._ledger.open_round(
+            self.run_id, self.generation, evaluate, now.monotonic_s, attempt, participants, self._gone
+        )
+        self._opened_wall_s = now.wall_s
+        self._ask_round(effects, now, start)
+        return True
+
+    def _ask_round(self, effects: Effects, now: Now, start: StartRound) -> None:
+        assert self._ledger is not None and self._ledger.open is not None
+        orders = dict.fromkeys(self._ledger.open.clusters, start)
+        self._ask(effects, now, orders, float(self.config["round_deadline_s"]))
+
+    def _checkpoint(self, effects: Effects) -> None:
+        assert self._ledger is not None and self.placement is not None
+        clusters = self.placement.stateful(self.submission)
+        self.checkpoints.begin(self._ledger.round, clusters)
+        for cluster in clusters:
+            effects.send(cluster, SaveCheckpoint(self.run_id, self.generation, self._ledger.round))
+
+    def _store(self, effects: Effects, now: Now) -> None:
+        assert self._ledger is not None
+        if self._storing:
+            return
+        self._storing = True
+        coordinator = self._ledger.coordinator
+        self.record.waits(effects, now, f"the model from {coordinator}", quiet=True)
+        order = StoreModel(self.run_id, self.generation, self._ledger.round)
+        self._ask(effects, now, {coordinator: order}, self._activate_s)

@@ -1,0 +1,393 @@
+"""Who takes part in a round: the draw, users' samplers, what crosses, and what is decided when clusters are late."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icrf.errors import ConfigError, make_error
+from icrf.exchange import MODEL, PARTIAL, ExchangePlan, compile_exchange
+from icrf.participation import Participation, schedule
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    AbortAttempt,
+    Activate,
+    Goodbye,
+    HeldRun,
+    Release,
+    Reserve,
+    RoundReport,
+    RoundResult,
+    SaveCheckpoint,
+    StartRound,
+    StoreModel,
+    Submission,
+    bitmap,
+    nodes_of,
+    sample_size,
+)
+from icrf.topology.hybrid import HybridAdjacencyMatrix
+
+# ---------------------------------------------------------------- how many, and who
+
+
+@given(st.sets(st.integers(0, 200)), st.integers(0, 7))
+def test_a_bitmap_reads_back_as_its_nodes(nodes: set[int], more: int) -> None:
+    assert nodes_of(bitmap(nodes, 201 + more)) == tuple(sorted(nodes))
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "number", "size"),
+    [
+        (100, 0.1, None, 10),
+        (100, 0.29, None, 29),
+        (10, 0.01, None, 1),
+        (7, 0.5, None, 3),
+        (5, 1.0, None, 5),
+        (5, 1.0, 2, 2),
+    ],
+)
+def test_a_share_of_the_clients_is_at_least_one(clients: int, fraction: float, number: int | None, size: int) -> None:
+    assert sample_size(clients, fraction, number) == size
+
+
+def rule(core: Any, num_nodes: int, flow: str = CENTRALIZED, **config: Any) -> Participation:
+    submission = core.submission(num_nodes, flow)
+    return Participation(submission, config)
+
+
+def test_every_round_draws_anew_and_a_seed_repeats_its_draws(core: Any) -> None:
+    one = rule(core, 101, client_fraction=0.1, seed=7)
+    rounds = [nodes_of(one.of_round(number)) for number in range(1, 41)]
+    assert all(len(drawn) == 10 and 0 not in drawn for drawn in rounds)
+    assert len(set(rounds)) == 40
+    assert len({node for drawn in rounds for node in drawn}) > 90
+    again = rule(core, 101, client_fraction=0.1, seed=7)
+    assert [nodes_of(again.of_round(number)) for number in range(1, 41)] == rounds
+    assert rule(core, 101, client_fraction=0.1, seed=8).of_round(1) != one.of_round(1)
+
+
+def test_the_draw_is_frozen(core: Any) -> None:
+    # What journals and clusters rely on: another release must not draw otherwise.
+    assert nodes_of(rule(core, 11, client_fraction=0.3, seed=0).of_round(1)) == (1, 4, 9)
+
+
+def test_all_nodes_are_the_empty_set_of_bytes(core: Any) -> None:
+    assert rule(core, 5).of_round(1) == b""
+    assert rule(core, 5, DECENTRALIZED, sampled_clients=5).of_round(3) == b""
+
+
+# ---------------------------------------------------------------- a sampler of one's own
+
+
+@pytest.fixture
+def user_code() -> Any:
+    module = ModuleType("users_samplers")
+
+    def newest(number: int, ids: Sequence[str], count: int, random_state: np.random.RandomState) -> list[str]:
+        return [ids[(number + k) % len(ids)] for k in range(count)]
+
+    def draws(number: int, ids: Sequence[str], count: int, random_state: np.random.RandomState) -> Any:
+        return random_state.choice(ids, count, replace=False)
+
+    def nobody(*_: Any) -> list[str]:
+        return []
+
+    def stranger(*_: Any) -> list[str]:
+        return ["server"]
+
+    def broken(*_: Any) -> list[str]:
+        raise ZeroDivisionError("no clients left")
+
+    for function in (newest, draws, nobody, stranger, broken):
+        setattr(module, function.__name__, function)
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+
+
+IDS = ("server", "client_0", "client_1", "client_2")
+
+
+def test_a_sampler_of_ones_own_decides_every_round(core: Any, user_code: Any) -> None:
+    rows = schedule("users_samplers:newest", IDS, (1, 2, 3), 2, 3, seed=0)
+    assert [nodes_of(bytes.fromhex(row)) for row in rows] == [(2, 3), (1, 3), (1, 2)]
+    submission = core.submission(4, CENTRALIZED)
+    found = Participation(Submission(**{**vars(submission), "schedule": rows}), {"client_fraction": 0.1})
+    # After the last round that was configured its answers come again.
+    assert [nodes_of(found.of_round(number)) for number in (1, 2, 3, 4)] == [(2, 3), (1, 3), (1, 2), (2, 3)]
+    drawn = schedule("users_samplers:draws", IDS, (1, 2, 3), 1, 20, seed=4)
+    assert drawn == schedule("users_samplers:draws", IDS, (1, 2, 3), 1, 20, seed=4)
+    assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("nobody", "chose nobody"), ("stranger", "'server', which does not train"), ("broken", "no clients left")],
+)
+def test_an_unusable_sampler_is_named(user_code: Any, name: str, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        schedule(f"users_samplers:{name}", IDS, (1, 2, 3), 2, 3, seed=0)
+    assert caught.value.code == "C018" and what in str(caught.value) and "round 1" in str(caught.value)
+
+
+# ---------------------------------------------------------------- what crosses between clusters
+
+
+def star(assignment: Sequence[int]) -> ExchangePlan:
+    edges = [pair for i in range(1, len(assignment)) for pair in ((0, i), (i, 0))]
+    roles = ["aggregate", *["train"] * (len(assignment) - 1)]
+    return compile_exchange(CENTRALIZED, HybridAdjacencyMatrix.from_edges(len(assignment), edges), roles, assignment)
+
+
+def test_a_cluster_without_participants_neither_receives_nor_sends() -> None:
+    plan = star([0, 0, 1, 1, 2, 2]).of_round((1, 3))
+    assert [(t.kind, t.source, t.target, t.recipients) for t in plan.transfers] == [
+        (MODEL, 0, 1, (3,)),
+        (PARTIAL, 1, 0, (0,)),
+    ]
+    assert [plan.local_participants(cluster) for cluster in range(3)] == [(1,), (3,), ()]
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=9), st.data())
+def test_the_plan_of_a_round_is_that_of_a_star_of_its_participants(assignment: list[int], data: Any) -> None:
+    nodes = range(1, len(assignment))
+    chosen = sorted(data.draw(st.sets(st.sampled_from(nodes), min_size=1)))
+    roles = ["aggregate", *["train" if i in chosen else "eval" for i in nodes]]
+    edges = [pair for i in nodes for pair in ((0, i), (i, 0))]
+    only = compile_exchange(CENTRALIZED, HybridAdjacencyMatrix.from_edges(len(assignment), edges), roles, assignment)
+    assert star(assignment).of_round(chosen) == only
+
+
+# ---------------------------------------------------------------- the mediator draws and weighs
+
+
+ON_EU, ON_US = (2, 4), (1, 3)
+
+
+def star_run(core: Any, **config: Any) -> Any:
+    """A star whose first round is open: the server and nodes 2 and 4 live on eu, nodes 1 and 3 on us."""
+    core.register("eu", "us", slots=5)
+    run = core.submit(num_nodes=5, flow=CENTRALIZED, assignment_strategy="round_robin", **config)
+    core.play(hold=(StartRound,))
+    assert core.nodes_on(run.run_id, "us") == [*ON_US]
+    return run
+
+
+def starts(core: Any) -> list[tuple[str, int, int, tuple[int, ...]]]:
+    """The attempts that clusters were asked for since the last look: cluster, round, attempt, participants."""
+    return [(c, s.round, s.attempt, nodes_of(s.participants)) for c, s in core.take(StartRound)]
+
+
+def test_the_weights_of_a_round_are_those_of_its_participants(core: Any) -> None:
+    run = star_run(core, sampled_clients=2, seed=3)
+    seen = []
+    for _ in range(3):
+        (_, order), (_, other) = core.take(StartRound)
+        assert order == other
+        chosen = nodes_of(order.participants)
+        assert order.total_weight == sum(10 + node for node in chosen)
+        seen.append(chosen)
+        for cluster in ("eu", "us"):
+            core.report(cluster, core.round_report(cluster, order))
+    results = [event.round for event in core.events(run) if event.round]
+    assert [r.participant_nodes for r in results] == seen
+    assert [r.participants for r in results] == [2, 2, 2]
+    assert [row.row["participants_bitmap"] for row in core.commits(run)] == [r.participants_bitmap for r in results]
+
+
+def test_a_restart_weighs_and_draws_as_before(core: Any) -> None:
+    star_run(core, sampled_clients=2, seed=3)
+    before = core.take(StartRound)
+    again = core.restarted()
+    again.orders = core.orders
+    again.register("eu", "us", slots=5, held=(HeldRun(before[0][1].run_id, 1, 1, 1),))
+    assert [(s.participants, s.total_weight, s.grid, s.attempt) for _, s in again.take(StartRound)] == [
+        (s.participants, s.total_weight, s.grid, 2) for _, s in before
+    ]
+
+
+# ---------------------------------------------------------------- late clusters
+
+
+def test_without_min_nodes_a_late_cluster_ends_the_run(core: Any) -> None:
+    run = star_run(core)
+    core.pass_time(105.0, beating=("eu", "us"))
+    assert (core.get(run).status, core.error(run).code) == ("FAILED", "F002")
+
+
+def test_a_late_cluster_is_dropped_from_the_round_and_asked_again_in_the_next(core: Any) -> None:
+    run = star_run(core, min_nodes=2)
+    first = dict(core.take(StartRound))
+    # eu holds the global model: it cannot report before us has sent its partial.
+    core.pass_time(105.0, beating=("eu", "us"))
+    assert [i for _, i in core.take(AbortAttempt)] == [AbortAttempt(run.run_id, 1, 1)] * 2
+    assert core.store.rows("participants", (run.run_id, 1))[0].row == {
+        "participants": bitmap(ON_EU, 5).hex(),
+        "without": ["us"],
+    }
+    ((cluster, again),) = core.take(StartRound)
+    assert (cluster, again.attempt, again.participants) == ("eu", 2, bitmap(ON_EU, 5))
+    assert again.total_weight == sum(10 + node for node in ON_EU)
+    core.report("us", core.round_report("us", first["us"]))
+    assert core.commits(run) == []
+    core.report("eu", core.round_report("eu", again))
+    result = next(e.round for e in core.events(run) if e.round)
+    assert (result.participant_nodes, result.bytes_by_cluster) == (ON_EU, {"eu": 100})
+    texts = [e.text for e in core.events(run) if e.kind == "warning"]
+    assert texts == ["round 1 goes on without us: 2 of 4 nodes take part", "us: round 1 came late and is dropped"]
+    assert starts(core) == [("eu", 2, 1, ()), ("us", 2, 1, ())]
+
+
+def test_a_late_coordinator_or_too_few_nodes_end_the_run(new_core: Any) -> None:
+    for least, punctual in ((3, ()), (2, ("us",))):
+        core = new_core()
+        run = star_run(core, min_nodes=least)
+        for cluster, order in core.take(StartRound):
+            if cluster in punctual:
+                core.report(cluster, core.round_report(cluster, order))
+        core.pass_time(105.0, beating=("eu", "us"))
+        assert (core.get(run).status, core.error(run).code) == ("FAILED", "F002")
+
+
+def test_a_late_cluster_without_participants_changes_nothing_but_who_is_asked(core: Any) -> None:
+    star_run(core, min_nodes=1, sampled_clients=1, seed=1)
+    orders = dict(core.take(StartRound))
+    (chosen,) = nodes_of(orders["us"].participants)
+    assert chosen in ON_EU
+    core.pass_time(105.0, beating=("eu", "us"))
+    assert starts(core) == [("eu", 1, 2, (chosen,))]
+    assert core.store.rows("participants") == []
+
+
+# ---------------------------------------------------------------- lost clusters
+
+
+def lose(core: Any) -> None:
+    core.report("us", Goodbye("i-us", "stopped"))
+
+
+def as_sent(core: Any, number: int, attempt: int) -> StartRound:
+    """An attempt that clusters were asked for."""
+    return [i for _, i in core.sent if isinstance(i, StartRound) and (i.round, i.attempt) == (number, attempt)][-1]
+
+
+def test_an_excluded_cluster_is_done_without_and_comes_in_again_at_a_checkpoint(core: Any) -> None:
+    run = star_run(core, min_nodes=2, on_cluster_loss="exclude")
+    core.take(StartRound)
+    lose(core)
+    assert core.get(run).status == "RUNNING"
+    assert starts(core) == [("eu", 1, 2, ON_EU)]
+    core.register("us", slots=5)
+    assert starts(core) == []
+    core.take(AbortAttempt)
+    core.report("eu", core.round_report("eu", as_sent(core, 1, 2)))
+    # Between two rounds its state becomes durable; then all start from it under a new generation.
+    ((cluster, order),) = core.take(SaveCheckpoint)
+    assert (cluster, order.round, starts(core)) == ("eu", 1, [])
+    core.report(cluster, core.answer(cluster, order))
+    assert [(c, i.generation) for c, i in core.queue if isinstance(i, Reserve)] == [("eu", 2), ("us", 2)]
+    left = core.play(hold=(Activate,))
+    assert [(c, i.restore_round) for c, i in left if isinstance(i, Activate)] == [("eu", 1), ("us", 1)]
+
+
+def test_waiting_ends_at_the_deadline_with_those_that_are_there(core: Any) -> None:
+    run = star_run(core, min_nodes=2)
+    core.take(StartRound)
+    lose(core)
+    assert core.get(run).status == "RECOVERING"
+    core.pass_time(50.0, beating=("eu",))
+    assert starts(core) == []
+    core.pass_time(55.0, beating=("eu",))
+    assert starts(core) == [("eu", 1, 2, ON_EU)]
+
+
+def test_a_round_below_its_quorum_waits_for_the_lost_cluster(core: Any) -> None:
+    run = star_run(core, min_nodes=1, sampled_clients=1, seed=1, on_cluster_loss="exclude", federated_learning_rounds=9)
+    core.take(StartRound)
+    lose(core)
+    done = 0
+    while core.get(run).status == "RUNNING":
+        ((_, order),) = core.take(StartRound)
+        assert set(nodes_of(order.participants)) <= set(ON_EU)
+        core.report("eu", core.round_report("eu", order))
+        done += 1
+    assert done > 0
+    assert (core.get(run).status, core.get(run).rounds_done) == ("RECOVERING", done)
+    core.register("us", slots=5, held=(HeldRun(run.run_id, 1, 1, 1),))
+    found = starts(core)
+    assert [(c, r) for c, r, _, _ in found] == [("eu", done + 1), ("us", done + 1)]
+    assert set(found[0][3]) <= set(ON_US)
+
+
+def test_a_lost_coordinator_is_waited_for(core: Any) -> None:
+    run = star_run(core, min_nodes=1, on_cluster_loss="exclude")
+    core.take(StartRound)
+    core.report("eu", Goodbye("i-eu", "stopped"))
+    assert (core.get(run).status, starts(core)) == ("RECOVERING", [])
+    core.pass_time(105.0, beating=("us",))
+    assert (core.get(run).status, core.error(run).code) == ("FAILED", "F002")
+
+
+def test_a_run_that_did_without_a_cluster_completes(core: Any) -> None:
+    run = star_run(core, min_nodes=2, on_cluster_loss="exclude")
+    core.take(StartRound)
+    lose(core)
+    core.play()
+    assert core.get(run).status == "COMPLETED"
+    assert [e.round.participant_nodes for e in core.events(run) if e.round] == [ON_EU] * 3
+    assert [c for c, i in core.sent if isinstance(i, StoreModel)] == ["eu"]
+    # What it may still hold it is told to release.
+    core.register("us", slots=5)
+    assert [c for c, i in core.queue if isinstance(i, Release)] == ["us"]
+
+
+# ---------------------------------------------------------------- what was decided is repeated
+
+
+def test_a_restart_of_the_mediator_repeats_the_recorded_participants(core: Any) -> None:
+    run = star_run(core, min_nodes=2)
+    core.take(StartRound)
+    core.pass_time(105.0, beating=("eu", "us"))
+    assert starts(core) == [("eu", 1, 2, ON_EU)]
+    again = core.restarted()
+    again.orders = core.orders
+    again.register("eu", "us", slots=5, held=(HeldRun(run.run_id, 1, 1, 2),))
+    # us is there and asked again; its nodes stay out of this round, and take part in the next.
+    assert starts(again) == [("eu", 1, 3, ON_EU), ("us", 1, 3, ON_EU)]
+    for cluster in ("us", "eu"):
+        again.report(cluster, again.round_report(cluster, as_sent(again, 1, 3)))
+    assert starts(again) == [("eu", 2, 1, ()), ("us", 2, 1, ())]
+
+
+def test_a_committed_round_is_repeated_with_its_participants_only(core: Any) -> None:
+    run = star_run(core, min_nodes=2)
+    core.take(StartRound)
+    core.pass_time(105.0, beating=("eu", "us"))
+    core.report("eu", core.round_report("eu", as_sent(core, 1, 2)))
+    core.take(StartRound)
+    for cluster in ("us", "eu"):
+        core.report(cluster, core.round_report(cluster, as_sent(core, 2, 1)))
+    core.take(StartRound)
+    dead = make_error("U003", "its process died").to_json()
+    core.report("eu", RoundReport(run.run_id, 1, 3, 1, error_json=dead, recovery="restore"))
+    core.play(hold=(StartRound,))
+    # From round 0 again: round 1 with those that were committed, round 2 with no less.
+    assert starts(core) == [("eu", 1, 1, ON_EU), ("us", 1, 1, ON_EU)]
+    for cluster in ("us", "eu"):
+        core.report(cluster, core.round_report(cluster, as_sent(core, 1, 1)))
+    assert starts(core) == [("eu", 2, 1, ()), ("us", 2, 1, ())]
+    core.pass_time(105.0, beating=("eu", "us"))
+    assert (core.get(run).status, core.error(run).code) == ("FAILED", "F002")
+
+
+def test_results_without_a_bitmap_have_no_nodes() -> None:
+    assert RoundResult(1, 1, 1, 0, 0, 0, 0, {}, 0, 0, 3, "", "").participant_nodes == ()
