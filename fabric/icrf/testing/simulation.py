@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from icrf.errors import IcrfError
@@ -133,7 +134,7 @@ class Fabric:
         self.mediator = SimMediator(world, self.checker, policy)
         self.checker.blobs = self.mediator.blobs
         self._tallies: dict[str, Tally] = {}
-        self._run_ids = 0
+        self._seed, self._run_ids = seed, 0
         self.network, rng = Network(world), world.rng
         names = [f"c{k + 1}" for k in range(rng.choice((1, 2, 2, 3, 4)))]
         self.clusters = [
@@ -232,7 +233,14 @@ class Fabric:
             "on_cluster_loss": "wait",
             "tally_escalations": [rng.choice((0, 0, 0, 0, 1, 2)) for _ in range(rounds)],
         }
-        tally = Tally(tally_submission(f"request-{number}", flow, sorted(set(edges)), size, config))
+        schedule: list[list[int]] = []
+        clients = list(range(flow == CENTRALIZED, size))
+        draw = Random(f"participation of {number} under {self._seed}")
+        if draw.random() < 0.4:
+            schedule = [sorted(draw.sample(clients, draw.randint(1, len(clients)))) for _ in range(rounds)]
+        if flow == CENTRALIZED and draw.random() < 0.4:
+            config |= {"min_nodes": 1, "on_cluster_loss": draw.choice(("wait", "exclude"))}
+        tally = Tally(tally_submission(f"request-{number}", flow, sorted(set(edges)), size, config, schedule))
         self._tallies[tally.submission.config_json] = tally
         self.checker.know(tally)
         cancel_s = rng.uniform(0.0, 60.0) if rng.random() < 0.12 else -1.0
