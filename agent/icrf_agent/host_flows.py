@@ -113,13 +113,29 @@ class HostTools:
     def train_node(self, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
         metrics = self.nodes.measure(index, "train")
-        weight = self.nodes.weight(index)
+        self._count(index, "train", metrics, self.nodes.weight(index), sums)
+        return self.nodes.model.flat
+
+    def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
+        """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
+
+        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out, the same for all.
+        """
+        node = self.nodes.get(index)
+        if not (start.evaluate and self.nodes.config.evaluate_clients):
+            return
+        if node.is_eval_node and node.is_train_node:
+            metrics = self.nodes.measure(index, "evaluate", "eval")
+            self._count(index, "eval", metrics, self.nodes.weight(index), sums)
+        if node.is_test_node:
+            self._count(index, "test", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+
+    def _count(self, index: int, phase: str, metrics: dict[str, float], weight: int, sums: MetricSums) -> None:
         for name, value in metrics.items():
-            old = sums.get(f"train_{name}", (0, 0))
+            old = sums.get(f"{phase}_{name}", (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
-            sums[f"train_{name}"] = (old[0] + part, old[1] + weight)
-        return self.nodes.model.flat
+            sums[f"{phase}_{name}"] = (old[0] + part, old[1] + weight)
 
     def last_word(self, index: int, state: Array) -> Array:
         """Let a node's own `aggregate` see its new state, where its class has one."""
@@ -193,6 +209,7 @@ class CentralizedFlow:
         overflow: set[int] = set()
         for index in participants:
             t.nodes.get(index).context.model.load(self._seen)
+            t.evaluate_node(start, index, sums)
             flat = t.train_node(index, sums)
             with t.nodes.blamed(index):
                 overflow.update(total.add(flat, t.nodes.weight(index)))
@@ -316,12 +333,16 @@ class DecentralizedFlow:
         rows = self._neighbour_rows(postings)
         self._state.rebase(start)
         state = self._state.spare()
+        sums: MetricSums = {}
         for index, k in self._rows.items():
             neighbours, weights = self._mixing[index]
             weighted_mix([rows[int(j)] for j in neighbours], [float(w) for w in weights], state[k])
             word = t.last_word(index, state[k])
             if word is not state[k]:
                 state[k] = word
+            if start.evaluate:
+                t.nodes.model.load(state[k])
+                t.evaluate_node(start, index, sums)
         overflow: set[int] = set()
         if start.evaluate:
             overflow = self._publish_consensus(start, state)
@@ -333,6 +354,7 @@ class DecentralizedFlow:
             overflow=tuple(sorted(overflow)),
             absmax=self._absmax(state),
             state_hashes=b"".join(self._digest(row) for row in state),
+            metric_sums=sums,
             bytes_intra_cluster=crossing * state[0].nbytes,
         )
 

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
         StarFederatedLearningSchema,
         schema_factory,
     )
+    from icrf.federation.supervisor import FederationSupervisor
     from icrf.federation.virtual_node import VirtualNode
     from icrf.learning import register_model
+    from icrf.participation import register_sampler
     from icrf.spec import FederationConfig
     from icrf.topology import register_topology
 
@@ -42,6 +44,7 @@ __all__ = [
     "FederatedBase",
     "FederatedNode",
     "FederationConfig",
+    "FederationSupervisor",
     "IcrfError",
     "MeshFederatedLearningSchema",
     "Message",
@@ -53,6 +56,7 @@ __all__ = [
     "__version__",
     "connect",
     "register_model",
+    "register_sampler",
     "register_topology",
     "schema_factory",
 ]
@@ -70,9 +74,11 @@ _HOME = {
     "RingFederatedLearningSchema": "icrf.federation.schemas",
     "MeshFederatedLearningSchema": "icrf.federation.schemas",
     "schema_factory": "icrf.federation.schemas",
+    "FederationSupervisor": "icrf.federation.supervisor",
     "FederationConfig": "icrf.spec",
     "register_topology": "icrf.topology",
     "register_model": "icrf.learning",
+    "register_sampler": "icrf.participation",
 }
 
 # Federations open a fabric of their own unless they are given one; this facade hands them the factory.

@@ -29,6 +29,11 @@ Rounds count from 1; ids come in node order. It may return more or fewer than wa
 SAMPLERS: Registry[Sampler] = Registry("sampler")
 
 
+def register_sampler(name: str) -> Callable[[Sampler], Sampler]:
+    """Decorator: make a :data:`Sampler` known as `name` for ``client_sampler``."""
+    return SAMPLERS.register(name)
+
+
 class Participation:
     """The rule of one federation.
 

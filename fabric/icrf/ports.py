@@ -71,7 +71,8 @@ class MediatorPort(Protocol):
 
     def advance(self, run_id: str, stage: str, rounds: int = 0) -> RunInfo:
         """Let a held run go on: to ``reserve`` or ``activate``, or ``run`` until `rounds` rounds are committed in
-        total (0: as configured). Returns at once; follow with `watch` or `get`."""
+        total (0: as configured). ``stop`` ends it in order and soon: after the open round its model is stored, and
+        nobody who is away is waited for. Returns at once; follow with `watch` or `get`."""
 
     def finish(self, run_id: str) -> RunInfo:
         """End a kept run: store its model and release its resources. Returns at once."""

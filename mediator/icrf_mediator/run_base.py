@@ -64,7 +64,7 @@ class RunBase:
         self._ledger: RoundLedger | None = None
         self._stage = submission.stage
         self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
-        self._finishing = not submission.keep
+        self._finishing, self._stopping = not submission.keep, False
         self._storing = False
         # What is asked of each cluster and not answered yet.
         self._pending: dict[str, Instruction] = {}
@@ -146,6 +146,7 @@ class RunBase:
 
     def _save_goal(self, effects: Effects) -> None:
         goal = {"stage": self._stage, "rounds_wanted": self._rounds_wanted, "finishing": self._finishing}
+        goal["stopping"] = self._stopping
         effects.writes.append(Write("goals", (self.run_id,), goal))
 
     def _ask(self, effects: Effects, now: Now, orders: Mapping[str, Instruction], within_s: float) -> None:

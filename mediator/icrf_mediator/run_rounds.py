@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from icrf.ports import Write
 from icrf.protocol import RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.placement import Placement
 from icrf_mediator.run_base import RunBase
 
 
 class RunRounds(RunBase):
     """What a run asks of its clusters once their nodes are live."""
+
+    # ------------------------------------------------------------ out of the journal
+
+    def load_goal(self, row: Mapping[str, Any]) -> None:
+        """How far the run was to go."""
+        self._stage, self._rounds_wanted = str(row["stage"]), int(row["rounds_wanted"])
+        self._finishing, self._stopping = bool(row["finishing"]), bool(row.get("stopping"))
+
+    def load_placement(self, generation: int, placement: Placement) -> None:
+        """Where it lived."""
+        self.generation = generation
+        self._place(placement)
+
+    def load_progress(
+        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...]]]
+    ) -> None:
+        """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
+        assert self._ledger is not None
+        for row in activations:
+            self._ledger.samples = {int(node): int(count) for node, count in row["samples"]}
+            if int(row["round"]) == 0:
+                self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
+        for number, model_hash, absmax in commits:
+            self._ledger.remember(number, model_hash, absmax)
 
     def load_participants(self, number: int, participants: str) -> None:
         """Out of the journal: who takes part in a round, in hexadecimal, where it was not the rule that decided."""
@@ -27,10 +53,13 @@ class RunRounds(RunBase):
     def _can_do_without(self, gone: Collection[str]) -> bool:
         """Whether what comes next is possible without these clusters."""
         ledger = self._ledger
-        if not gone or ledger is None or not self._quorum.exists or ledger.coordinator in gone:
+        if not gone or ledger is None or ledger.coordinator in gone:
             return not gone
         number = ledger.round + 1
-        return number > self._rounds_wanted or self._participants(number, gone) is not None
+        if number > self._rounds_wanted:
+            # What is left needs the coordinator only; but a run that may go on later waits for all it will need.
+            return self._stopping or self._quorum.exists
+        return self._participants(number, gone) is not None
 
     def _participants(self, number: int, gone: Collection[str]) -> bytes | None:
         assert self._ledger is not None

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from icrf.errors import AgentError, IcrfError, InternalError, RunError, make_error
 from icrf.ports import Write
@@ -34,6 +33,7 @@ from icrf.protocol import (
     RESERVING,
     RUNNING,
     STAGES,
+    STOP,
     AbortAttempt,
     Activated,
     Checkpointed,
@@ -79,6 +79,8 @@ class RunMachine(RunRounds):
 
     def advance(self, effects: Effects, now: Now, stage: str, rounds: int) -> None:
         """Go on to `stage`; for ``run``, `rounds` is the total to reach (0: as configured). Repeating is harmless."""
+        if stage == STOP:
+            return self._stop(effects, now)
         if stage not in STAGES:
             raise RunError("F005", f"unknown stage '{stage}'", allowed=", ".join(STAGES))
         if self.terminal:
@@ -106,6 +108,20 @@ class RunMachine(RunRounds):
             self._go_on(effects, now)
         elif self.info.status not in (RUNNING, RECOVERING):
             self._end(effects, now, CANCELLED, RunError("F003", "finished before its first round"))
+
+    def _stop(self, effects: Effects, now: Now) -> None:
+        """End in order and soon: after the open round, without waiting for clusters that are away."""
+        if self.terminal or self._stopping:
+            return
+        ledger, done = self._ledger, self.info.rounds_done
+        self._rounds_wanted = max(done, ledger.round + 1) if ledger and ledger.open else done
+        if not self._rounds_wanted:
+            return self._end(effects, now, CANCELLED, RunError("F003", "stopped before its first round"))
+        self._stopping = self._finishing = True
+        self._excluded |= self._away
+        self._save_goal(effects)
+        if self.info.status in (RECOVERING, IDLE):
+            self._go_on(effects, now)
 
     def cancel(self, effects: Effects, now: Now) -> None:
         """End the run whatever it is doing; nothing of it is accepted afterwards."""
@@ -271,30 +287,6 @@ class RunMachine(RunRounds):
     def fail(self, effects: Effects, now: Now, error: IcrfError) -> None:
         """End the run with an error."""
         self._end(effects, now, FAILED, error)
-
-    # ------------------------------------------------------------ out of the journal
-
-    def load_goal(self, row: Mapping[str, Any]) -> None:
-        """How far the run was to go."""
-        self._stage, self._rounds_wanted = str(row["stage"]), int(row["rounds_wanted"])
-        self._finishing = bool(row["finishing"])
-
-    def load_placement(self, generation: int, placement: Placement) -> None:
-        """Where it lived."""
-        self.generation = generation
-        self._place(placement)
-
-    def load_progress(
-        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...]]]
-    ) -> None:
-        """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
-        assert self._ledger is not None
-        for row in activations:
-            self._ledger.samples = {int(node): int(count) for node, count in row["samples"]}
-            if int(row["round"]) == 0:
-                self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
-        for number, model_hash, absmax in commits:
-            self._ledger.remember(number, model_hash, absmax)
 
     def rejoin(self, effects: Effects, now: Now) -> None:
         """After a restart of the mediator: wait for all clusters, which tell what they still hold."""

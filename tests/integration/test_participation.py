@@ -180,3 +180,45 @@ def test_without_a_lost_cluster_the_bits_are_those_of_the_recorded_participants(
     with InlineFabric(1) as fabric:
         _, repeated, _ = run_on(fabric, again)
     assert [r.model_sha256 for r in repeated] == [r.model_sha256 for r in rounds]
+
+
+# ---------------------------------------------------------------- what roles are for
+
+
+@pytest.mark.parametrize("schema", [STAR, RING])
+def test_clients_measure_what_their_roles_say_in_evaluated_rounds_only(schema: dict[str, Any]) -> None:
+    keys = {**schema, "client_role": "train-eval-test", "federated_learning_rounds": 2, "evaluate_every": 2}
+    found = []
+    for clusters in (1, 3):
+        with InlineFabric(clusters, num_slots=clusters) as fabric:
+            _, rounds, _ = run_on(fabric, submission_of(**keys, evaluate_clients=True))
+        found.append([(r.model_sha256, r.metrics) for r in rounds])
+    assert found[0] == found[1]
+    first, second = (set(metrics) for _, metrics in found[0])
+    assert first == {"train_loss"}
+    measured = {"train_loss", "accuracy", "loss", "eval_accuracy", "eval_loss", "test_accuracy", "test_loss"}
+    assert second == measured
+    # Looking changes no bit of what is trained.
+    with InlineFabric(2) as fabric:
+        _, rounds, _ = run_on(fabric, submission_of(**keys))
+    assert [r.model_sha256 for r in rounds] == [sha256 for sha256, _ in found[0]]
+    assert set(rounds[1].metrics) == {"train_loss", "accuracy", "loss"}
+
+
+def test_the_mean_over_clients_weighs_own_data_by_samples_and_held_out_data_equally() -> None:
+    class Known(FederatedNode):
+        def evaluate(self, phase: str = "test") -> dict[str, float]:
+            return {"score": float(self.context.index * (1 if phase == "eval" else 10))}
+
+    keys = {**STAR, "federated_learning_rounds": 1, "data_distribution_kind": "dir", "evaluate_clients": True}
+    submission = submission_of(**keys, client_template="local:Known")
+    with InlineFabric(2, templates={"local:Known": Known}) as fabric:
+        run = fabric.port.submit(submission)
+        list(fabric.port.watch(run.run_id))
+        (row,) = fabric.store.rows("activations", (run.run_id,))
+        (committed,) = fabric.store.rows("commits", (run.run_id,))
+    samples = dict(row.row["samples"])
+    assert len(set(samples.values())) > 1
+    mean = sum(node * count for node, count in samples.items()) / sum(samples.values())
+    assert committed.row["metrics"]["eval_score"] == pytest.approx(mean, rel=1e-9)
+    assert committed.row["metrics"]["test_score"] == pytest.approx(35.0, rel=1e-9)

@@ -391,3 +391,45 @@ def test_a_committed_round_is_repeated_with_its_participants_only(core: Any) -> 
 
 def test_results_without_a_bitmap_have_no_nodes() -> None:
     assert RoundResult(1, 1, 1, 0, 0, 0, 0, {}, 0, 0, 3, "", "").participant_nodes == ()
+
+
+# ---------------------------------------------------------------- an orderly end
+
+
+def test_a_stop_ends_after_the_open_round_with_its_model(core: Any) -> None:
+    run = star_run(core)
+    core.advance(run, "stop")
+    core.play()
+    assert (core.get(run).status, core.get(run).rounds_done) == ("COMPLETED", 1)
+    assert core.advance(run, "stop") == core.get(run)
+
+
+def test_a_stop_stores_what_is_committed_without_those_that_are_away(core: Any) -> None:
+    run = star_run(core)
+    for cluster in ("us", "eu"):
+        core.report(cluster, core.round_report(cluster, as_sent(core, 1, 1)))
+    core.take(StartRound)
+    lose(core)
+    assert core.get(run).status == "RECOVERING"
+    core.advance(run, "stop")
+    assert [c for c, i in core.queue if isinstance(i, StoreModel)] == ["eu"]
+    core.play()
+    assert (core.get(run).status, core.get(run).rounds_done) == ("COMPLETED", 1)
+
+
+def test_a_stop_is_remembered_by_the_next_life_of_the_mediator(core: Any) -> None:
+    run = star_run(core)
+    core.advance(run, "stop")
+    again = core.restarted()
+    again.orders = core.orders
+    again.register("eu", "us", slots=5, held=(HeldRun(run.run_id, 1, 1, 1),))
+    again.play()
+    assert (again.get(run).status, again.get(run).rounds_done) == ("COMPLETED", 1)
+
+
+def test_a_stop_before_the_first_round_cancels(core: Any) -> None:
+    core.register("eu", "us", slots=5)
+    run = core.submit(num_nodes=5, flow=CENTRALIZED, stage="activate", keep=True)
+    core.play()
+    core.advance(run, "stop")
+    assert (core.get(run).status, core.error(run).code) == ("CANCELLED", "F003")

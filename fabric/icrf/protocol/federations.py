@@ -8,6 +8,8 @@ PROTOCOL_VERSION = 1
 
 # How far a submitted federation goes by itself, and what `advance` asks for.
 STAGES = ("reserve", "activate", "run")
+# What `advance` also takes: no further rounds, the model is stored and the run ends.
+STOP = "stop"
 
 # Status of a run. The last three are terminal.
 QUEUED, RECOVERING, RESERVING, RESERVED, ACTIVATING, READY, RUNNING, IDLE = (

@@ -170,6 +170,8 @@ class FederationConfig(BaseModel):
     """How payloads are compressed between clusters."""
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
+    evaluate_clients: bool = False
+    """Evaluated rounds also measure clients: role ``eval`` on their own data, role ``test`` on what is held out."""
     checkpoint_every: CountOrZero = 10
     """Rounds between durable checkpoints: a run whose state was lost goes back to the newest one; 0: to its start."""
     store_node_models: bool = False
