@@ -299,6 +299,14 @@ class Run:
         """Ask for the end; a run that has ended stays as it is."""
         return self._port.cancel(self.id)
 
+    def add_nodes(self, *node_ids: str) -> RunInfo:
+        """Let nodes that were taken out take part again, from the next round on."""
+        return self._port.change_nodes(self.id, add=node_ids)
+
+    def remove_nodes(self, *node_ids: str) -> RunInfo:
+        """Take nodes out: from the next round on they take part in none. They stay where they are."""
+        return self._port.change_nodes(self.id, remove=node_ids)
+
     def stop(self) -> RunInfo:
         """End in order and soon: after the open round the model is stored; whoever is away is not waited for."""
         return self._port.advance(self.id, STOP)

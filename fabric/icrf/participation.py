@@ -47,24 +47,37 @@ class Participation:
         self._num_nodes = len(submission.nodes)
         self._schedule = [bytes.fromhex(row) for row in submission.schedule]
         self._seed = int(config.get("seed") or 0)
-        self._count = sample_size(
-            len(self.clients), float(config.get("client_fraction") or 1.0), config.get("sampled_clients")
-        )
+        self._fraction, self._number = float(config.get("client_fraction") or 1.0), config.get("sampled_clients")
 
     @property
     def is_constant(self) -> bool:
         """Whether all that train take part in every round."""
-        return not self._schedule and self._count == len(self.clients)
+        return self.draws and self.size(self.clients) == len(self.clients)
 
-    def of_round(self, number: int) -> bytes:
-        """Bitmap of the nodes that train in a round; empty: all that have the role."""
+    @property
+    def draws(self) -> bool:
+        """Whether the participants are drawn, rather than chosen by a sampler of the user's own."""
+        return not self._schedule
+
+    def size(self, clients: Sequence[int]) -> int:
+        """How many out of `clients` take part in a round; 0 of none."""
+        return sample_size(len(clients), self._fraction, self._number) if clients else 0
+
+    def of_round(self, number: int, clients: Sequence[int] | None = None) -> bytes:
+        """Bitmap of the nodes that train in a round; empty: all that have the role.
+
+        Args:
+            clients: out of whom to draw, ascending; by default all that have the role.
+        """
         if self._schedule:
             chosen = self._schedule[(number - 1) % len(self._schedule)]
             return b"" if chosen == bitmap(self.clients, self._num_nodes) else chosen
-        if self.is_constant:
+        among = self.clients if clients is None else tuple(clients)
+        count = self.size(among)
+        if count == len(self.clients):
             return b""
-        drawn = stable_random_state(self._seed, "participants", number).permutation(len(self.clients))[: self._count]
-        return bitmap([self.clients[k] for k in drawn.tolist()], self._num_nodes)
+        drawn = stable_random_state(self._seed, "participants", number).permutation(len(among))[:count]
+        return bitmap([among[k] for k in drawn.tolist()], self._num_nodes)
 
 
 def training(submission: Submission) -> tuple[int, ...]:

@@ -185,6 +185,12 @@ class FederationMediator:
         self._happened(effects, now, run)
         return run.info, effects
 
+    def change_nodes(self, run_id: str, add: Sequence[str], remove: Sequence[str], now: Now) -> tuple[RunInfo, Effects]:
+        effects = Effects()
+        run = self._live(run_id)
+        run.change_nodes(effects, now, add, remove)
+        return run.info, effects
+
     def finish(self, run_id: str, now: Now) -> tuple[RunInfo, Effects]:
         effects = Effects()
         run = self._find(run_id)

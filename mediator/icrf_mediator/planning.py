@@ -40,8 +40,8 @@ _RAY_UNITS = 10_000
 
 _FLOAT32, _FLOAT64 = 4, 8
 
-# Of so many rounds a plan looks at the participants, where they change from round to round.
-_SAMPLED_ROUNDS = 256
+# Of so many rounds a plan looks at the participants, where they change from round to round; of fewer in large federations.
+_SAMPLED_ROUNDS, _SAMPLED_NODES = 256, 2_000_000
 
 # What the mediator itself reads of a configuration, beside what only a plan depends on.
 _NEEDED: dict[str, tuple[type, ...]] = {
@@ -212,12 +212,16 @@ def _links(
     """Payload bytes per round over each link: the mean over the rounds, whose participants are known beforehand."""
     if participation.is_constant or exchange.flow != CENTRALIZED:
         return exchange.links(num_parameters, itemsize)
-    looked_at = max(1, min(rounds, _SAMPLED_ROUNDS))
-    totals: Counter[tuple[int, int]] = Counter()
+    looked_at = max(1, min(rounds, _SAMPLED_ROUNDS, _SAMPLED_NODES // len(participation.clients)))
+    busy: Counter[int] = Counter()
     for number in range(1, looked_at + 1):
         chosen = nodes_of(participation.of_round(number)) or participation.clients
-        totals.update(exchange.of_round(chosen).links(num_parameters, itemsize))
-    return {link: round(size / looked_at) for link, size in sorted(totals.items())}
+        busy.update({exchange.assignment[node] for node in chosen})
+    # What crosses is between the coordinator and each other cluster that has participants.
+    return {
+        (source, target): round(size * busy[target if source == exchange.coordinator else source] / looked_at)
+        for (source, target), size in exchange.links(num_parameters, itemsize).items()
+    }
 
 
 def _parse(config_json: str) -> Mapping[str, Any]:

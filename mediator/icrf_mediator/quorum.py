@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from icrf.errors import RunError
 from icrf.participation import Participation
 from icrf.protocol import CENTRALIZED, Submission, bitmap, nodes_of
 
@@ -29,7 +30,10 @@ class Quorum:
         self._cluster_of, self._coordinator = cluster_of, coordinator
         # Peers mix with all of their neighbours: there the absence of a cluster is none of participants only.
         self._least: int | None = config.get("min_nodes") if submission.flow == CENTRALIZED else None
+        self._centralized = submission.flow == CENTRALIZED
         self._decided: dict[int, bytes] = {}
+        # Who may take part, by the first round for which it holds.
+        self._members: dict[int, tuple[int, ...]] = {}
 
     @property
     def exists(self) -> bool:
@@ -38,7 +42,30 @@ class Quorum:
 
     def chosen(self, number: int) -> bytes:
         """Bitmap of the participants of a round as decided, or else by the rule; empty: all that train."""
-        return self._decided.get(number) or self._rule.of_round(number)
+        return self._decided.get(number) or self._rule.of_round(number, self.members(number))
+
+    def members(self, number: int) -> tuple[int, ...]:
+        """The nodes out of which the participants of a round are chosen."""
+        since = max((first for first in self._members if first <= number), default=0)
+        return self._members.get(since, self._rule.clients)
+
+    def change(self, first: int, nodes: tuple[int, ...]) -> None:
+        """From round `first` on, these may take part."""
+        self._members[first] = nodes
+
+    def require_possible(self, nodes: tuple[int, ...]) -> None:
+        """Raise F005 unless rounds can go on with these members."""
+        problem = ""
+        if not self._centralized:
+            problem = "peers mix with all of their neighbours"
+        elif not self._rule.draws:
+            problem = "its sampler was asked for the nodes that it was submitted with"
+        elif not set(nodes) <= set(self._rule.clients):
+            problem = "a node without the role train cannot take part"
+        elif self._rule.size(nodes) < (self._least or 1):
+            problem = f"{self._rule.size(nodes)} nodes would take part in a round, {self._least or 1} must"
+        if problem:
+            raise RunError("F005", f"the nodes cannot be changed: {problem}", place="nodes")
 
     def count(self, participants: bytes) -> int:
         """How many nodes a bitmap stands for."""

@@ -77,6 +77,8 @@ def restore_run(
         [a.row for a in activations],
         [(int(c.key[1]), str(c.row["model_sha256"]), tuple(c.row["absmax"])) for c in commits],
     )
+    for row in _rows(tables, "members", run_id):
+        run.load_members(int(row.key[1]), str(row.row["nodes"]))
     for row in _rows(tables, "participants", run_id):
         run.load_participants(int(row.key[1]), str(row.row["participants"]))
     for row in _rows(tables, "checkpoints", run_id):

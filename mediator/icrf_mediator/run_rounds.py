@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from icrf.errors import RunError
 from icrf.ports import Write
-from icrf.protocol import RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel
+from icrf.protocol import RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
 from icrf_mediator.run_base import RunBase
@@ -43,7 +44,34 @@ class RunRounds(RunBase):
         """Out of the journal: who takes part in a round, in hexadecimal, where it was not the rule that decided."""
         self._quorum.decide(number, bytes.fromhex(participants))
 
+    def load_members(self, first: int, nodes: str) -> None:
+        """Out of the journal: who may take part from a round on, in hexadecimal."""
+        self._quorum.change(first, nodes_of(bytes.fromhex(nodes)))
+
     # ------------------------------------------------------------ who takes part
+
+    def change_nodes(self, effects: Effects, now: Now, add: Sequence[str], remove: Sequence[str]) -> None:
+        """Other nodes may take part from the next round on that is not open yet.
+
+        Raises:
+            RunError: F005 if the run is queued or over, or cannot go on with these nodes.
+            RoutingError: P012 no such node.
+        """
+        ledger = self._ledger
+        if self.terminal or ledger is None:
+            raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}: its nodes cannot be changed now")
+        added, removed = ({self.node_index(name) for name in names} for names in (add, remove))
+        first = max(self.info.rounds_done, ledger.round + 1 if ledger.open else 0) + 1
+        before = self._quorum.members(first)
+        nodes = tuple(sorted((set(before) | added) - removed))
+        self._quorum.require_possible(nodes)
+        if nodes == before:
+            return
+        self._quorum.change(first, nodes)
+        row = {"nodes": bitmap(nodes, len(self.submission.nodes)).hex()}
+        effects.writes.append(Write("members", (self.run_id, first), row))
+        text = f"from round {first} on {len(nodes)} nodes may take part"
+        self.record.event(effects, now, "status", text)
 
     @property
     def _gone(self) -> set[str]:

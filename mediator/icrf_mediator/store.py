@@ -17,6 +17,7 @@ TABLES = (
     "goals",
     "assignments",
     "activations",
+    "members",
     "participants",
     "attempts",
     "commits",

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from icrf import StarFederatedLearningSchema
+from icrf.client import Fabric
 from icrf.federation.node import FederatedNode
 from icrf.protocol import COMPLETED, Instruction, Plan, RoundResult, RunInfo, StartRound, Submission
 from icrf.spec import FederationConfig
@@ -222,3 +224,24 @@ def test_the_mean_over_clients_weighs_own_data_by_samples_and_held_out_data_equa
     mean = sum(node * count for node, count in samples.items()) / sum(samples.values())
     assert committed.row["metrics"]["eval_score"] == pytest.approx(mean, rel=1e-9)
     assert committed.row["metrics"]["test_score"] == pytest.approx(35.0, rel=1e-9)
+
+
+# ---------------------------------------------------------------- nodes that come and go
+
+
+def test_nodes_join_and_leave_between_rounds_with_the_same_bits_everywhere() -> None:
+    config = FederationConfig.from_mapping({"federation_id": "fed", "batch_size": 64, **STAR})
+    found = []
+    for clusters in (1, 2, 3):
+        with InlineFabric(clusters) as inline:
+            base = StarFederatedLearningSchema(roles=["train"] * 5, config=config, fabric=Fabric(inline.port))
+            base.remove_nodes("client_4")
+            base.train(rounds=2, blocking=True)
+            base.add_nodes("client_4")
+            base.train(rounds=1, blocking=True)
+            base.remove_nodes("client_0", "client_1")
+            base.train(rounds=1, blocking=True)
+            found.append([(r.participant_nodes, r.model_sha256) for r in base.collect_federation_metrics()])
+            base.stop()
+    assert found[0] == found[1] == found[2]
+    assert [nodes for nodes, _ in found[0]] == [(1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4, 5), (3, 4, 5)]

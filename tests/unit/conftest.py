@@ -108,7 +108,7 @@ class Core:
 
     def submission(self, num_nodes: int = 4, flow: str = DECENTRALIZED, **parts: Any) -> Submission:
         """A ring, or a star with the server at index 0; what is no field of a submission goes to the configuration."""
-        own = {k: parts.pop(k) for k in ("keep", "stage", "client_request_id") if k in parts}
+        own = {k: parts.pop(k) for k in ("keep", "stage", "client_request_id", "schedule") if k in parts}
         ids, roles = [f"client_{i}" for i in range(num_nodes)], ["train-eval"] * num_nodes
         if flow == CENTRALIZED:
             ids, roles = ["server", *ids[:-1]], ["aggregate-test", *roles[1:]]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrf.errors import ConfigError, make_error
+from icrf.errors import ConfigError, IcrfError, make_error
 from icrf.exchange import MODEL, PARTIAL, ExchangePlan, compile_exchange
 from icrf.participation import Participation, schedule
 from icrf.protocol import (
@@ -433,3 +433,76 @@ def test_a_stop_before_the_first_round_cancels(core: Any) -> None:
     core.play()
     core.advance(run, "stop")
     assert (core.get(run).status, core.error(run).code) == ("CANCELLED", "F003")
+
+
+# ---------------------------------------------------------------- nodes that come and go
+
+
+def change(core: Any, run: Any, add: Sequence[str] = (), remove: Sequence[str] = ()) -> None:
+    _, effects = core.mediator.change_nodes(run.run_id, add, remove, core.now)
+    core.carry_out(effects)
+
+
+def play_round(core: Any) -> tuple[int, ...]:
+    """Let both clusters answer the open round; who took part."""
+    orders = core.take(StartRound)
+    for cluster, order in reversed(orders):
+        core.report(cluster, core.round_report(cluster, order))
+    return nodes_of(orders[0][1].participants) or (*ON_EU, *ON_US)
+
+
+def test_removed_nodes_take_part_in_no_further_round_until_they_are_added(core: Any) -> None:
+    run = star_run(core, federated_learning_rounds=5)
+    change(core, run, remove=["client_0"])
+    change(core, run, remove=["client_0"])  # harmless
+    assert play_round(core) == (*ON_EU, *ON_US)  # was open
+    assert play_round(core) == (2, 3, 4)
+    change(core, run, add=["client_0"], remove=["client_2", "client_3"])
+    assert play_round(core) == (2, 3, 4)
+    assert play_round(core) == (1, 2)
+    assert [w.key[1] for w in core.store.rows("members")] == [2, 4]
+    # Whoever repeats these rounds finds who was in.
+    again = core.restarted()
+    again.orders = core.orders
+    again.register("eu", "us", slots=5)
+    again.play(hold=(StartRound,))
+    assert [play_round(again) for _ in range(4)] == [(*ON_EU, *ON_US), (2, 3, 4), (2, 3, 4), (1, 2)]
+
+
+def test_a_share_is_drawn_from_the_members(core: Any) -> None:
+    run = star_run(core, client_fraction=0.5, federated_learning_rounds=9)
+    change(core, run, remove=["client_0", "client_1"])
+    play_round(core)
+    drawn = [play_round(core) for _ in range(8)]
+    assert {len(nodes) for nodes in drawn} == {1}
+    assert {node for nodes in drawn for node in nodes} == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("remove", "config", "code", "what"),
+    [
+        (["client_0", "client_1", "client_2"], {"min_nodes": 2}, "F005", "1 nodes would take part in a round, 2 must"),
+        (["client_0", "client_1", "client_2", "client_3"], {}, "F005", "0 nodes would take part"),
+        (["client_9"], {}, "P012", "no node 'client_9'"),
+    ],
+)
+def test_nodes_that_cannot_be_taken_out(core: Any, remove: list[str], config: Any, code: str, what: str) -> None:
+    run = star_run(core, **config)
+    with pytest.raises(IcrfError, match=what) as caught:
+        change(core, run, remove=remove)
+    assert caught.value.code == code
+    assert play_round(core) == play_round(core) == (*ON_EU, *ON_US)
+
+
+def test_neither_peers_nor_the_server_nor_a_chosen_schedule_can_be_changed(core: Any) -> None:
+    core.register("eu", "us", slots=20)
+    ring = core.submit(num_nodes=4)
+    chosen = core.submit(num_nodes=5, flow=CENTRALIZED, schedule=(bitmap([1], 5).hex(),))
+    star = core.submit(num_nodes=5, flow=CENTRALIZED)
+    for run, keys, what in (
+        (ring, {"remove": ["client_0"]}, "peers mix"),
+        (chosen, {"remove": ["client_1"]}, "sampler was asked"),
+        (star, {"add": ["server"]}, "without the role train"),
+    ):
+        with pytest.raises(IcrfError, match=what):
+            change(core, run, **keys)
