@@ -46,8 +46,8 @@ class MediatorPort(Protocol):
 
     Every method raises :class:`icrf.errors.IcrfError` subclasses only. An unknown run id raises F001; a run id may be
     abbreviated to any unique prefix (F004 when ambiguous). Calls are safe to repeat: `submit` by its
-    ``client_request_id``, `cancel`, `advance`, `change_nodes` and `finish` because asking twice for a state reached is no
-    error.
+    ``client_request_id``, `cancel`, `advance`, `change_nodes` and `finish` because asking twice for a state reached is
+    no error.
     """
 
     def submit(self, submission: Submission) -> RunInfo:

@@ -40,7 +40,7 @@ _RAY_UNITS = 10_000
 
 _FLOAT32, _FLOAT64 = 4, 8
 
-# Of so many rounds a plan looks at the participants, where they change from round to round; of fewer in large federations.
+# Of so many rounds a plan looks at the participants, where they change; of fewer in large federations.
 _SAMPLED_ROUNDS, _SAMPLED_NODES = 256, 2_000_000
 
 # What the mediator itself reads of a configuration, beside what only a plan depends on.
