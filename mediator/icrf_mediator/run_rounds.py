@@ -34,7 +34,7 @@ class RunRounds(RunBase):
         """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
         assert self._ledger is not None
         for row in activations:
-            self._ledger.samples = {int(node): int(count) for node, count in row["samples"]}
+            self._ledger.samples = {int(node): int(count) for node, count in row.get("samples", ())}
             if int(row["round"]) == 0:
                 self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
         for number, model_hash, absmax in commits:
