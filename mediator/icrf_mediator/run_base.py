@@ -75,6 +75,8 @@ class RunBase:
         self._returning: set[str] = set()
         # Not away, but too late for the open round.
         self._late: set[str] = set()
+        # The clusters whose absence was told last.
+        self._told_gone: set[str] = set()
         self._lost_state = False
         self._recoveries = 0
         self._attempt_floor = 0

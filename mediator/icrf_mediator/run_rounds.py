@@ -102,9 +102,12 @@ class RunRounds(RunBase):
         gone = sorted(self._gone)
         row = {"participants": participants.hex(), "without": gone}
         effects.writes.append(Write("participants", (self.run_id, number), row))
-        there, all_of_them = self._quorum.count(participants), self._quorum.count(chosen)
-        text = f"round {number} goes on without {', '.join(gone)}: {there} of {all_of_them} nodes take part"
-        self.record.event(effects, now, "warning", text)
+        if self._told_gone != self._gone:
+            # Once, not in every round until they are back.
+            self._told_gone = self._gone
+            there, all_of_them = self._quorum.count(participants), self._quorum.count(chosen)
+            text = f"round {number} goes on without {', '.join(gone)}: {there} of {all_of_them} nodes take part"
+            self.record.event(effects, now, "warning", text)
 
     def _drop_late(self, effects: Effects, now: Now) -> bool:
         """The deadline of an attempt has passed: another one without the late clusters, if it can do without them."""
@@ -137,6 +140,7 @@ class RunRounds(RunBase):
         participants = self._participants(number, self._gone)
         if participants is None:
             return False
+        self._told_gone &= self._gone
         self._decide(effects, now, number, participants)
         every = int(self.config["evaluate_every"])
         evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)

@@ -202,6 +202,8 @@ def test_a_run_that_did_without_a_cluster_completes(core: Any) -> None:
     core.play()
     assert core.get(run).status == "COMPLETED"
     assert [e.round.participant_nodes for e in core.events(run) if e.round] == [ON_EU] * 3
+    told = [e.text for e in core.events(run) if e.kind == "warning"]
+    assert told == ["round 1 goes on without us: 2 of 4 nodes take part"]
     assert [c for c, i in core.sent if isinstance(i, StoreModel)] == ["eu"]
     # What it may still hold it is told to release.
     core.register("us", slots=5)
