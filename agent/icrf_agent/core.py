@@ -34,6 +34,7 @@ from icrf.protocol import (
     SendMessage,
     StartRound,
     StoreModel,
+    nodes_of,
 )
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.round_machine import REPORT, RoundMachine, Step
@@ -235,7 +236,8 @@ class AgentCore:
             return [Say(run.report)] if run.report else []
         if position < run.position:
             return []
-        run.machine = RoundMachine(run.plan, run.cluster, start, run.activation.graph.num_nodes)
+        plan = run.plan.of_round(nodes_of(start.participants)) if start.participants else run.plan
+        run.machine = RoundMachine(plan, run.cluster, start, run.activation.graph.num_nodes)
         run.report, run.aborted = None, False
         actions = self._actions(run, run.machine.begin(now_s))
         early, run.early = run.early, []

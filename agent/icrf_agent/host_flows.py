@@ -54,7 +54,6 @@ class CentralizedFlow:
         # Where a participant's rows are among those that this host keeps.
         self._row_of = {index: k for k, index in enumerate(self._participants)}
         self._rule = build_aggregator(t.nodes.config.aggregation_strategy, t.nodes.config.model_dump())
-        self._rule.require(len(self._all_participants))
         if self._rule.rows != t.activation.rows:
             raise ConfigError(
                 "C008",
@@ -104,7 +103,7 @@ class CentralizedFlow:
         """Aggregator: publish the committed global model, and what its rule sends with it, to all participants."""
         assert self._server is not None
         sent = self._server.rebase(start)[: self._rule.rows.down * self._size]
-        recipients = tuple(i for i in self._all_participants if i != self._aggregator)
+        recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
         posting = self._t.posting(start, MODEL, (self._aggregator,), sent, recipients=recipients)
         self._t.manager.publish_many(posting)
 
@@ -112,7 +111,8 @@ class CentralizedFlow:
 
     def train(self, start: StartRound) -> PhaseReport:
         """Train this host's participants from the global model and publish what they contribute."""
-        t, participants = self._t, self._participants
+        t = self._t
+        participants = t.taking_part(start, self._participants)
         kept, next_kept = self._client_states(start)
         if not participants:
             return PhaseReport()
@@ -128,7 +128,7 @@ class CentralizedFlow:
         total = None if every_update else t.exact_sum(start)
         for k, index in enumerate(participants):
             own = self._row_of[index]
-            flat = self._contribution(index, received, kept[own], next_kept[own], sums)
+            flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
             if total is not None:
                 with t.nodes.blamed(index):
                     overflow.update(total.add(flat, t.weight(index)))
@@ -161,10 +161,13 @@ class CentralizedFlow:
         self._clients.stage(start, next_kept)
         return kept, next_kept
 
-    def _contribution(self, index: int, received: Array, kept: Array, next_kept: Array, sums: MetricSums) -> Array:
+    def _contribution(
+        self, start: StartRound, index: int, received: Array, kept: Array, next_kept: Array, sums: MetricSums
+    ) -> Array:
         """Train one participant; what it contributes, valid until the next one trains."""
         t, rule = self._t, self._rule
         t.nodes.get(index).context.model.load(self._seen)
+        t.evaluate_node(start, index, sums)
         with self._blaming_the_rule():
             t.nodes.trainer.begin(rule.terms(received, next_kept))
         trained = t.train_node(index, sums)
@@ -224,7 +227,8 @@ class CentralizedFlow:
 
     def _combine(self, start: StartRound, previous: Array, state: Array) -> Sequence[Posting]:
         """Write the next server state; the postings that it was made of."""
-        t, rule, participants = self._t, self._rule, self._all_participants
+        t, rule = self._t, self._rule
+        participants = t.taking_part(start, self._all_participants)
         facts = RoundFacts(start.round, participants=len(participants), clients=len(self._all_participants))
         if isinstance(rule, UpdateAggregator):
             postings = t.collect(start, UPDATE)

@@ -64,10 +64,11 @@ class DecentralizedFlow:
         updates = self._updates
         sums: MetricSums = {}
         trained = []
+        training = frozenset(t.taking_part(start, tuple(self._rows)))
         for index, k in self._rows.items():
             node = t.nodes.get(index)
             t.nodes.model.load(state[k])
-            if node.is_train_node:
+            if node.is_train_node and index in training:
                 t.train_node(index, sums)
                 trained.append(index)
             updates[k] = t.nodes.model.flat
@@ -89,12 +90,16 @@ class DecentralizedFlow:
         rows = t.rows_of(postings, sorted(self._needed))
         self._state.rebase(start)
         state = self._state.spare()
+        sums: MetricSums = {}
         for index, k in self._rows.items():
             neighbours, weights = self._gossip.row(index, start.round)
             weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), state[k])
             word = t.last_word(index, state[k])
             if word is not state[k]:
                 state[k] = word
+            if start.evaluate:
+                t.nodes.model.load(state[k])
+                t.evaluate_node(start, index, sums)
         overflow: set[int] = set()
         if start.evaluate:
             overflow = self._publish_consensus(start, state)
@@ -105,6 +110,7 @@ class DecentralizedFlow:
             overflow=tuple(sorted(overflow)),
             absmax=self._absmax(state),
             state_hashes=b"".join(self._digest(row) for row in state),
+            metric_sums=sums,
             bytes_intra_cluster=crossing * state[0].nbytes,
         )
 

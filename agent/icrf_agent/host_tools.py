@@ -12,7 +12,7 @@ from icrf.errors import InternalError, NodeError, WeightsError
 from icrf.exchange import CONSENSUS, MODEL, PARTIAL
 from icrf.federation.node import FederatedNode
 from icrf.learning.layout import Layout
-from icrf.protocol import Activate, StartRound
+from icrf.protocol import Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
 from icrf_agent.host_nodes import HostNodes
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
@@ -63,6 +63,14 @@ class HostTools:
             if local and not mine.issuperset(local):
                 rows += 1 if posting.kind in (MODEL, PARTIAL, CONSENSUS) else len(local)
         return rows * row_bytes
+
+    @staticmethod
+    def taking_part(start: StartRound, nodes: Sequence[int]) -> tuple[int, ...]:
+        """Those of `nodes` that train in this round."""
+        if not start.participants:
+            return tuple(nodes)
+        chosen = frozenset(nodes_of(start.participants))
+        return tuple(i for i in nodes if i in chosen)
 
     def exact_sum(self, start: StartRound) -> ExactSum:
         """The host's one sum, emptied, on the attempt's grid; its last use is over."""
@@ -126,13 +134,29 @@ class HostTools:
     def train_node(self, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
         metrics = self.nodes.measure(index, "train")
-        weight = self.nodes.weight(index)
+        self._count(index, "train", metrics, self.nodes.weight(index), sums)
+        return self.nodes.model.flat
+
+    def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
+        """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
+
+        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out, the same for all.
+        """
+        node = self.nodes.get(index)
+        if not (start.evaluate and self.nodes.config.evaluate_clients):
+            return
+        if node.is_eval_node and node.is_train_node:
+            metrics = self.nodes.measure(index, "evaluate", "eval")
+            self._count(index, "eval", metrics, self.nodes.weight(index), sums)
+        if node.is_test_node:
+            self._count(index, "test", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+
+    def _count(self, index: int, phase: str, metrics: dict[str, float], weight: int, sums: MetricSums) -> None:
         for name, value in metrics.items():
-            old = sums.get(f"train_{name}", (0, 0))
+            old = sums.get(f"{phase}_{name}", (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
-            sums[f"train_{name}"] = (old[0] + part, old[1] + weight)
-        return self.nodes.model.flat
+            sums[f"{phase}_{name}"] = (old[0] + part, old[1] + weight)
 
     def last_word(self, index: int, state: Array) -> Array:
         """Let a node's own `aggregate` see its new state, where its class has one."""

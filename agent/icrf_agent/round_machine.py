@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
 from icrf.ports import Arrival, PhaseReport
-from icrf.protocol import CENTRALIZED, MetricSum, RoundReport, StartRound
+from icrf.protocol import CENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
 
@@ -53,7 +53,7 @@ class RoundMachine:
     """Drives one attempt. Call `begin` once, then feed `done` and `arrived`; each returns the next steps.
 
     Args:
-        plan: the compiled exchange plan of the run.
+        plan: the compiled exchange plan of the round.
         cluster: index of this cluster in the plan.
         start: the attempt.
         num_nodes: nodes of the whole federation, for the participants' bitmap.
@@ -234,11 +234,3 @@ def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:
             state_hashes=phase.state_hashes or found.state_hashes,
         )
     return found
-
-
-def bitmap(nodes: Sequence[int], num_nodes: int) -> bytes:
-    """Bit i % 8 of byte i // 8 is set for every node i given."""
-    out = bytearray((num_nodes + 7) // 8)
-    for node in nodes:
-        out[node // 8] |= 1 << (node % 8)
-    return bytes(out)

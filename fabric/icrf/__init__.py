@@ -30,8 +30,10 @@ if TYPE_CHECKING:
         StarFederatedLearningSchema,
         schema_factory,
     )
+    from icrf.federation.supervisor import FederationSupervisor
     from icrf.federation.virtual_node import VirtualNode
     from icrf.learning import register_aggregator, register_model
+    from icrf.participation import register_sampler
     from icrf.spec import FederationConfig
     from icrf.topology import register_mixing, register_network_builder, register_topology
 
@@ -42,6 +44,7 @@ __all__ = [
     "FederatedBase",
     "FederatedNode",
     "FederationConfig",
+    "FederationSupervisor",
     "IcrfError",
     "MeshFederatedLearningSchema",
     "Message",
@@ -56,6 +59,7 @@ __all__ = [
     "register_mixing",
     "register_model",
     "register_network_builder",
+    "register_sampler",
     "register_topology",
     "schema_factory",
 ]
@@ -73,12 +77,14 @@ _HOME = {
     "RingFederatedLearningSchema": "icrf.federation.schemas",
     "MeshFederatedLearningSchema": "icrf.federation.schemas",
     "schema_factory": "icrf.federation.schemas",
+    "FederationSupervisor": "icrf.federation.supervisor",
     "FederationConfig": "icrf.spec",
     "register_mixing": "icrf.topology",
     "register_network_builder": "icrf.topology",
     "register_topology": "icrf.topology",
     "register_aggregator": "icrf.learning",
     "register_model": "icrf.learning",
+    "register_sampler": "icrf.participation",
 }
 
 # Federations open a fabric of their own unless they are given one; this facade hands them the factory.

@@ -21,6 +21,7 @@ from icrf.ports import MediatorPort
 from icrf.protocol import (
     CANCELLED,
     FAILED,
+    STOP,
     TERMINAL,
     ClusterInfo,
     Plan,
@@ -213,6 +214,15 @@ class Run:
         """Where the run stands now, and what it waits for."""
         return self._port.get(self.id)
 
+    @property
+    def submission(self) -> Submission | None:
+        """What was submitted, where that was done with this object."""
+        return self._submission
+
+    def clusters(self) -> list[ClusterInfo]:
+        """The clusters that are registered now, by name."""
+        return self._port.clusters()
+
     def events(self, after_seq: int = 0) -> Iterator[RunEvent]:
         """Every event with a larger number than `after_seq`, past ones first, then live, until the run has ended."""
         return self._port.watch(self.id, after_seq)
@@ -288,6 +298,18 @@ class Run:
     def cancel(self) -> RunInfo:
         """Ask for the end; a run that has ended stays as it is."""
         return self._port.cancel(self.id)
+
+    def add_nodes(self, *node_ids: str) -> RunInfo:
+        """Let nodes that were taken out take part again, from the next round on."""
+        return self._port.change_nodes(self.id, add=node_ids)
+
+    def remove_nodes(self, *node_ids: str) -> RunInfo:
+        """Take nodes out: from the next round on they take part in none. They stay where they are."""
+        return self._port.change_nodes(self.id, remove=node_ids)
+
+    def stop(self) -> RunInfo:
+        """End in order and soon: after the open round the model is stored; whoever is away is not waited for."""
+        return self._port.advance(self.id, STOP)
 
     def finish(self) -> RunInfo:
         """End a run that was submitted with ``keep=True``: store its model, release its resources."""

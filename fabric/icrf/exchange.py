@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -73,6 +73,28 @@ class ExchangePlan:
     transfers: tuple[Transfer, ...]
     evaluation: tuple[Transfer, ...]
     rows: Rows = field(default_factory=Rows)
+
+    def of_round(self, chosen: Sequence[int]) -> ExchangePlan:
+        """The plan of a round in which only the `chosen` nodes train.
+
+        A cluster without any neither receives the global model nor sends a partial or an update. Peers mix whether they
+        train or not, so between them nothing changes.
+        """
+        if self.flow != CENTRALIZED:
+            return self
+        training = frozenset(chosen)
+        busy = {self.assignment[node] for node in training}
+        transfers = []
+        for transfer in self.transfers:
+            if transfer.kind == MODEL and transfer.target in busy:
+                recipients = tuple(node for node in transfer.recipients if node in training)
+                transfers.append(replace(transfer, recipients=recipients))
+            elif transfer.kind == UPDATE and transfer.sender in training:  # noqa: SIM114 - three kinds, three rules
+                transfers.append(transfer)
+            elif transfer.kind == PARTIAL and transfer.source in busy:
+                transfers.append(transfer)
+        participants = tuple(node for node in self.participants if node in training)
+        return replace(self, participants=participants, transfers=tuple(transfers))
 
     def outbound(self, cluster: int, kind: str) -> tuple[Transfer, ...]:
         """The payloads of `kind` that leave `cluster`, in plan order."""

@@ -1,4 +1,7 @@
-"""Seeds that are pure functions of what they are for; without torch, so that a command starts quickly."""
+"""Seeds as a pure function of (federation seed, node index, round, purpose); see ``icrf.learning.rng`` for their use.
+
+NumPy only: commands start quickly, and the mediator draws the participants of a round with this and loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,11 @@ def derive_seed(federation_seed: int, node_index: int, round_number: int, purpos
     return int.from_bytes(digest, "little") >> 1
 
 
-def stable_random_state(seed: int, purpose: str) -> np.random.RandomState:
-    """A generator whose streams NumPy has frozen for good, for choices on which clusters must agree.
+def stable_random_state(seed: int, purpose: str, round_number: int = 0) -> np.random.RandomState:
+    """A generator of the federation itself whose streams NumPy has frozen for good, for choices that must be agreed on.
 
-    ``numpy.random.Generator`` may change its streams between releases (NEP 19); ``RandomState`` may not. Data splits
-    and random graphs use this one, so that different NumPy releases still draw alike.
+    ``numpy.random.Generator`` may change its streams between releases (NEP 19); ``RandomState`` may not. Data splits,
+    random graphs and the choice of participants use this one, so that different NumPy releases draw alike.
     """
-    key: Any = np.frombuffer(derive_seed(seed, -1, 0, purpose).to_bytes(8, "little"), dtype="<u4")
+    key: Any = np.frombuffer(derive_seed(seed, -1, round_number, purpose).to_bytes(8, "little"), dtype="<u4")
     return np.random.RandomState(key)

@@ -16,7 +16,19 @@ from typing import Any
 import numpy as np
 
 from icrf.errors import ConfigError, TopologyError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Rows, Submission, TensorSpec
+from icrf.participation import UNIFORM, schedule
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    STAGES,
+    Graph,
+    NodeSpec,
+    Rows,
+    Submission,
+    TensorSpec,
+    nodes_of,
+    sample_size,
+)
 from icrf.seeds import derive_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import TRADITIONAL
@@ -57,7 +69,7 @@ def build_submission(
 
     Raises:
         ConfigError: C008 for roles that the flow cannot use, C010 or C017 for names that cannot be loaded, C018 if the
-            model does not take the data.
+            model does not take the data, or for a sampler's answer that cannot be used.
         TopologyError: T0xx for a graph that cannot be used.
         WeightsError: W011 for a model with tensors that have no aggregation rule.
     """
@@ -69,7 +81,8 @@ def build_submission(
     with on_path(code_path):
         graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
         layout = resolve_layout(config)
-        rows = resolve_rows(config, chosen) if flow == CENTRALIZED else Rows()
+        turns = _schedule(config, chosen)
+        rows = resolve_rows(config, chosen, turns) if flow == CENTRALIZED else Rows()
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -81,6 +94,7 @@ def build_submission(
         stage=stage,
         code_path=code_path,
         rows=rows,
+        schedule=turns,
     )
 
 
@@ -195,6 +209,16 @@ def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.nd
     return counts
 
 
+def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str, ...]:
+    """What the user's own sampler chooses; empty where the mediator draws."""
+    if config.client_sampler == UNIFORM:
+        return ()
+    clients = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    count = sample_size(len(clients), config.client_fraction, config.sampled_clients)
+    ids = [node.id for node in nodes]
+    return schedule(config.client_sampler, ids, clients, count, config.federated_learning_rounds, config.seed)
+
+
 def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
     """Build model and data once, refuse them with C018 if they do not fit, and return the model's tensors."""
     from icrf.learning import Layout, build_model, check_fit, load_dataset  # noqa: PLC0415 - torch takes seconds
@@ -205,13 +229,39 @@ def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
     return Layout.of_module(module).tensors
 
 
-def resolve_rows(config: FederationConfig, nodes: Sequence[NodeSpec]) -> Rows:
-    """What the aggregation rule moves and keeps; C008 if it does not work with so many participants."""
+def resolve_rows(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str] = ()) -> Rows:
+    """What the aggregation rule moves and keeps.
+
+    Args:
+        turns: who takes part in which round, see :class:`icrf.protocol.Submission`.
+
+    Raises:
+        ConfigError: C008 if the rule does not work with as few participants as a round may have, or has nodes keep what
+            the rounds that a cluster misses would change.
+    """
     from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
 
     rule = build_aggregator(config.aggregation_strategy, config.model_dump())
-    rule.require(sum("train" in node.role.split("-") for node in nodes))
+    rule.require(_fewest_participants(config, nodes, turns))
+    if rule.rows.clients_keep and config.min_nodes is not None:
+        raise ConfigError(
+            "C008",
+            f"min_nodes {config.min_nodes} contradicts aggregation_strategy {config.aggregation_strategy}",
+            place="min_nodes",
+            allowed="null",
+            hint="its nodes keep what each round changes, so that no round can do without a cluster",
+        )
     return rule.rows
+
+
+def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:
+    """How few nodes may contribute to a round."""
+    if config.min_nodes is not None:
+        return config.min_nodes
+    if turns:
+        return min(len(nodes_of(bytes.fromhex(turn))) for turn in turns)
+    clients = sum("train" in node.role.split("-") for node in nodes)
+    return sample_size(clients, config.client_fraction, config.sampled_clients)
 
 
 @contextmanager

@@ -17,7 +17,18 @@ import numpy as np
 
 from icrf.errors import ConfigError
 from icrf.exchange import ExchangePlan, compile_exchange
-from icrf.protocol import CENTRALIZED, STAGES, ClusterInfo, Fingerprint, LinkBytes, Plan, Resources, Submission
+from icrf.participation import Participation
+from icrf.protocol import (
+    CENTRALIZED,
+    STAGES,
+    ClusterInfo,
+    Fingerprint,
+    LinkBytes,
+    Plan,
+    Resources,
+    Submission,
+    nodes_of,
+)
 from icrf.topology import HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, assign, resolve_pins
 
@@ -28,6 +39,9 @@ HOST_BYTES = 360 * 1_000_000
 _RAY_UNITS = 10_000
 
 _FLOAT32, _FLOAT64 = 4, 8
+
+# Of so many rounds a plan looks at the participants, where they change; of fewer in large federations.
+_SAMPLED_ROUNDS, _SAMPLED_NODES = 256, 2_000_000
 
 # What the mediator itself reads of a configuration, beside what only a plan depends on.
 _NEEDED: dict[str, tuple[type, ...]] = {
@@ -103,7 +117,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     slots = _slots(assignment, clusters)
     num_parameters = sum(math.prod(tensor.shape) for tensor in submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
-    links = exchange.links(num_parameters, _itemsize(submission))
+    links = _links(exchange, Participation(submission, config), settings.rounds, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
     centralized = submission.flow == CENTRALIZED
     mixing = None if centralized else check_mixing(mixing_matrix(submission.graph, settings.mixing))
@@ -194,6 +208,20 @@ def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: i
 
 
 # ---------------------------------------------------------------- parts of the plan
+
+
+def _links(
+    exchange: ExchangePlan, participation: Participation, rounds: int, num_parameters: int, itemsize: int
+) -> dict[tuple[int, int], int]:
+    """Payload bytes per round over each link: the mean over the rounds, whose participants are known beforehand."""
+    if participation.is_constant or exchange.flow != CENTRALIZED:
+        return exchange.links(num_parameters, itemsize)
+    looked_at = max(1, min(rounds, _SAMPLED_ROUNDS, _SAMPLED_NODES // len(participation.clients)))
+    totals: Counter[tuple[int, int]] = Counter(dict.fromkeys(exchange.links(num_parameters, itemsize), 0))
+    for number in range(1, looked_at + 1):
+        chosen = nodes_of(participation.of_round(number)) or participation.clients
+        totals.update(exchange.of_round(chosen).links(num_parameters, itemsize))
+    return {link: round(size / looked_at) for link, size in totals.items()}
 
 
 def _parse(config_json: str) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from icrf.errors import ConfigError, ConfigErrors
 from icrf.federation.node import FederatedNode
 from icrf.learning.aggregation import MeanAggregator, RoundFacts
 from icrf.learning.datasets import load_dataset
@@ -96,6 +97,40 @@ def test_every_round_has_the_same_bits_on_1_2_and_3_clusters(fabrics: Any, name:
         assert hashes(many) == hashes(one)
         assert found.model_sha256 == info.model_sha256
         assert [r.metrics for r in many] == [r.metrics for r in one]
+
+
+SAMPLED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("SCAFFOLD", {"sampled_clients": 1}),
+    ("SCAFFOLD", {"client_fraction": 0.6, "aggregation_sample_scaling": False}),
+    ("DiLoCo", {"sampled_clients": 2}),
+    ("Krum", {"sampled_clients": 5, "num_byzantine": 1}),
+)
+
+
+@pytest.mark.parametrize(("name", "keys"), SAMPLED)
+def test_rounds_of_some_of_the_clients_have_the_same_bits_too(fabrics: Any, name: str, keys: dict[str, Any]) -> None:
+    """Whoever is not drawn keeps what it has, on a cluster that nobody was drawn from too."""
+    keys = {**DIGITS, **RULES[name], "aggregation_strategy": name, **keys, "federated_learning_rounds": 5}
+    _, one = run(fabrics(1), **keys)
+    drawn = {r.participants_bitmap for r in one}
+    assert {r.participants for r in one} == {keys.get("sampled_clients") or 4} and len(drawn) > 1
+    for clusters in (2, 3):
+        found, many = run(fabrics(clusters), **keys)
+        assert hashes(many) == hashes(one)
+        plan = fabrics(clusters).port.plan(build_submission(FederationConfig.from_mapping({**STAR, **keys})))
+        assert found.bytes_inter_cluster == pytest.approx(plan.bytes_inter_cluster_total, rel=0.02)
+
+
+def test_what_nodes_keep_and_rounds_without_a_cluster_contradict_each_other() -> None:
+    keys = {**DIGITS, **RULES["SCAFFOLD"], "aggregation_strategy": "SCAFFOLD", "min_nodes": 3}
+    with pytest.raises(ConfigError, match=r"C008.*min_nodes 3 contradicts aggregation_strategy SCAFFOLD"):
+        build_submission(FederationConfig.from_mapping({**STAR, **keys}))
+
+
+def test_a_robust_rule_needs_enough_of_those_that_are_drawn() -> None:
+    keys = {**DIGITS, "aggregation_strategy": "Krum", "num_byzantine": 1, "sampled_clients": 4}
+    with pytest.raises(ConfigErrors, match=r"C008.*4 participants in a round: Krum needs 5"):
+        FederationConfig.from_mapping({**STAR, **keys})
 
 
 def test_rules_differ_from_each_other(fabrics: Any) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer, compile_exchange
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, MetricSum, RoundReport, Rows, StartRound
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, MetricSum, RoundReport, Rows, StartRound, bitmap
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, REPORT, SEND, TRAIN, RoundMachine, Step, bitmap
+from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, REPORT, SEND, TRAIN, RoundMachine, Step
 
 WIRE_BYTES = 100
 

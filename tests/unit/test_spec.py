@@ -268,6 +268,12 @@ def test_unknown_keys(tmp_path: Path) -> None:
     assert only_error(tmp_path, HEAD + "1: 2").startswith("C006 fed.yaml:4: key 1 is no string")
 
 
+def test_peers_need_all_of_their_neighbours(tmp_path: Path) -> None:
+    peers = HEAD.replace("TraditionalFederatedLearning", "DecentralizedFederatedLearning").replace("star", "ring")
+    error = only_error(tmp_path, peers + "min_nodes: 9")
+    assert error.startswith("C012 fed.yaml:4: min_nodes: 9 is not built yet")
+
+
 # ---------------------------------------------------------------- what is refused, by value
 
 
@@ -313,6 +319,10 @@ def test_unknown_keys(tmp_path: Path) -> None:
         ("momentum: 1", "C007 # momentum: 1 not in [0, 1)"),
         ("seed: 9223372036854775808", "C007 # seed: 9223372036854775808 not in [0, 9223372036854775808)"),
         ("number_of_clients: 8\nmin_nodes: 9", "C008 fed.yaml:5: min_nodes 9 > 8 nodes"),
+        ("client_fraction: 0.5\nmin_nodes: 6", "C008 fed.yaml:5: min_nodes 6 > 5 that take part in a round"),
+        ("client_fraction: 0.5\nsampled_clients: 6", "C008 fed.yaml:5: sampled_clients 6 contradicts client_fraction"),
+        ("sampled_clients: 11", "C008 # sampled_clients 11 > 10 nodes"),
+        ("on_cluster_loss: exclude", "C008 # on_cluster_loss 'exclude' contradicts min_nodes null"),
         ("optimizer: Adam\nmomentum: 0.9", "C008 fed.yaml:5: momentum 0.9 contradicts optimizer Adam"),
         ("optimizer: Rprop\nweight_decay: 0.1", "C008 fed.yaml:5: weight_decay 0.1 contradicts optimizer Rprop"),
         ("client_role: eval", "C008 # client_role 'eval' leaves no node that trains"),
@@ -349,7 +359,6 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "client_fraction: 0.5",
         "model_type: cnn",
         "dataset_type: mnist",
         "data_distribution_kind: shards",
@@ -361,9 +370,7 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "do_cluster: true",
         "store_node_models: true",
         "device: cuda",
-        "min_nodes: 9",
         "on_cluster_loss: reassign",
-        "on_cluster_loss: exclude",
         "inter_cluster_codec: bf16",
     ],
 )

@@ -150,6 +150,20 @@ class FederatedBase:
             future.result()
         return future
 
+    def add_nodes(self, *node_ids: str) -> None:
+        """Let nodes that were taken out take part again, from the next round on."""
+        self.allocate_resources()
+        self._submitted().add_nodes(*node_ids)
+
+    def remove_nodes(self, *node_ids: str) -> None:
+        """Take nodes out of the rounds from the next one on; before training, those that join later.
+
+        Raises:
+            RunError: F005 among peers, or if too few would be left.
+        """
+        self.allocate_resources()
+        self._submitted().remove_nodes(*node_ids)
+
     def test(self, phase: str = "test") -> dict[str, dict[str, float]]:
         """Evaluate after training: metrics by node.
 

@@ -26,6 +26,7 @@ from icrf.protocol.federations import (
     RESERVING,
     RUNNING,
     STAGES,
+    STOP,
     TERMINAL,
     Capacity,
     ClusterInfo,
@@ -56,6 +57,7 @@ from icrf.protocol.instructions import (
     StartRound,
     StoreModel,
 )
+from icrf.protocol.participants import bitmap, nodes_of, sample_size
 from icrf.protocol.reports import (
     Activated,
     CallDone,
@@ -96,6 +98,7 @@ __all__ = [
     "RESERVING",
     "RUNNING",
     "STAGES",
+    "STOP",
     "TERMINAL",
     "AbortAttempt",
     "Activate",
@@ -142,4 +145,7 @@ __all__ = [
     "Submission",
     "TensorSpec",
     "Warned",
+    "bitmap",
+    "nodes_of",
+    "sample_size",
 ]

@@ -8,6 +8,8 @@ PROTOCOL_VERSION = 1
 
 # How far a submitted federation goes by itself, and what `advance` asks for.
 STAGES = ("reserve", "activate", "run")
+# What `advance` also takes: no further rounds, the model is stored and the run ends.
+STOP = "stop"
 
 # Status of a run. The last three are terminal.
 QUEUED, RECOVERING, RESERVING, RESERVED, ACTIVATING, READY, RUNNING, IDLE = (
@@ -105,6 +107,8 @@ class Submission:
         stage: how far to go without being asked, one of :data:`STAGES`.
         code_path: folder of the user's own modules, put on the path of local hosts; empty for none.
         rows: what the aggregation rule moves and keeps.
+        schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
+            mediator draws the participants.
     """
 
     client_request_id: str
@@ -117,6 +121,7 @@ class Submission:
     stage: str = "run"
     code_path: str = ""
     rows: Rows = field(default_factory=Rows)
+    schedule: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

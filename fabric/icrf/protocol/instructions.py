@@ -64,6 +64,7 @@ class StartRound:
         grid: exponent e per summed tensor, bound 2^e on the total of n*|w| (see ``update.py``).
         total_weight: sum of the participants' weights, sample counts or ones, over all clusters.
         evaluate: evaluate the global (or consensus) model after this round.
+        participants: bitmap of the nodes that train in this round; empty: all that have the role.
     """
 
     run_id: str
@@ -74,6 +75,7 @@ class StartRound:
     grid: tuple[int, ...]
     total_weight: int
     evaluate: bool
+    participants: bytes = b""
 
 
 @dataclass(frozen=True)

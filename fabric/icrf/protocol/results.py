@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from icrf.protocol.participants import nodes_of
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -36,6 +38,7 @@ class RoundResult:
         metrics: ``train_loss`` always; ``accuracy`` and ``loss`` in evaluated rounds.
         model_sha256: hash of the global model; decentralized: the Merkle root over the node states.
         consensus_sha256: hash of the consensus model where one was made.
+        participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
     """
 
     number: int
@@ -53,6 +56,12 @@ class RoundResult:
     parent_sha256: str
     consensus_sha256: str = ""
     bytes_by_cluster: dict[str, int] = field(default_factory=dict)
+    participants_bitmap: str = ""
+
+    @property
+    def participant_nodes(self) -> tuple[int, ...]:
+        """Indices of the nodes that contributed, ascending."""
+        return nodes_of(bytes.fromhex(self.participants_bitmap))
 
 
 @dataclass(frozen=True)

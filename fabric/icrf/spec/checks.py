@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
+from icrf.protocol import sample_size
 from icrf.spec.choices import CHOICES, DECENTRALIZED, TRADITIONAL, not_built
 from icrf.spec.problems import Problem
 
@@ -54,28 +55,53 @@ def _unusable_names(values: Values) -> Iterator[Problem]:
 
 
 def _only_today(values: Values) -> Iterator[Problem]:
-    for key, works in (("client_fraction", 1.0), ("clustering_period", 0)):
-        if key in values and values[key] != works:
-            yield not_built(key, values[key], str(works))
+    if values.get("clustering_period", 0) != 0:
+        yield not_built("clustering_period", values["clustering_period"], "0")
     for key, wanted in (("do_cluster", False), ("store_node_models", False)):
         if values.get(key, wanted) is not wanted:
             yield not_built(key, not wanted, str(wanted).lower())
     if values.get("device") == "cuda":
         yield not_built("device", "cuda", "cpu")
-    least, nodes = values.get("min_nodes"), values.get("number_of_clients")
-    if least is not None and nodes is not None and least < nodes:
-        yield not_built("min_nodes", least, f"null or {nodes}: a round needs all of its nodes")
+
+
+def _sampled_clients(values: Values) -> Iterator[Problem]:
+    number, nodes = values["sampled_clients"], values["number_of_clients"]
+    if number is not None and number > nodes:
+        yield _too_many("sampled_clients", number, nodes, "nodes (number_of_clients)")
+    if number is not None and values["client_fraction"] != 1.0:
+        yield Problem(
+            "C008",
+            ("sampled_clients",),
+            f"sampled_clients {number} contradicts client_fraction {values['client_fraction']}",
+            allowed="one of the two",
+        )
 
 
 def _min_nodes(values: Values) -> Iterator[Problem]:
     least, nodes = values["min_nodes"], values["number_of_clients"]
-    if least is not None and least > nodes:
+    if least is None:
+        return
+    taking_part = sample_size(nodes, values["client_fraction"], values["sampled_clients"])
+    if least > nodes:
+        yield _too_many("min_nodes", least, nodes, "nodes (number_of_clients)")
+    elif least > taking_part:
+        yield _too_many("min_nodes", least, taking_part, "that take part in a round (client_fraction)")
+    elif least < nodes and values["federated_learning_schema"] == DECENTRALIZED:
+        yield not_built("min_nodes", least, f"null or {nodes}: every peer mixes with all of its neighbours")
+
+
+def _cluster_loss(values: Values) -> Iterator[Problem]:
+    if values["on_cluster_loss"] == "exclude" and values["min_nodes"] is None:
         yield Problem(
             "C008",
-            ("min_nodes",),
-            f"min_nodes {least} > {nodes} nodes (number_of_clients)",
-            allowed=f"1 to {nodes}",
+            ("on_cluster_loss",),
+            "on_cluster_loss 'exclude' contradicts min_nodes null, which wants all nodes in every round",
+            hint="Set min_nodes to the fewest nodes that make a round valid.",
         )
+
+
+def _too_many(key: str, value: int, most: int, of_what: str) -> Problem:
+    return Problem("C008", (key,), f"{key} {value} > {most} {of_what}", allowed=f"1 to {most}")
 
 
 def _schema_and_topology(values: Values) -> Iterator[Problem]:
@@ -205,8 +231,15 @@ def _aggregation(values: Values) -> Iterator[Problem]:
         yield Problem("C008", ("clip_norm",), text, allowed="null with SCAFFOLD")
 
 
+def _fewest_participants(values: Values) -> int:
+    """How few nodes may contribute to a round."""
+    if values["min_nodes"] is not None:
+        return int(values["min_nodes"])
+    return sample_size(values["number_of_clients"], values["client_fraction"], values["sampled_clients"])
+
+
 def _byzantine(values: Values) -> Iterator[Problem]:
-    rule, bad, nodes = values["aggregation_strategy"], values["num_byzantine"], values["number_of_clients"]
+    rule, bad, nodes = values["aggregation_strategy"], values["num_byzantine"], _fewest_participants(values)
     if values["federated_learning_schema"] != TRADITIONAL or rule not in WITH_NUM_BYZANTINE:
         return
     if bad is None:
@@ -214,10 +247,10 @@ def _byzantine(values: Values) -> Iterator[Problem]:
         return
     fewest, selected = fewest_updates(rule, bad), values["num_selected"]
     if nodes < fewest:
-        text = f"num_byzantine {bad} contradicts number_of_clients {nodes}: {rule} needs {fewest} participants for it"
+        text = f"num_byzantine {bad} contradicts {nodes} participants in a round: {rule} needs {fewest} for it"
         yield Problem("C008", ("num_byzantine",), text, allowed=f"with {nodes} participants less")
     elif rule == "MultiKrum" and selected is not None and selected > (most := most_selected(nodes, bad)):
-        text = f"num_selected {selected} contradicts number_of_clients {nodes} and num_byzantine {bad}"
+        text = f"num_selected {selected} contradicts {nodes} participants in a round and num_byzantine {bad}"
         yield Problem("C008", ("num_selected",), text, allowed=f"1 to {most}")
 
 
@@ -229,7 +262,9 @@ def _needs(rule: str, key: str, example: str) -> Problem:
 CHECKS: tuple[Check, ...] = (
     _aggregation,
     _byzantine,
+    _sampled_clients,
     _min_nodes,
+    _cluster_loss,
     _schema_and_topology,
     _custom_matrix,
     _neighbours,

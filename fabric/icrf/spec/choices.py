@@ -147,8 +147,9 @@ CHOICES: dict[str, Choice] = {
     "assignment_strategy": Choice(("locality", "round_robin"), ("random", "metis", "louvain"), kind="assignment"),
     "placement_group_strategy": Choice(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
     "topology_adaptation_strategy": Choice(("static",), ("random", "similarity", "dissimilarity", "affinity")),
-    "on_cluster_loss": Choice(("wait", "fail"), ("reassign", "exclude")),
+    "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
+    "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),
     "determinism": Choice(("strict", "recorded")),
 }

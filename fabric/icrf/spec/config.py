@@ -100,9 +100,13 @@ class FederationConfig(BaseModel):
     number_of_clients: Nodes = 10
     """Nodes that train, the server not counted."""
     client_fraction: Share = 1.0
-    """Share of the clients that takes part in a round, in (0, 1]."""
+    """Share of the clients that takes part in a round, in (0, 1]; at least one client does."""
+    sampled_clients: Nodes | None = None
+    """How many clients take part in a round, instead of a share; null: as ``client_fraction`` says."""
+    client_sampler: Text = "uniform"
+    """Who is chosen: ``uniform`` draws, anew for every round; or a registered name or ``module:attr`` of a function."""
     min_nodes: Nodes | None = None
-    """Fewest nodes that make a round valid; null: all of them."""
+    """Fewest participants that make a round valid when others are late or lost; null: all of them. Star only."""
     client_role: ClientRole = "train-eval-test"
     """What clients do: a dash-separated subset of ``train``, ``eval``, ``test``, ``aggregate``."""
     client_template: Template | None = None
@@ -193,11 +197,14 @@ class FederationConfig(BaseModel):
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
     """Seconds that one attempt of a round may take; null: 600."""
     on_cluster_loss: Text = "wait"
-    """What happens to a run whose cluster is lost: ``wait`` for its return, or ``fail`` once its lease has ended."""
+    """What happens to a run whose cluster is lost: ``wait`` for its return (up to ``round_deadline_s``, then without
+    it where ``min_nodes`` allows), ``exclude``: go on at once without its nodes, or ``fail``."""
     inter_cluster_codec: Text = "none"
     """How payloads are compressed between clusters."""
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
+    evaluate_clients: bool = False
+    """Evaluated rounds also measure clients: role ``eval`` on their own data, role ``test`` on what is held out."""
     checkpoint_every: CountOrZero = 10
     """Rounds between durable checkpoints: a run whose state was lost goes back to the newest one; 0: to its start."""
     store_node_models: bool = False

@@ -188,6 +188,10 @@ class ScriptedMediator:
         """Changes nothing: scripted runs are as far as they get."""
         return self._find(run_id).info
 
+    def change_nodes(self, run_id: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> RunInfo:
+        """Changes nothing: scripted rounds have the nodes that they have."""
+        return self._find(run_id).info
+
     def finish(self, run_id: str) -> RunInfo:
         """See :meth:`icrf.ports.MediatorPort.finish`."""
         run = self._find(run_id)

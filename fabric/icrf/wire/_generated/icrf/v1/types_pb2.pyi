@@ -158,6 +158,7 @@ class Submission(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     CODE_PATH_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
     client_request_id: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
@@ -172,6 +173,10 @@ class Submission(_message.Message):
     def layout(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
     def rows(self) -> Global___Rows: ...
+    @_builtins.property
+    def schedule(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """hexadecimal bitmaps"""
+
     def __init__(
         self,
         *,
@@ -185,10 +190,11 @@ class Submission(_message.Message):
         stage: _builtins.str = ...,
         code_path: _builtins.str = ...,
         rows: Global___Rows | None = ...,
+        schedule: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "rows", b"rows", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -718,6 +724,7 @@ class StartRound(_message.Message):
     GRID_FIELD_NUMBER: _builtins.int
     TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    PARTICIPANTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -725,6 +732,8 @@ class StartRound(_message.Message):
     parent_hash: _builtins.str
     total_weight: _builtins.int
     evaluate: _builtins.bool
+    participants: _builtins.bytes
+    """bitmap; empty: all nodes that train"""
     @_builtins.property
     def grid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """exponents, often negative"""
@@ -740,10 +749,11 @@ class StartRound(_message.Message):
         grid: _abc.Iterable[_builtins.int] | None = ...,
         total_weight: _builtins.int = ...,
         evaluate: _builtins.bool = ...,
+        participants: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "parent_hash", b"parent_hash", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "parent_hash", b"parent_hash", "participants", b"participants", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1787,6 +1797,7 @@ class RoundResult(_message.Message):
     PARENT_SHA256_FIELD_NUMBER: _builtins.int
     CONSENSUS_SHA256_FIELD_NUMBER: _builtins.int
     BYTES_BY_CLUSTER_FIELD_NUMBER: _builtins.int
+    PARTICIPANTS_BITMAP_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     attempt: _builtins.int
     generation: _builtins.int
@@ -1800,6 +1811,7 @@ class RoundResult(_message.Message):
     model_sha256: _builtins.str
     parent_sha256: _builtins.str
     consensus_sha256: _builtins.str
+    participants_bitmap: _builtins.str
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
@@ -1822,10 +1834,11 @@ class RoundResult(_message.Message):
         parent_sha256: _builtins.str = ...,
         consensus_sha256: _builtins.str = ...,
         bytes_by_cluster: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        participants_bitmap: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
