@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import ConfigError, IcrfError, InternalError, NodeError, WeightsError
+from icrf.errors import ConfigError, IcrfError, InternalError, NodeError
 from icrf.exchange import MODEL, PARTIAL, UPDATE
 from icrf.learning.aggregation import (
     ClientUpdate,
     RoundFacts,
     UpdateAggregator,
     build_aggregator,
-    clip_update,
 )
 from icrf.ports import PhaseReport
 from icrf.protocol import Activated, StartRound
@@ -133,7 +132,7 @@ class CentralizedFlow:
                 with t.nodes.blamed(index):
                     overflow.update(total.add(flat, t.weight(index)))
             elif updates is not None:
-                self._require_finite(index, flat)
+                t.require_finite(index, flat)
                 updates[k] = flat
         if total is None and updates is not None:
             self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
@@ -173,10 +172,7 @@ class CentralizedFlow:
         trained = t.train_node(index, sums)
         steps = t.nodes.trainer.steps
         t.nodes.trainer.begin()
-        clip_norm = t.nodes.config.clip_norm
-        if clip_norm is not None:
-            self._require_finite(index, trained)
-            clip_update(self._seen, trained, clip_norm)
+        t.clip(index, self._seen, trained)
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
         with self._blaming_the_rule():
             return rule.contribution(ClientUpdate(received, trained, steps, kept, next_kept, out))
@@ -184,12 +180,6 @@ class CentralizedFlow:
     def _publish(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, weight: int) -> None:
         posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
         self._t.manager.publish_many(posting)
-
-    def _require_finite(self, index: int, flat: Array) -> None:
-        with self._t.nodes.blamed(index):
-            bad = self._t.layout.first_nonfinite(flat)
-            if bad:
-                raise WeightsError("W020", f"non-finite values in {bad}", hint="lower the learning rate")
 
     # ------------------------------------------------------------ the aggregator
 
@@ -256,6 +246,10 @@ class CentralizedFlow:
 
     def evaluate(self, start: StartRound) -> PhaseReport:
         """Nothing: the aggregator has evaluated already."""
+        return PhaseReport()
+
+    def adopt(self, start: StartRound) -> PhaseReport:
+        """Nothing: the aggregator has its model already."""
         return PhaseReport()
 
     # ------------------------------------------------------------ between rounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from icrf.errors import InternalError, NodeError, WeightsError
 from icrf.exchange import CONSENSUS, MODEL, PARTIAL
 from icrf.federation.node import FederatedNode
+from icrf.learning.aggregation import clip_update
 from icrf.learning.layout import Layout
 from icrf.protocol import Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
@@ -134,7 +136,7 @@ class HostTools:
     def train_node(self, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
         metrics = self.nodes.measure(index, "train")
-        self._count(index, "train", metrics, self.nodes.weight(index), sums)
+        self.count(index, "train_", metrics, self.nodes.weight(index), sums)
         return self.nodes.model.flat
 
     def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
@@ -147,16 +149,36 @@ class HostTools:
             return
         if node.is_eval_node and node.is_train_node:
             metrics = self.nodes.measure(index, "evaluate", "eval")
-            self._count(index, "eval", metrics, self.nodes.weight(index), sums)
+            self.count(index, "eval_", metrics, self.nodes.weight(index), sums)
         if node.is_test_node:
-            self._count(index, "test", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+            self.count(index, "test_", self.nodes.measure(index, "evaluate", "test"), 1, sums)
 
-    def _count(self, index: int, phase: str, metrics: dict[str, float], weight: int, sums: MetricSums) -> None:
+    def count(self, index: int, prefix: str, metrics: dict[str, float], weight: int, sums: MetricSums) -> None:
+        """Add what a node has measured to the exact sums, each under `prefix` and its name."""
         for name, value in metrics.items():
-            old = sums.get(f"{phase}_{name}", (0, 0))
+            old = sums.get(f"{prefix}{name}", (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
-            sums[f"{phase}_{name}"] = (old[0] + part, old[1] + weight)
+            sums[f"{prefix}{name}"] = (old[0] + part, old[1] + weight)
+
+    def clip(self, index: int, before: Array, trained: Array) -> None:
+        """Where the configuration says so, shorten in place what a node has changed the model by."""
+        clip_norm = self.nodes.config.clip_norm
+        if clip_norm is not None:
+            self.require_finite(index, trained)
+            clip_update(before, trained, clip_norm)
+
+    def require_finite(self, index: int, flat: Array) -> None:
+        """Raise W020, blaming the node, for values that are not finite."""
+        with self.nodes.blamed(index):
+            bad = self.layout.first_nonfinite(flat)
+            if bad:
+                raise WeightsError("W020", f"non-finite values in {bad}", hint="lower the learning rate")
+
+    def absmax(self, state: Array) -> tuple[float, ...]:
+        """Largest absolute value per tensor over several models, shape (num_models, num_parameters)."""
+        rows = [self.layout.absmax(row) for row in state]
+        return tuple(max(column) for column in zip(*rows, strict=True))
 
     def last_word(self, index: int, state: Array) -> Array:
         """Let a node's own `aggregate` see its new state, where its class has one."""
@@ -175,3 +197,8 @@ class HostTools:
         if bad:
             raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
         return changed
+
+
+def row_hashes(state: Array) -> bytes:
+    """The sha256 of every model, shape (num_models, num_parameters), 32 bytes each."""
+    return b"".join(hashlib.sha256(np.ascontiguousarray(row).data).digest() for row in state)

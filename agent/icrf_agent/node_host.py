@@ -14,8 +14,9 @@ from icrf import values
 from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
 from icrf.ports import ModelFile, PhaseReport
-from icrf.protocol import CENTRALIZED, Activated, StartRound
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activated, StartRound
 from icrf_agent.host_flows import CentralizedFlow
+from icrf_agent.host_groups import HierarchicalFlow
 from icrf_agent.host_nodes import HostNodes, HostSetup
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_peers import DecentralizedFlow
@@ -25,7 +26,13 @@ from icrf_agent.topology_manager import HybridTopologyManager, References
 
 NUM_THREADS = 1
 
-Flow = CentralizedFlow | DecentralizedFlow
+Flow = CentralizedFlow | DecentralizedFlow | HierarchicalFlow
+
+_FLOWS: dict[str, type[Flow]] = {
+    CENTRALIZED: CentralizedFlow,
+    DECENTRALIZED: DecentralizedFlow,
+    HIERARCHICAL: HierarchicalFlow,
+}
 
 
 class NodeHost:
@@ -54,8 +61,7 @@ class NodeHost:
         self._generation = 0
         nodes = HostNodes(setup, self._manager, self._notes)
         tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references)
-        kind = CentralizedFlow if setup.activation.flow == CENTRALIZED else DecentralizedFlow
-        flow: Flow = kind(tools, setup.state)
+        flow: Flow = _FLOWS[setup.activation.flow](tools, setup.state)
         self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation
         found = flow.initial()
         return Activated(
@@ -93,6 +99,10 @@ class NodeHost:
     def host_aggregate(self, start: StartRound) -> PhaseReport:
         """Merge or mix, as the flow has it."""
         return self._at(start).aggregate(start)
+
+    def host_adopt(self, start: StartRound) -> PhaseReport:
+        """Take over the global model of a hierarchy (hosts with an aggregator)."""
+        return self._at(start).adopt(start)
 
     def host_evaluate(self, start: StartRound) -> PhaseReport:
         """Make and evaluate the consensus model (first host of the coordinator)."""

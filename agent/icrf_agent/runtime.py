@@ -209,22 +209,24 @@ class HostedRuntime:
 
     async def publish_model(self, run_id: str, start: StartRound) -> None:
         run = await self._begin(run_id, start)
-        await run.model_host.call("host_publish_model", start)
+        await asyncio.gather(*(host.call("host_publish_model", start) for host in run.aggregating_hosts))
 
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
         run = await self._begin(run_id, start)
-        report = await self._on_all(run, "host_train", start)
+        report = await self._on(run.hosts, "host_train", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
-        if run.centralized:
-            report: PhaseReport = await run.model_host.call("host_aggregate", start)
-        else:
-            report = await self._on_all(run, "host_aggregate", start)
+        hosts = [run.model_host] if start.merge else run.aggregating_hosts
+        report = await self._on(hosts, "host_aggregate", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
+
+    async def adopt(self, run_id: str, start: StartRound) -> PhaseReport:
+        run = self._run(run_id)
+        return await self._on(run.aggregating_hosts, "host_adopt", start)
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
@@ -401,13 +403,13 @@ class HostedRuntime:
         await self._manager.call("begin_round", run_id, start.generation, start.round, start.attempt)
         return run
 
-    async def _on_all(self, run: Hosted, method: str, start: StartRound) -> PhaseReport:
-        return merge_reports(await asyncio.gather(*(host.call(method, start) for host in run.hosts)))
+    async def _on(self, hosts: Sequence[Actor], method: str, start: StartRound) -> PhaseReport:
+        return merge_reports(await asyncio.gather(*(host.call(method, start) for host in hosts)))
 
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
         """The posting that a transfer sends, and which row of it (-1: all)."""
         if transfer.kind in (PARTIAL, CONSENSUS):
-            args = (start.run_id, start.round, start.attempt, transfer.kind)
+            args = (start.run_id, start.round, start.attempt, transfer.kind, transfer.recipients or None)
             return await self._manager.call("cluster_partial", *args), -1
         postings = await self._manager.call("collect", start.run_id, start.round, start.attempt, transfer.kind)
         for posting in postings:

@@ -20,6 +20,7 @@ from icrf.participation import UNIFORM, schedule
 from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
+    HIERARCHICAL,
     STAGES,
     Graph,
     NodeSpec,
@@ -31,19 +32,25 @@ from icrf.protocol import (
 )
 from icrf.seeds import derive_seed
 from icrf.spec import FederationConfig
+from icrf.spec.choices import HIERARCHICAL as HIERARCHICAL_SCHEMA
 from icrf.spec.choices import TRADITIONAL
 from icrf.topology import (
     MIXINGS,
+    Hierarchy,
     HybridAdjacencyMatrix,
     build_topology,
+    group_clients,
+    hierarchy_of_groups,
     mixing_matrix,
     require_connected,
     require_consensus,
+    wants_labels,
     weigh,
 )
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
+_FLOWS = {TRADITIONAL: CENTRALIZED, HIERARCHICAL_SCHEMA: HIERARCHICAL}
 ROLE_PARTS = frozenset({"train", "eval", "test", "aggregate"})
 
 
@@ -99,13 +106,18 @@ def build_submission(
 
 
 def flow_of(config: FederationConfig) -> str:
-    """``centralized`` for the traditional schema, where one node aggregates; ``decentralized`` for all others."""
-    return CENTRALIZED if config.federated_learning_schema == TRADITIONAL else DECENTRALIZED
+    """``centralized`` for the traditional schema, where one node aggregates; ``hierarchical`` where one of each group
+    does; ``decentralized`` for all others."""
+    return _FLOWS.get(config.federated_learning_schema, DECENTRALIZED)
 
 
 def default_nodes(config: FederationConfig, flow: str) -> tuple[NodeSpec, ...]:
-    """The server at index 0 if centralized, then ``client_0``, ``client_1``, ..."""
+    """The server at index 0 if centralized, then ``client_0``, ``client_1``, ...; in a hierarchy ``server_0``, the
+    clients, and then the servers of the other groups, so that clients are the same nodes as in a star."""
     clients = tuple(NodeSpec(f"client_{i}", config.client_role) for i in range(config.number_of_clients))
+    if flow == HIERARCHICAL:
+        first, *others = (NodeSpec(f"{SERVER_ID}_{k}", SERVER_ROLE) for k in range(config.number_of_groups))
+        return (first, *clients, *others)
     return (NodeSpec(SERVER_ID, SERVER_ROLE), *clients) if flow == CENTRALIZED else clients
 
 
@@ -150,6 +162,8 @@ def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
     nodes = default_nodes(config, flow)
     check_roles(nodes, flow)
     with on_path(code_path):
+        if flow == HIERARCHICAL and wants_labels(config.group_by):
+            return
         matrix = _graph(config, nodes, None)
         if not _wants_samples(config):
             _weighted(config, nodes, matrix, flow)
@@ -159,8 +173,10 @@ def _graph(
     config: FederationConfig, nodes: Sequence[NodeSpec], adjacency: HybridAdjacencyMatrix | np.ndarray[Any, Any] | None
 ) -> HybridAdjacencyMatrix:
     together = not config.allow_no_consensus
-    if adjacency is None:
-        parameters: Mapping[str, Any] = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
+    parameters: Mapping[str, Any] = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
+    if adjacency is None and flow_of(config) == HIERARCHICAL:
+        matrix = hierarchy_of_groups(_groups(config, nodes, parameters))
+    elif adjacency is None:
         matrix = build_topology(config.federated_learning_topology, len(nodes), parameters, connected=together)
     elif isinstance(adjacency, HybridAdjacencyMatrix):
         matrix = adjacency
@@ -175,9 +191,21 @@ def _graph(
     return matrix
 
 
+def _groups(config: FederationConfig, nodes: Sequence[NodeSpec], parameters: Mapping[str, Any]) -> tuple[int, ...]:
+    """The group of each client, from the configuration and, where the grouping looks at it, the data."""
+    clients = [node.id for node in nodes if "train" in node.role.split("-")]
+    more: dict[str, Any] = {"client_ids": tuple(clients)}
+    if wants_labels(config.group_by):
+        labels, parts = _dealt(config, len(clients))
+        more["label_counts"] = np.stack([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
+    return group_clients(config.group_by, len(clients), config.number_of_groups, {**parameters, **more})
+
+
 def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: HybridAdjacencyMatrix, flow: str) -> Graph:
     """The graph with what its nodes mix by; T012 where they could never agree."""
-    if flow == CENTRALIZED:
+    if flow == HIERARCHICAL:
+        Hierarchy.of(matrix, [node.role for node in nodes], [node.id for node in nodes])
+    if flow != DECENTRALIZED:
         return matrix.to_graph()
     parameters = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
     if _wants_samples(config):
@@ -197,16 +225,22 @@ def _wants_samples(config: FederationConfig) -> bool:
 
 def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Training samples per node, as the hosts deal them; 0 for a node that does not train."""
+    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    counts = np.zeros(len(nodes), dtype=np.int64)
+    counts[trains] = [len(part) for part in _dealt(config, len(trains))[1]]
+    return counts
+
+
+def _dealt(
+    config: FederationConfig, num_parts: int
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[np.ndarray[Any, np.dtype[np.int64]]]]:
+    """The training labels, and the samples that hosts deal to each node that trains."""
     from icrf.learning import load_dataset  # noqa: PLC0415 - torch takes seconds
     from icrf.learning.partition import partition  # noqa: PLC0415
 
-    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
     labels = np.asarray(load_dataset(config.dataset_type, config.data_dir or "").train_y)
     seed = derive_seed(config.seed, 0, 0, "partition")
-    parts = partition(config.data_distribution_kind, labels, len(trains), seed, config.dirichlet_beta)
-    counts = np.zeros(len(nodes), dtype=np.int64)
-    counts[trains] = [len(part) for part in parts]
-    return counts
+    return labels, partition(config.data_distribution_kind, labels, num_parts, seed, config.dirichlet_beta)
 
 
 def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str, ...]:

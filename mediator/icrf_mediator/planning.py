@@ -20,6 +20,8 @@ from icrf.exchange import ExchangePlan, compile_exchange
 from icrf.participation import Participation
 from icrf.protocol import (
     CENTRALIZED,
+    DECENTRALIZED,
+    HIERARCHICAL,
     STAGES,
     ClusterInfo,
     Fingerprint,

@@ -25,7 +25,7 @@ QUEUED, RECOVERING, RESERVING, RESERVED, ACTIVATING, READY, RUNNING, IDLE = (
 COMPLETED, FAILED, CANCELLED = "COMPLETED", "FAILED", "CANCELLED"
 TERMINAL = frozenset({COMPLETED, FAILED, CANCELLED})
 
-CENTRALIZED, DECENTRALIZED = "centralized", "decentralized"
+CENTRALIZED, DECENTRALIZED, HIERARCHICAL = "centralized", "decentralized", "hierarchical"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Submission:
     Attributes:
         client_request_id: the same id submitted twice is one federation.
         config_json: the resolved configuration.
-        flow: ``centralized`` (one aggregating node) or ``decentralized`` (every node mixes with its neighbours).
+        flow: ``centralized`` (one aggregating node), ``decentralized`` (every node mixes with its neighbours) or
+            ``hierarchical`` (groups with an aggregating node each; the first of these is the root).
         layout: the model's tensors in name order, which is the order of the flat buffer.
         keep: stay allocated after the configured rounds until ``finish``.
         stage: how far to go without being asked, one of :data:`STAGES`.

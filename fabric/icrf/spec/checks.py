@@ -7,7 +7,7 @@ from typing import Any
 
 from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
 from icrf.protocol import sample_size
-from icrf.spec.choices import CHOICES, DECENTRALIZED, TRADITIONAL, not_built
+from icrf.spec.choices import CHOICES, DECENTRALIZED, HIERARCHICAL, TRADITIONAL, not_built
 from icrf.spec.problems import Problem
 
 Values = Mapping[str, Any]
@@ -107,6 +107,13 @@ def _too_many(key: str, value: int, most: int, of_what: str) -> Problem:
 def _schema_and_topology(values: Values) -> Iterator[Problem]:
     schema, topology = values["federated_learning_schema"], values["federated_learning_topology"]
     path = ("federated_learning_topology",)
+    if schema == HIERARCHICAL and topology != "hierarchy":
+        yield Problem(
+            "C008",
+            path,
+            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {HIERARCHICAL}",
+            allowed="hierarchy",
+        )
     if schema == TRADITIONAL and topology != "star":
         yield Problem(
             "C008",
@@ -115,14 +122,33 @@ def _schema_and_topology(values: Values) -> Iterator[Problem]:
             allowed="star",
             hint=f"For peers that learn from each other set federated_learning_schema: {DECENTRALIZED}.",
         )
-    if schema == DECENTRALIZED and topology == "star":
+    if schema == DECENTRALIZED and topology in ("star", "hierarchy"):
         yield Problem(
             "C008",
             path,
-            f"federated_learning_topology 'star' contradicts federated_learning_schema {DECENTRALIZED}",
+            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {DECENTRALIZED}",
             allowed="ring, mesh, k_connected, custom, ..., a registered name, module:attr",
             hint=f"For one server and its clients set federated_learning_schema: {TRADITIONAL}.",
         )
+
+
+def _hierarchy(values: Values) -> Iterator[Problem]:
+    if values["federated_learning_schema"] != HIERARCHICAL:
+        return
+    groups, clients = values["number_of_groups"], values["number_of_clients"]
+    if groups > clients:
+        yield _too_many("number_of_groups", groups, clients, "clients (number_of_clients)")
+    built: dict[str, object] = {
+        "aggregation_strategy": "FedAvg",
+        "client_fraction": 1.0,
+        "sampled_clients": None,
+        "client_sampler": "uniform",
+        "min_nodes": None,
+    }
+    for key, only in built.items():
+        if values[key] != only:
+            shown = "null" if only is None else str(only)
+            yield not_built(key, values[key], f"{shown} with federated_learning_schema {HIERARCHICAL}")
 
 
 def _custom_matrix(values: Values) -> Iterator[Problem]:
@@ -266,6 +292,7 @@ CHECKS: tuple[Check, ...] = (
     _min_nodes,
     _cluster_loss,
     _schema_and_topology,
+    _hierarchy,
     _custom_matrix,
     _neighbours,
     _custom_weights,

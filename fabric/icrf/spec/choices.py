@@ -9,6 +9,7 @@ from icrf.spec.problems import Problem
 
 TRADITIONAL = "TraditionalFederatedLearning"
 DECENTRALIZED = "DecentralizedFederatedLearning"
+HIERARCHICAL = "HierarchicalFederatedLearning"
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ def not_built(key: str, value: object, works: str) -> Problem:
 
 CHOICES: dict[str, Choice] = {
     "federated_learning_schema": Choice(
-        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED), ("ClusterFederatedLearning",), kind="schema"
+        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED, HIERARCHICAL), ("ClusterFederatedLearning",), kind="schema"
     ),
     "federated_learning_topology": Choice(
         (
             "star",
+            "hierarchy",
             "ring",
             "line",
             "mesh",
@@ -150,6 +152,7 @@ CHOICES: dict[str, Choice] = {
     "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
+    "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),
     "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),
     "determinism": Choice(("strict", "recorded")),
 }

@@ -74,10 +74,11 @@ class FederationConfig(BaseModel):
     federation_id: FederationId
     """Name of the federation; it names actors and folders. Runs of it have ids of their own."""
     federated_learning_schema: Annotated[Text, BeforeValidator(_one_name_per_schema)]
-    """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same) or
-    ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
+    """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same),
+    ``HierarchicalFederatedLearning`` (a server per group, see hierarchy.md) or ``DecentralizedFederatedLearning``
+    (every node mixes with its neighbours)."""
     federated_learning_topology: Text
-    """The graph: ``star`` for traditional; for peers any other, see topologies.md."""
+    """The graph: ``star`` for traditional, ``hierarchy`` for hierarchical; for peers any other, see topologies.md."""
     k_value: Nodes | None = None
     """Neighbours per node of ``k_connected``, ``random_regular`` and ``small_world``."""
     adjacency_matrix_file_name: Text | None = None
@@ -107,6 +108,13 @@ class FederationConfig(BaseModel):
     """Who is chosen: ``uniform`` draws, anew for every round; or a registered name or ``module:attr`` of a function."""
     min_nodes: Nodes | None = None
     """Fewest participants that make a round valid when others are late or lost; null: all of them. Star only."""
+    number_of_groups: Nodes = 2
+    """Groups of a hierarchy, each with a server of its own."""
+    group_by: Text = "contiguous"
+    """Who forms a group: ``contiguous`` numbers, ``labels`` (communities of clients with similar labels), or a
+    registered name or ``module:attr`` of a function."""
+    global_every: Count = 2
+    """Rounds of a hierarchy from one model for all groups to the next; those between stay within the groups."""
     client_role: ClientRole = "train-eval-test"
     """What clients do: a dash-separated subset of ``train``, ``eval``, ``test``, ``aggregate``."""
     client_template: Template | None = None

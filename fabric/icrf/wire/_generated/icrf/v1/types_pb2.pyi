@@ -725,6 +725,7 @@ class StartRound(_message.Message):
     TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
     PARTICIPANTS_FIELD_NUMBER: _builtins.int
+    MERGE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -734,6 +735,7 @@ class StartRound(_message.Message):
     evaluate: _builtins.bool
     participants: _builtins.bytes
     """bitmap; empty: all nodes that train"""
+    merge: _builtins.bool
     @_builtins.property
     def grid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """exponents, often negative"""
@@ -750,10 +752,11 @@ class StartRound(_message.Message):
         total_weight: _builtins.int = ...,
         evaluate: _builtins.bool = ...,
         participants: _builtins.bytes = ...,
+        merge: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "parent_hash", b"parent_hash", "participants", b"participants", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
