@@ -248,7 +248,7 @@ class CentralizedFlow:
         """Nothing: the aggregator has evaluated already."""
         return PhaseReport()
 
-    def adopt(self, start: StartRound) -> PhaseReport:
+    def install(self, start: StartRound) -> PhaseReport:
         """Nothing: the aggregator has its model already."""
         return PhaseReport()
 

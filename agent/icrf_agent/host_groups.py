@@ -162,7 +162,7 @@ class HierarchicalFlow:
             bytes_intra_cluster=t.foreign_bytes(postings, 8 * t.layout.num_parameters),
         )
 
-    def adopt(self, start: StartRound) -> PhaseReport:
+    def install(self, start: StartRound) -> PhaseReport:
         """Every aggregator here takes over the model for all groups."""
         t, kept = self._t, self._kept()
         kept.rebase(start)

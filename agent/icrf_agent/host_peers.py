@@ -155,7 +155,7 @@ class DecentralizedFlow:
         state = self._state.at(round_number)
         return None if state is None else pack_rows({str(i): state[k] for i, k in self._rows.items()}, round_number)
 
-    def adopt(self, start: StartRound) -> PhaseReport:
+    def install(self, start: StartRound) -> PhaseReport:
         """Nothing: there is no global model."""
         return PhaseReport()
 

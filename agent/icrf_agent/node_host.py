@@ -100,9 +100,9 @@ class NodeHost:
         """Merge or mix, as the flow has it."""
         return self._at(start).aggregate(start)
 
-    def host_adopt(self, start: StartRound) -> PhaseReport:
+    def host_install(self, start: StartRound) -> PhaseReport:
         """Take over the global model of a hierarchy (hosts with an aggregator)."""
-        return self._at(start).adopt(start)
+        return self._at(start).install(start)
 
     def host_evaluate(self, start: StartRound) -> PhaseReport:
         """Make and evaluate the consensus model (first host of the coordinator)."""

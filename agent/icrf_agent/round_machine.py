@@ -19,7 +19,7 @@ Decentralized::
 Hierarchical: as centralized, with a coordinator per group and models and partials of several groups side by side. In a
 round that ends with the global model every cluster sends the root one sum over all groups instead::
 
-    sums of all clusters ─> aggregate (root) ─> send the global model ─┬─> adopt (clusters with aggregators) ─> report
+    sums of all clusters ─> aggregate (root) ─> send the global model ─┬─> install (clusters with aggregators) ─> report
                             the global model arrives (other clusters) ─┘
 """
 
@@ -33,7 +33,7 @@ from icrf.ports import Arrival, PhaseReport
 from icrf.protocol import DECENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
-ADOPT = "adopt"
+INSTALL = "install"
 
 _Expected = tuple[str, int, int, tuple[int, ...]]
 
@@ -203,8 +203,8 @@ class RoundMachine:
             return []
         if self._mixes_consensus and self._coordinates:
             awaited, last = CONSENSUS, EVALUATE
-        elif self.cluster in self.plan.adopting:
-            awaited, last = MERGED, ADOPT
+        elif self.cluster in self.plan.installing:
+            awaited, last = MERGED, INSTALL
         else:
             self._exchanged(now_s)
             return self._finish()

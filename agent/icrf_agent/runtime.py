@@ -224,9 +224,9 @@ class HostedRuntime:
         await self._send_letters(run, start.round, start.attempt)
         return report
 
-    async def adopt(self, run_id: str, start: StartRound) -> PhaseReport:
+    async def install(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
-        return await self._on(run.aggregating_hosts, "host_adopt", start)
+        return await self._on(run.aggregating_hosts, "host_install", start)
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)

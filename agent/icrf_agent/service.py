@@ -42,7 +42,7 @@ from icrf.protocol import (
 )
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
 from icrf_agent.journal import AgentJournal
-from icrf_agent.round_machine import ADOPT, AGGREGATE, EVALUATE, PUBLISH, SEND, TRAIN
+from icrf_agent.round_machine import AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
 
 log = logging.getLogger("icrf.agent")
 
@@ -58,7 +58,7 @@ _PHASE_OF = {
     SEND: "exchange",
     AGGREGATE: "aggregate",
     EVALUATE: "aggregate",
-    ADOPT: "aggregate",
+    INSTALL: "aggregate",
 }
 _PHASE_BY_ORDER: dict[type, str] = {Reserve: "reserve", Activate: "activate", StoreModel: "result"}
 
@@ -272,8 +272,8 @@ class AgentService:
             return await runtime.aggregate(start.run_id, start)
         if step.kind == EVALUATE:
             return await runtime.evaluate(start.run_id, start)
-        if step.kind == ADOPT:
-            return await runtime.adopt(start.run_id, start)
+        if step.kind == INSTALL:
+            return await runtime.install(start.run_id, start)
         if step.kind == PUBLISH:
             await runtime.publish_model(start.run_id, start)
         elif step.kind == SEND and step.transfer is not None:

@@ -65,10 +65,9 @@ class ExchangePlan:
         participants: the nodes that train, ascending.
         transfers: payloads of a round without evaluation.
         evaluation: consensus partials that an evaluated round of a decentralized flow adds.
+        aggregators: the nodes that make models for others, ascending.
         merging: payloads of a round of a hierarchical flow that ends with one model for all groups.
-        aggregating: clusters that make a new state in a round.
-        publishing: clusters whose aggregators send models to those that train.
-        adopting: clusters whose aggregators take the global model over at the end of the round.
+        merges: whether this is the plan of such a round.
         rows: what the aggregation rule moves.
     """
 
@@ -79,20 +78,31 @@ class ExchangePlan:
     participants: tuple[int, ...]
     transfers: tuple[Transfer, ...]
     evaluation: tuple[Transfer, ...] = ()
+    aggregators: tuple[int, ...] = ()
     merging: tuple[Transfer, ...] = ()
-    aggregating: frozenset[int] = frozenset()
-    publishing: frozenset[int] = frozenset()
-    adopting: frozenset[int] = frozenset()
+    merges: bool = False
     rows: Rows = field(default_factory=Rows)
 
     def merged(self) -> ExchangePlan:
         """The plan of a round of a hierarchical flow that ends with one model for all groups."""
-        return replace(
-            self,
-            transfers=self.merging,
-            aggregating=frozenset({self.coordinator}),
-            adopting=self.aggregating,
-        )
+        return replace(self, transfers=self.merging, merges=True)
+
+    @cached_property
+    def publishing(self) -> frozenset[int]:
+        """The clusters whose aggregators send models to those that train."""
+        return frozenset(self.assignment[node] for node in self.aggregators)
+
+    @cached_property
+    def aggregating(self) -> frozenset[int]:
+        """The clusters that make new states out of what nodes have contributed."""
+        if self.merges:
+            return frozenset({self.coordinator})
+        return self.publishing or frozenset(self.assignment)
+
+    @property
+    def installing(self) -> frozenset[int]:
+        """The clusters whose aggregators take a global model over at the end of the round."""
+        return self.publishing if self.merges else frozenset()
 
     def of_round(self, chosen: Sequence[int]) -> ExchangePlan:
         """The plan of a round in which only the `chosen` nodes train.
@@ -210,26 +220,20 @@ def compile_exchange(
     clusters = np.array(assignment, dtype=np.int64)
     words = [frozenset(role.split("-")) for role in roles]
     participants = np.array([i for i, role in enumerate(words) if "train" in role], dtype=np.int64)
-    coordinator: int
+    aggregators: tuple[int, ...] = ()
     evaluation: tuple[Transfer, ...] = ()
     merging: tuple[Transfer, ...] = ()
-    everywhere = frozenset(clusters.tolist())
     if flow == CENTRALIZED:
-        aggregator = _aggregator(words)
-        _require_star_edges(adjacency, aggregator, participants)
-        coordinator = int(clusters[aggregator])
-        transfers = _centralized(aggregator, participants, clusters, rows.every_update)
-        aggregating = publishing = frozenset({coordinator})
+        aggregators = (_aggregator(words),)
+        _require_star_edges(adjacency, aggregators[0], participants)
+        transfers = _centralized(aggregators[0], participants, clusters, rows.every_update)
     elif flow == HIERARCHICAL:
         hierarchy = Hierarchy.of(adjacency, roles)
-        coordinator = int(clusters[hierarchy.root])
+        aggregators = hierarchy.aggregators
         transfers, merging = _hierarchical(hierarchy, clusters)
-        aggregating = publishing = frozenset(clusters[list(hierarchy.aggregators)].tolist())
     elif flow == DECENTRALIZED:
-        coordinator = int(clusters[0]) if len(clusters) else 0
         transfers = _updates(adjacency, clusters)
-        evaluation = _consensus(everywhere, coordinator)
-        aggregating, publishing = everywhere, frozenset()
+        evaluation = _totals(clusters, int(clusters[0])) if len(clusters) else ()
     else:
         allowed = ", ".join((CENTRALIZED, DECENTRALIZED, HIERARCHICAL))
         raise ConfigError("C010", f"unknown flow {flow!r}", place="flow", allowed=allowed)
@@ -237,13 +241,12 @@ def compile_exchange(
         flow=flow,
         num_clusters=int(clusters.max()) + 1 if len(clusters) else 0,
         assignment=tuple(clusters.tolist()),
-        coordinator=coordinator,
+        coordinator=int(clusters[aggregators[0] if aggregators else 0]) if len(clusters) else 0,
         participants=tuple(participants.tolist()),
         transfers=transfers,
         evaluation=evaluation,
+        aggregators=aggregators,
         merging=merging,
-        aggregating=aggregating,
-        publishing=publishing,
         rows=rows,
     )
 
@@ -307,15 +310,16 @@ def _hierarchical(
     models = _fan_out(MODEL, above[away], nodes[away], clusters)
     partials = tuple(Transfer(PARTIAL, CLUSTER_SENDER, m.target, m.source, (m.sender,)) for m in models)
     root, coordinator = hierarchy.root, int(clusters[hierarchy.root])
-    totals = _consensus(frozenset(clusters[nodes].tolist()), coordinator)
+    totals = _totals(clusters[nodes], coordinator)
     others = np.array([a for a in hierarchy.aggregators if clusters[a] != coordinator], dtype=np.int64)
     back = _fan_out(MERGED, np.full_like(others, root), others, clusters)
     return (*models, *partials), (*models, *totals, *back)
 
 
-def _consensus(sources: frozenset[int], coordinator: int) -> tuple[Transfer, ...]:
-    """An exact sum of all that a cluster has, from every source to the coordinator."""
-    return tuple(Transfer(CONSENSUS, CLUSTER_SENDER, c, coordinator, ()) for c in sorted(sources - {coordinator}))
+def _totals(clusters: np.ndarray[Any, np.dtype[np.int64]], coordinator: int) -> tuple[Transfer, ...]:
+    """An exact sum of all that a cluster has, from each of `clusters` to the coordinator."""
+    sources = [source for source in np.unique(clusters).tolist() if source != coordinator]
+    return tuple(Transfer(CONSENSUS, CLUSTER_SENDER, source, coordinator, ()) for source in sources)
 
 
 def _updates(adjacency: HybridAdjacencyMatrix, clusters: np.ndarray[Any, Any]) -> tuple[Transfer, ...]:

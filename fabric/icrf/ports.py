@@ -247,7 +247,7 @@ class ClusterRuntime(Protocol):
         mixes its nodes, and, if the round is evaluated, the cluster's consensus partial is published. Hierarchical:
         every aggregator here makes its group's model; where the round merges, the root makes the one for all."""
 
-    async def adopt(self, run_id: str, start: StartRound) -> PhaseReport:
+    async def install(self, run_id: str, start: StartRound) -> PhaseReport:
         """Hierarchical: every aggregator here takes over the model for all groups."""
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:

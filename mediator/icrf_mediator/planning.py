@@ -31,8 +31,8 @@ from icrf.protocol import (
     Submission,
     nodes_of,
 )
-from icrf.topology import HybridAdjacencyMatrix, check_mixing, mixing_matrix
-from icrf_mediator.assignment import Assignment, assign, resolve_pins
+from icrf.topology import Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
+from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
 # A host with torch imported and one optimizer step made (measured), before any model.
 HOST_BYTES = 360 * 1_000_000
@@ -62,6 +62,7 @@ class _Settings:
     federation_id: str
     rounds: int
     evaluate_every: int
+    global_every: int
     assignment_strategy: str
     placement: Mapping[str, str | Mapping[str, str]]
     placement_group_strategy: str
@@ -75,6 +76,7 @@ class _Settings:
             federation_id=config.get("federation_id", ""),
             rounds=config.get("federated_learning_rounds", 1),
             evaluate_every=config.get("evaluate_every", 1),
+            global_every=config.get("global_every", 1),
             assignment_strategy=config.get("assignment_strategy") or "locality",
             placement=config.get("placement") or {},
             placement_group_strategy=config.get("placement_group_strategy") or "PACK",
@@ -89,6 +91,11 @@ class _Settings:
         if self.evaluate_every < 1:
             return min(1, self.rounds)
         return -(-self.rounds // self.evaluate_every)
+
+    @property
+    def num_merges(self) -> int:
+        """Rounds of a hierarchy that end with one model for all groups: every so many do, and the last one."""
+        return -(-self.rounds // max(1, self.global_every))
 
 
 def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
@@ -109,7 +116,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     node_ids = [node.id for node in submission.nodes]
     if clusters:
         pins = resolve_pins(settings.placement, node_ids, clusters)
-        assignment = assign(settings.assignment_strategy, adjacency, clusters, pins)
+        assignment = _assign(submission, settings.assignment_strategy, adjacency, clusters, pins)
     else:
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
@@ -119,10 +126,10 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     slots = _slots(assignment, clusters)
     num_parameters = sum(math.prod(tensor.shape) for tensor in submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
-    links = _links(exchange, Participation(submission, config), settings.rounds, num_parameters, _itemsize(submission))
+    links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
-    centralized = submission.flow == CENTRALIZED
-    mixing = None if centralized else check_mixing(mixing_matrix(submission.graph, settings.mixing))
+    peers = submission.flow == DECENTRALIZED
+    mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -212,10 +219,33 @@ def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: i
 # ---------------------------------------------------------------- parts of the plan
 
 
+def _assign(
+    submission: Submission,
+    strategy: str,
+    adjacency: HybridAdjacencyMatrix,
+    clusters: Sequence[ClusterInfo],
+    pins: Pins,
+) -> Assignment:
+    """Where nodes live; groups of a hierarchy are kept whole where the strategy is to keep neighbours together."""
+    if submission.flow == HIERARCHICAL and strategy == "locality":
+        hierarchy = Hierarchy.of(adjacency, [node.role for node in submission.nodes])
+        whole = assign_groups(hierarchy, [node.id for node in submission.nodes], clusters, pins)
+        if whole is not None:
+            return whole
+    return assign(strategy, adjacency, clusters, pins)
+
+
 def _links(
-    exchange: ExchangePlan, participation: Participation, rounds: int, num_parameters: int, itemsize: int
+    exchange: ExchangePlan, participation: Participation, settings: _Settings, num_parameters: int, itemsize: int
 ) -> dict[tuple[int, int], int]:
-    """Payload bytes per round over each link: the mean over the rounds, whose participants are known beforehand."""
+    """Payload bytes per round over each link: the mean over the rounds, whose payloads are known beforehand."""
+    rounds = settings.rounds
+    if exchange.flow == HIERARCHICAL:
+        merged = exchange.merged().links(num_parameters, itemsize)
+        within = exchange.links(num_parameters, itemsize)
+        share = settings.num_merges / rounds
+        every = sorted({**within, **merged})
+        return {link: round(within.get(link, 0) * (1 - share) + merged.get(link, 0) * share) for link in every}
     if participation.is_constant or exchange.flow != CENTRALIZED:
         return exchange.links(num_parameters, itemsize)
     looked_at = max(1, min(rounds, _SAMPLED_ROUNDS, _SAMPLED_NODES // len(participation.clients)))
@@ -254,12 +284,12 @@ def _peak_memory_bytes(
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
     rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum, and where
     nodes keep rows the committed and the next ones. Decentralized adds the committed and the next state of every local
-    node. Both add the payloads that arrive from other clusters in a round.
+    node, hierarchical those of every local aggregator. All add the payloads that arrive from other clusters in a round.
     """
     rows = exchange.rows
     model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
     arriving: Counter[int] = Counter()
-    for transfer in exchange.transfers + exchange.evaluation:
+    for transfer in exchange.merging or exchange.transfers + exchange.evaluation:
         arriving[transfer.target] += exchange.transfer_bytes(transfer, num_parameters)
     peak = 0
     for index, cluster in enumerate(clusters):
@@ -269,8 +299,10 @@ def _peak_memory_bytes(
         if exchange.flow == CENTRALIZED:
             needed += rows.server * model + partial if index == exchange.coordinator else 0
             needed += 2 * rows.client * model * len(exchange.local_participants(index))
-        else:
+        elif exchange.flow == DECENTRALIZED:
             needed += 2 * model * len(exchange.local_nodes(index))
+        else:
+            needed += 2 * model * len(set(exchange.local_nodes(index)) & set(exchange.aggregators)) + partial
         peak = max(peak, needed)
     return peak
 
