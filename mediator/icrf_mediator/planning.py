@@ -54,6 +54,8 @@ _NEEDED: dict[str, tuple[type, ...]] = {
     "placement_group_strategy": (str,),
 }
 
+_NEEDED_OF_GROUPS: dict[str, tuple[type, ...]] = {"global_every": (int,)}
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -128,6 +130,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
+    grouped = _grouped(submission, exchange, adjacency, num_parameters)
     peers = submission.flow == DECENTRALIZED
     mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
     problems = _problems(settings, config, clusters, slots)
@@ -153,6 +156,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
         mixing=mixing,
+        **grouped,
     )
     return plan, assignment
 
@@ -164,11 +168,13 @@ def check_submission(submission: Submission) -> None:
         ConfigError: C001, C006, C016, C010 about the configuration or the stage; C008 no node trains.
     """
     config = _parse(submission.config_json)
-    for key, kinds in _NEEDED.items():
+    for key, kinds in {**_NEEDED, **(_NEEDED_OF_GROUPS if submission.flow == HIERARCHICAL else {})}.items():
         if key not in config:
             raise ConfigError("C016", f"{key} is missing", place="config_json", hint="submit a resolved configuration")
         if not isinstance(config[key], kinds) or isinstance(config[key], bool):
             raise ConfigError("C006", f"{key}: {type(config[key]).__name__}", place="config_json", value=config[key])
+    if submission.flow == HIERARCHICAL and config["global_every"] < 1:
+        raise ConfigError("C007", "global_every < 1", place="config_json", value=config["global_every"])
     if submission.stage not in STAGES:
         raise ConfigError("C010", f"no such stage: {submission.stage!a}", place="stage", allowed=", ".join(STAGES))
     if not any("train" in node.role.split("-") for node in submission.nodes):
@@ -233,6 +239,21 @@ def _assign(
         if whole is not None:
             return whole
     return assign(strategy, adjacency, clusters, pins)
+
+
+def _grouped(
+    submission: Submission, exchange: ExchangePlan, adjacency: HybridAdjacencyMatrix, num_parameters: int
+) -> dict[str, Any]:
+    """What a plan says about the groups of a hierarchy."""
+    if submission.flow != HIERARCHICAL:
+        return {}
+    names, itemsize = [node.id for node in submission.nodes], _itemsize(submission)
+    hierarchy = Hierarchy.of(adjacency, [node.role for node in submission.nodes])
+    return {
+        "groups": {names[node]: names[aggregator] for node, aggregator in hierarchy.group_of.items()},
+        "bytes_inter_cluster_within_groups": exchange.payload_bytes(num_parameters, itemsize),
+        "bytes_inter_cluster_per_merge": exchange.merged().payload_bytes(num_parameters, itemsize),
+    }
 
 
 def _links(

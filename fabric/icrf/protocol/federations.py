@@ -220,6 +220,9 @@ class Plan:
         problems: why it is not feasible, one sentence each.
         mixing: what the mixing matrix can do; None for a centralized flow.
         links: (from cluster, to cluster, payload bytes per round).
+        groups: node id -> id of its aggregator; empty where there is one aggregator, or none.
+        bytes_inter_cluster_within_groups: payload bytes of one round of a hierarchy within its groups.
+        bytes_inter_cluster_per_merge: payload bytes of one that ends with one model for all groups.
     """
 
     federation: str
@@ -243,6 +246,9 @@ class Plan:
     strategy: str
     explanation: dict[str, str] = field(default_factory=dict)
     mixing: MixingReport | None = None
+    groups: dict[str, str] = field(default_factory=dict)
+    bytes_inter_cluster_within_groups: int = 0
+    bytes_inter_cluster_per_merge: int = 0
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ def not_built(key: str, value: object, works: str) -> Problem:
 
 CHOICES: dict[str, Choice] = {
     "federated_learning_schema": Choice(
-        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED, HIERARCHICAL), ("ClusterFederatedLearning",), kind="schema"
+        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED, HIERARCHICAL),
+        ("ClusterFederatedLearning",),
+        kind="schema",
     ),
     "federated_learning_topology": Choice(
         (

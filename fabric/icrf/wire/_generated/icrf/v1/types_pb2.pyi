@@ -411,6 +411,26 @@ class Plan(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class GroupsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FEDERATION_FIELD_NUMBER: _builtins.int
     FLOW_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
@@ -432,6 +452,9 @@ class Plan(_message.Message):
     STRATEGY_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
     MIXING_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    BYTES_INTER_CLUSTER_WITHIN_GROUPS_FIELD_NUMBER: _builtins.int
+    BYTES_INTER_CLUSTER_PER_MERGE_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     flow: _builtins.str
     num_edges: _builtins.int
@@ -446,6 +469,8 @@ class Plan(_message.Message):
     feasible: _builtins.bool
     num_parameters: _builtins.int
     strategy: _builtins.str
+    bytes_inter_cluster_within_groups: _builtins.int
+    bytes_inter_cluster_per_merge: _builtins.int
     @_builtins.property
     def clusters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -460,6 +485,8 @@ class Plan(_message.Message):
     def explanation(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def mixing(self) -> Global___MixingReport: ...
+    @_builtins.property
+    def groups(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -484,10 +511,13 @@ class Plan(_message.Message):
         strategy: _builtins.str = ...,
         explanation: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         mixing: Global___MixingReport | None = ...,
+        groups: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        bytes_inter_cluster_within_groups: _builtins.int = ...,
+        bytes_inter_cluster_per_merge: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
