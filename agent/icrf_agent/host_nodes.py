@@ -12,17 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 import icrf
 import icrf_agent
 from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError, WeightsError, make_error
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
-from icrf.learning.datasets import Dataset, load_dataset
+from icrf.learning.datasets import Dataset, configured_dataset
 from icrf.learning.layout import FlatModule, Layout
 from icrf.learning.models import build_model
-from icrf.learning.partition import partition
+from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed
 from icrf.learning.training import LocalTrainer, to_tensor
 from icrf.protocol import Activate, StartRound
@@ -123,7 +121,7 @@ class HostNodes:
         if setup.allow is None and activation.code_path and activation.code_path not in sys.path:
             # Only where the submitter's machine is this one: elsewhere the path would be somebody else's choice.
             sys.path.insert(0, activation.code_path)
-        dataset = load_dataset(self.config.dataset_type, self.config.data_dir or "")
+        dataset = configured_dataset(self.config)
         module = build_model(
             self.config.model_type,
             dataset.input_shape,
@@ -212,21 +210,18 @@ class HostNodes:
 
     def _build(self, dataset: Dataset) -> None:
         trains = [i for i, spec in enumerate(self._specs) if "train" in spec.role.split("-")]
-        parts: list[Any] = []
-        if any(i in set(trains) for i in self.indices):
-            c = self.config
-            seed = derive_seed(c.seed, 0, 0, "partition")
-            labels = np.asarray(dataset.train_y)
-            parts = partition(c.data_distribution_kind, labels, len(trains), seed, c.dirichlet_beta)
         position = {index: k for k, index in enumerate(trains)}
-        features, labels = to_tensor(dataset.train_x), to_tensor(dataset.train_y)
-        test = (to_tensor(dataset.test_x), to_tensor(dataset.test_y))
+        # Every host makes the same split and takes out what is its nodes' own.
+        parts = None
+        if not position.keys().isdisjoint(self.indices):
+            parts = configured_partition(self.config, dataset, len(trains))
+        test = tuple(to_tensor(part) for part in dataset.test_part())
         trainer = LocalTrainer()
         for index in self.indices:
             data = None
-            if index in position:
-                rows = parts[position[index]]
-                data = (to_tensor(features[rows]), to_tensor(labels[rows]))
+            if parts is not None and index in position:
+                features, labels = dataset.train_part(parts[position[index]])
+                data = (to_tensor(features), to_tensor(labels))
             spec = self._specs[index]
             node = self._template(spec.role)(node_id=spec.id, role=spec.role, config=self.config)
             if not isinstance(node, FederatedNode):

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
         schema_factory,
     )
     from icrf.federation.virtual_node import VirtualNode
-    from icrf.learning import register_model
+    from icrf.learning import Dataset, register_dataset, register_model, register_partitioner
     from icrf.spec import FederationConfig
     from icrf.topology import register_topology
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Dataset",
     "Fabric",
     "FederatedBase",
     "FederatedNode",
@@ -52,7 +53,9 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
+    "register_dataset",
     "register_model",
+    "register_partitioner",
     "register_topology",
     "schema_factory",
 ]
@@ -72,7 +75,10 @@ _HOME = {
     "schema_factory": "icrf.federation.schemas",
     "FederationConfig": "icrf.spec",
     "register_topology": "icrf.topology",
+    "Dataset": "icrf.learning",
+    "register_dataset": "icrf.learning",
     "register_model": "icrf.learning",
+    "register_partitioner": "icrf.learning",
 }
 
 # Federations open a fabric of their own unless they are given one; this facade hands them the factory.

@@ -186,13 +186,10 @@ def validate(context: typer.Context, file: FedFile, override: Overrides = None, 
     terminal = context.obj.open(json=json)
     from icrf.console.config_view import show_sources
     from icrf.spec import explain_sources
+    from icrf.submission import check_configuration
 
     config = _load(file, override)
-    if config.federated_learning_topology not in ("star", "ring", "mesh"):
-        # A matrix or a builder of the user's own may be wrong; it is loaded only where there is one.
-        from icrf.submission import check_graph
-
-        check_graph(config, code_path=str(file.resolve().parent))
+    check_configuration(config, code_path=str(file.resolve().parent))
     show_sources(terminal, file, config, explain_sources(file, override or []))
     if json:
         terminal.json(config.model_dump())

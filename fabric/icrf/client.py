@@ -374,11 +374,11 @@ class Result:
         Args:
             code_path: folder of the user's own modules, if the configuration names ``module:attr``.
         """
-        from icrf.learning import build_model, load_dataset  # noqa: PLC0415 - torch takes seconds to load
+        from icrf.learning import build_model, configured_dataset  # noqa: PLC0415 - torch takes seconds to load
 
         config = self.config
         with on_path(code_path):
-            dataset = load_dataset(config.dataset_type, config.data_dir or "")
+            dataset = configured_dataset(config)
             module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
         module.load_state_dict(self.state_dict())
         return module.eval()

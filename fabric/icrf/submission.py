@@ -58,7 +58,7 @@ def build_submission(
     check_roles(chosen, flow)
     with on_path(code_path):
         graph = _graph(config, chosen, adjacency)
-        layout = resolve_layout(config)
+        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in chosen))
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -114,8 +114,8 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
         )
 
 
-def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
-    """Refuse a configuration whose roles or topology cannot work; no model and no data are loaded.
+def check_configuration(config: FederationConfig, *, code_path: str = "") -> None:
+    """Refuse a configuration whose roles, topology, model or data cannot work, as a submission would.
 
     Raises:
         ConfigError, TopologyError: see :func:`build_submission`.
@@ -125,6 +125,7 @@ def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
     check_roles(nodes, flow)
     with on_path(code_path):
         _graph(config, nodes, None)
+        resolve_layout(config, sum("train" in node.role.split("-") for node in nodes))
 
 
 def _graph(
@@ -145,13 +146,25 @@ def _graph(
     return matrix.to_graph()
 
 
-def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
-    """Build model and data once, refuse them with C018 if they do not fit, and return the model's tensors."""
-    from icrf.learning import Layout, build_model, check_fit, load_dataset  # noqa: PLC0415 - torch takes seconds
+def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec, ...]:
+    """Build model and data once, deal the data out to `num_parts` nodes, and return the model's tensors.
 
-    dataset = load_dataset(config.dataset_type, config.data_dir or "")
+    Raises:
+        ConfigError: C008 for a split that does not exist, C015 for files that are missing or broken, C018 for a model
+            that does not take the data.
+    """
+    from icrf.learning import (  # noqa: PLC0415 - torch takes seconds
+        Layout,
+        build_model,
+        check_fit,
+        configured_dataset,
+        configured_partition,
+    )
+
+    dataset = configured_dataset(config)
     module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
     check_fit(module, dataset)
+    configured_partition(config, dataset, num_parts)
     return Layout.of_module(module).tensors
 
 

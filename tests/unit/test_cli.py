@@ -445,7 +445,7 @@ def test_the_version_is_one_line(fabric: Command) -> None:
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "fed.yaml"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"]])
 def test_light_commands_load_nothing_heavy(fabric: Command, arguments: list[str]) -> None:
     code = (
         "import sys, icrf.cli\n"

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from icrf.errors import IcrfError
+from icrf.learning.architectures import mlp
 from icrf.learning.layout import FlatModule, Layout
-from icrf.learning.models import mlp
 from icrf.protocol import TensorSpec
 
 

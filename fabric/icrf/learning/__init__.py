@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icrf.learning.datasets import Dataset, load_dataset
+    from icrf.learning.datasets import Dataset, configured_dataset, load_dataset, register_dataset
     from icrf.learning.layout import FlatModule, Layout
     from icrf.learning.models import build_model, check_fit, register_model
-    from icrf.learning.partition import partition
+    from icrf.learning.partition import configured_partition, partition, register_partitioner
     from icrf.learning.training import LocalTrainer, evaluate
 
 __all__ = [
@@ -22,21 +22,29 @@ __all__ = [
     "LocalTrainer",
     "build_model",
     "check_fit",
+    "configured_dataset",
+    "configured_partition",
     "evaluate",
     "load_dataset",
     "partition",
+    "register_dataset",
     "register_model",
+    "register_partitioner",
 ]
 
 _HOME = {
     "Dataset": "datasets",
+    "configured_dataset": "datasets",
     "load_dataset": "datasets",
+    "register_dataset": "datasets",
     "FlatModule": "layout",
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",
     "register_model": "models",
+    "configured_partition": "partition",
     "partition": "partition",
+    "register_partitioner": "partition",
     "LocalTrainer": "training",
     "evaluate": "training",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +9,14 @@ import torch
 from torch import nn
 
 from icrf.errors import ConfigError
+from icrf.learning.architectures import BUILT_IN
 from icrf.learning.datasets import Dataset
 from icrf.learning.injection import accepted_arguments
 from icrf.registry import Registry
 
 MODELS: Registry[Callable[..., Any]] = Registry("model")
+for _name, _factory in BUILT_IN.items():
+    MODELS.add(_name, _factory)
 
 
 def register_model(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -24,22 +26,6 @@ def register_model(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
     are passed by name.
     """
     return MODELS.register(name)
-
-
-@register_model("mlp")
-def mlp(input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """One hidden layer of 128 rectified units on the flattened input."""
-    num_features = 1
-    for size in input_shape:
-        num_features *= size
-    return nn.Sequential(
-        OrderedDict(
-            flatten=nn.Flatten(),
-            hidden=nn.Linear(num_features, 128),
-            relu=nn.ReLU(),
-            output=nn.Linear(128, num_classes),
-        )
-    )
 
 
 def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, seed: int) -> Any:
@@ -60,6 +46,8 @@ def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, s
         torch.manual_seed(seed)
         try:
             module = factory(**arguments)
+        except ConfigError:
+            raise
         except Exception as error:
             raise ConfigError(
                 "C017", f"model factory raised {type(error).__name__}: {error}", place="model_type", value=model_type
@@ -82,7 +70,7 @@ def check_fit(module: Any, dataset: Dataset) -> None:
     Raises:
         ConfigError: C018 naming the shapes.
     """
-    batch = torch.from_numpy(dataset.train_x[:2])
+    batch = torch.from_numpy(dataset.train_part(slice(2))[0])
     parameter = next(module.parameters(), None)
     if parameter is not None:
         batch = batch.to(parameter.dtype)

@@ -148,6 +148,19 @@ def _server_template(values: Values) -> Iterator[Problem]:
         )
 
 
+def _table(values: Values) -> Iterator[Problem]:
+    if values["dataset_type"] not in ("csv", "parquet"):
+        return
+    for key, what in (("data_dir", "the table"), ("target_column", "the column with the class")):
+        if not values[key]:
+            yield Problem(
+                "C016",
+                (key,),
+                f"{key} is missing: dataset_type '{values['dataset_type']}' needs it",
+                hint=f"Set it to {what}.",
+            )
+
+
 CHECKS: tuple[Check, ...] = (
     _min_nodes,
     _schema_and_topology,
@@ -156,4 +169,5 @@ CHECKS: tuple[Check, ...] = (
     _weight_decay,
     _roles,
     _server_template,
+    _table,
 )

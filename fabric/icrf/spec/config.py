@@ -112,11 +112,25 @@ class FederationConfig(BaseModel):
     dataset_type: Text = "digits"
     """A built-in dataset or ``module:attr`` of a function that loads one."""
     data_dir: Text | None = None
-    """Folder of data files for datasets that need one, relative to the configuration's folder."""
+    """Folder of data files for datasets that need one (``mnist``, ``fmnist``, ``cifar10``) or file of a table,
+    relative to the configuration's folder."""
+    target_column: Text | None = None
+    """Tables: the column with the class."""
+    categorical_columns: list[Text] = Field(default_factory=list)
+    """Tables: columns that are categories even where they look like numbers."""
+    ignored_columns: list[Text] = Field(default_factory=list)
+    """Tables: columns that are left out."""
+    group_column: Text | None = None
+    """Tables: the column with a sample's natural id, for ``natural``; it is no feature."""
     data_distribution_kind: Text = "iid"
-    """How samples are dealt to the nodes: ``iid``, or ``dir`` (label shares drawn from a Dirichlet distribution)."""
+    """How samples are dealt to the nodes: ``iid``, ``dir``, ``20``, ``50``, ``90``, ``shards``, ``pathological``,
+    ``quantity``, ``natural`` (see docs/data.md), a registered name or ``module:attr``."""
     dirichlet_beta: Annotated[float, Field(gt=0, le=1e6)] = 0.5
-    """Concentration of ``dir``; the smaller, the more the nodes' labels differ."""
+    """Concentration of ``dir`` and ``quantity``; the smaller, the more the nodes' labels or sizes differ."""
+    classes_per_node: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Classes that a node holds with ``pathological``."""
+    shards_per_node: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Shards that a node gets with ``shards``."""
     shuffle: bool = True
     """Shuffle each node's data in every epoch."""
 
