@@ -46,16 +46,16 @@ def pack_nodes(rows: Mapping[int, Array], round_number: int) -> bytes:
 
 
 def unpack_nodes(layout: Layout, data: bytes, round_number: int, indices: Sequence[int]) -> Array:
-    """The states of these nodes in their order, shape (len(indices), num_parameters).
+    """The states of these nodes in their order, shape (len(indices), row_size).
 
     Raises:
         WeightsError: W010 if one is missing or it is no such checkpoint, W020 for non-finite values.
     """
     rows = _load(data, round_number)
-    state = np.empty((len(indices), layout.num_parameters), layout.dtype)
+    state = np.empty((len(indices), layout.row_size), layout.dtype)
     for k, index in enumerate(indices):
         row = _row(rows, index)
-        layout.check(row)
+        layout.check(row, size=layout.row_size)
         _require_finite(layout, row, f"node {index}")
         state[k] = row
     return state

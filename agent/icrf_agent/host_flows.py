@@ -113,23 +113,26 @@ class HostTools:
             sums[f"train_{name}"] = (old[0] + part, old[1] + weight)
         return self.nodes.model.flat
 
-    def last_word(self, index: int, state: Array) -> Array:
-        """Let a node's own `aggregate` see its new state, where its class has one."""
+    def last_word(self, index: int, state: Array) -> None:
+        """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""
+        self.layout.settle(state)
         node = self.nodes.get(index)
         if type(node).aggregate is FederatedNode.aggregate:
-            return state
+            return
         self.nodes.model.load(state)
-        changed = self.nodes.call(index, "aggregate", state)
+        shared = state[: self.layout.num_parameters]
+        changed = self.nodes.call(index, "aggregate", shared)
         place = f"{node.id} on {self.nodes.cluster}, aggregate"
         if not isinstance(changed, np.ndarray):
             kind = type(changed).__name__
             raise NodeError("U002", f"{node.id}.aggregate returned {kind}", place=place, allowed="a NumPy array")
         with self.nodes.blamed(index):
-            self.layout.check(changed)
+            self.layout.check(changed, size=len(shared))
         bad = self.layout.first_nonfinite(changed)
         if bad:
             raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
-        return changed
+        np.copyto(shared, changed)
+        self.layout.settle(shared)
 
 
 class CentralizedFlow:
@@ -207,7 +210,8 @@ class CentralizedFlow:
         postings = t.collect(start, PARTIAL)
         total = t.merge(start, postings, start.total_weight)
         self._state.rebase(start)
-        model = t.last_word(self._aggregator, total.mean(t.layout.dtype, out=self._state.spare()))
+        model = total.mean(t.layout.dtype, out=self._state.spare())
+        t.last_word(self._aggregator, model)
         self._state.stage(start, model)
         self._seen = model
         metrics: dict[str, float] = {}
@@ -255,7 +259,8 @@ class DecentralizedFlow:
         if number:
             initial = unpack_nodes(t.layout, restored, number, t.nodes.indices)
         else:
-            initial = np.tile(t.nodes.initial, (len(self._rows), 1))
+            t.nodes.model.load(t.nodes.initial)
+            initial = np.tile(t.nodes.model.row, (len(self._rows), 1))
         self._state = VersionedState(initial, number, recycle=not t.has_last_word)
         self._updates = np.empty_like(initial)
         adjacency = HybridAdjacencyMatrix.from_graph(t.activation.graph)
@@ -289,14 +294,17 @@ class DecentralizedFlow:
             if node.is_train_node:
                 t.train_node(index, sums)
                 trained.append(index)
-            updates[k] = t.nodes.model.flat
+            with t.nodes.blamed(index):
+                updates[k] = t.nodes.model.row
             bad = t.layout.first_nonfinite(updates[k])
             if bad:
                 place = f"{node.id} on {t.nodes.cluster}"
                 raise WeightsError(
                     "W020", f"{node.id} has non-finite values in {bad}", place=place, hint="lower the learning rate"
                 )
-        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), updates))
+        # What is private stays behind; without any this is no copy.
+        sent = np.ascontiguousarray(updates[:, : t.layout.num_parameters])
+        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), sent))
         return PhaseReport(nodes=tuple(trained), metric_sums=sums)
 
     def aggregate(self, start: StartRound) -> PhaseReport:
@@ -305,16 +313,18 @@ class DecentralizedFlow:
         postings = t.collect(start, UPDATE)
         rows = self._neighbour_rows(postings)
         self._state.rebase(start)
-        state = self._state.spare()
+        state, size = self._state.spare(), t.layout.num_parameters
+        metrics: MetricSums = {}
         for index, k in self._rows.items():
             neighbours, weights = self._mixing[index]
-            weighted_mix([rows[int(j)] for j in neighbours], [float(w) for w in weights], state[k])
-            word = t.last_word(index, state[k])
-            if word is not state[k]:
-                state[k] = word
+            weighted_mix([rows[int(j)] for j in neighbours], [float(w) for w in weights], state[k, :size])
+            state[k, size:] = self._updates[k, size:]
+            t.last_word(index, state[k])
+            if start.evaluate and t.layout.private:
+                self._evaluate_own(index, state[k], metrics)
         overflow: set[int] = set()
         if start.evaluate:
-            overflow = self._publish_consensus(start, state)
+            overflow = self._publish_consensus(start, state[:, :size])
         self._state.stage(start, state)
         needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours} - set(self._rows)
         local = t.activation.assignment[t.nodes.indices[0]]
@@ -323,8 +333,17 @@ class DecentralizedFlow:
             overflow=tuple(sorted(overflow)),
             absmax=self._absmax(state),
             state_hashes=b"".join(self._digest(row) for row in state),
-            bytes_intra_cluster=crossing * state[0].nbytes,
+            metric_sums=metrics,
+            bytes_intra_cluster=crossing * state[0, :size].nbytes,
         )
+
+    def _evaluate_own(self, index: int, row: Array, sums: MetricSums) -> None:
+        """Where models are private in part, a consensus is no model: each node evaluates its own, and all count one."""
+        self._t.nodes.model.load(row)
+        for name, value in self._t.nodes.measure(index, "evaluate", "test").items():
+            old = sums.get(name, (0, 0))
+            with self._t.nodes.blamed(index):
+                sums[name] = (old[0] + exact_metric(value, 1), old[1] + 1)
 
     def _neighbour_rows(self, postings: Sequence[Posting]) -> dict[int, Array]:
         needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours}
@@ -352,9 +371,12 @@ class DecentralizedFlow:
         t = self._t
         postings = t.collect(start, CONSENSUS)
         model = t.merge(start, postings, len(t.activation.nodes)).mean(t.layout.dtype)
+        t.layout.settle(model)
         self._consensus = (start.round, start.attempt, model)
-        t.nodes.model.load(model)
-        metrics = t.nodes.measure(t.nodes.indices[0], "evaluate", "test")
+        metrics: dict[str, float] = {}
+        if not t.layout.private:
+            t.nodes.model.load(model)
+            metrics = t.nodes.measure(t.nodes.indices[0], "evaluate", "test")
         return PhaseReport(
             metrics=metrics,
             model_hash=t.layout.model_sha256(model),

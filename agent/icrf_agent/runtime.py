@@ -19,7 +19,16 @@ from urllib.parse import quote
 from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
 from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
-from icrf.protocol import Activate, Activated, HeldRun, PeerAddress, Reserve, StartRound
+from icrf.protocol import (
+    Activate,
+    Activated,
+    HeldRun,
+    PeerAddress,
+    Reserve,
+    StartRound,
+    element_type,
+    shared_size,
+)
 from icrf_agent.checkpoint import merge_nodes
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
@@ -245,8 +254,8 @@ class HostedRuntime:
             transfer.kind,
             transfer.target,
             sender=transfer.sender,
-            dtype="float64" if partial else layout[0].dtype,
-            num_elements=sum(_size(t.shape) for t in layout),
+            dtype="float64" if partial else element_type(layout),
+            num_elements=shared_size(layout),
             weight=posting.weight,
             recipients=transfer.recipients if partial else (),
         )
@@ -484,10 +493,3 @@ def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:
     sizes = [base + (k < more) for k in range(parts)]
     ends = [sum(sizes[: k + 1]) for k in range(parts)]
     return [tuple(nodes[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _size(shape: Sequence[int]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total

@@ -165,7 +165,7 @@ def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec
     module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
     check_fit(module, dataset)
     configured_partition(config, dataset, num_parts)
-    return Layout.of_module(module).tensors
+    return Layout.of_module(module, config.private_keys).tensors
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class ReportChecks:
 
     Args:
         flow: ``centralized`` or ``decentralized``.
-        num_tensors: tensors of the model's layout.
+        num_tensors: tensors of the model's layout that are shared.
         members: node indices per cluster.
         coordinator: the cluster that makes the global or consensus model.
     """

@@ -17,7 +17,18 @@ import numpy as np
 
 from icrf.errors import ConfigError
 from icrf.exchange import ExchangePlan, compile_exchange
-from icrf.protocol import CENTRALIZED, STAGES, ClusterInfo, Fingerprint, LinkBytes, Plan, Resources, Submission
+from icrf.protocol import (
+    CENTRALIZED,
+    STAGES,
+    ClusterInfo,
+    Fingerprint,
+    LinkBytes,
+    Plan,
+    Resources,
+    Submission,
+    element_type,
+    shared_size,
+)
 from icrf.topology import MIXINGS, HybridAdjacencyMatrix, rounds_to_consensus, spectrum
 from icrf_mediator.assignment import Assignment, assign, resolve_pins
 
@@ -99,7 +110,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     owners = assignment.clusters or (0,) * adjacency.num_nodes
     exchange = compile_exchange(submission.flow, adjacency, [node.role for node in submission.nodes], owners)
     slots = _slots(assignment, clusters)
-    num_parameters = sum(math.prod(tensor.shape) for tensor in submission.layout)
+    num_parameters = shared_size(submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = exchange.links(num_parameters, _itemsize(submission))
     per_round = sum(links.values())
@@ -126,6 +137,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
+        tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
     )
     return plan, assignment
 
@@ -207,7 +219,7 @@ def _mix(settings: _Settings, adjacency: HybridAdjacencyMatrix) -> Any:
 
 
 def _itemsize(submission: Submission) -> int:
-    return max((np.dtype(tensor.dtype).itemsize for tensor in submission.layout), default=_FLOAT32)
+    return np.dtype(element_type(submission.layout)).itemsize if submission.layout else _FLOAT32
 
 
 def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from icrf.protocol import (
     RunEvent,
     RunInfo,
     Submission,
+    shared_tensors,
 )
 from icrf_mediator.checkpoints import Checkpoints
 from icrf_mediator.checks import ReportChecks
@@ -135,7 +136,7 @@ class RunBase:
         flow, members = self.submission.flow, placement.members()
         coordinator = placement.clusters[placement.coordinator(self.submission)]
         self._ledger = RoundLedger(flow, placement.clusters, members, coordinator)
-        self._checks = ReportChecks(flow, len(self.submission.layout), members, coordinator)
+        self._checks = ReportChecks(flow, len(shared_tensors(self.submission.layout)), members, coordinator)
 
     def _save_goal(self, effects: Effects) -> None:
         goal = {"stage": self._stage, "rounds_wanted": self._rounds_wanted, "finishing": self._finishing}

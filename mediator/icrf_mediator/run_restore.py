@@ -43,7 +43,7 @@ def submission_of(row: Mapping[str, Any]) -> Submission:
     parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
     graph = parts["graph"]
     parts["graph"] = Graph(graph["num_nodes"], tuple(graph["indptr"]), tuple(graph["indices"]))
-    parts["layout"] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in parts["layout"])
+    parts["layout"] = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in parts["layout"])
     return Submission(**parts)
 
 

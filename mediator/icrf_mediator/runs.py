@@ -46,6 +46,7 @@ from icrf.protocol import (
     SaveCheckpoint,
     StartRound,
     StoreModel,
+    shared_tensors,
 )
 from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
@@ -385,7 +386,7 @@ class RunMachine(RunBase):
         assert self._ledger is not None and self._ledger.open is not None
         old = self._ledger.open.start
         start = self._ledger.retry_coarser(overflow, now.monotonic_s)
-        names = ", ".join(self.submission.layout[t].name for t in overflow[:4])
+        names = ", ".join(shared_tensors(self.submission.layout)[t].name for t in overflow[:4])
         if start is None:
             return self.fail(effects, now, make_error("W021", f"round {old.round}: values of {names} keep growing"))
         text = f"round {old.round}: values of {names} left the exact grid; attempt {start.attempt} uses a coarser one"

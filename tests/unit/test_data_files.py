@@ -53,9 +53,7 @@ def test_idx_folders_are_read_in_every_spelling(tmp_path: Path, zipped: bool, do
 def test_a_missing_file_is_named_with_what_is_expected(tmp_path: Path) -> None:
     write_idx(tmp_path, zipped=True)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(
-        ConfigError, match=r"C015 data_dir: no such file .*t10k-labels-idx1-ubyte.*nothing is downloaded"
-    ):
+    with pytest.raises(ConfigError, match=r"C015 data_dir: no such file .*t10k-labels-idx1-ubyte.*nothing is down"):
         load_dataset("mnist", str(tmp_path))
     with pytest.raises(ConfigError, match=r"C015 data_dir: no such folder .*nowhere"):
         load_dataset("fmnist", str(tmp_path / "nowhere"))

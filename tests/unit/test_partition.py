@@ -87,7 +87,7 @@ def test_pathological_nodes_hold_exactly_so_many_classes(classes: int) -> None:
     assert parts.sizes.sum() == len(FMNIST_LIKE)
     with pytest.raises(ConfigError, match="C008 classes_per_node"):
         partition("pathological", FMNIST_LIKE, 50, seed=3, classes_per_node=11)
-    with pytest.raises(ConfigError, match="C008 classes_per_node: .*hold class"):
+    with pytest.raises(ConfigError, match=r"C008 classes_per_node: .*hold class"):
         partition("pathological", np.array([0, 1] * 20), 30, seed=3)
 
 
@@ -109,7 +109,7 @@ def test_natural_ids_stay_together() -> None:
     assert sum(map(len, owned)) == 30 and {len(ids) for ids in owned} == {4, 5}
     with pytest.raises(ConfigError, match="C008 number_of_clients: 31 nodes share 30 natural ids"):
         partition("natural", labels, 31, seed=1, groups=groups)
-    with pytest.raises(ConfigError, match="C008 data_distribution_kind: the data has no natural ids.*group_column"):
+    with pytest.raises(ConfigError, match=r"C008 data_distribution_kind: the data has no natural ids.*group_column"):
         partition("natural", labels, 3, seed=1)
 
 
@@ -154,7 +154,7 @@ def test_splits_are_frozen(kind: str) -> None:
 
 
 def by_halves(labels: Any, num_parts: int) -> Any:
-    return [part for part in np.array_split(np.arange(len(labels)), num_parts)]
+    return np.array_split(np.arange(len(labels)), num_parts)
 
 
 def owners(labels: Any, num_parts: int, seed: int) -> Any:

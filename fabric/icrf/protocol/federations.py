@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PROTOCOL_VERSION = 1
@@ -26,13 +28,45 @@ TERMINAL = frozenset({COMPLETED, FAILED, CANCELLED})
 CENTRALIZED, DECENTRALIZED = "centralized", "decentralized"
 
 
+# How the tensors of several nodes become one: the weighted mean; the mean rounded to the nearest integer; not at all.
+MEAN, ROUNDED, PRIVATE = "mean", "rounded", "private"
+# Elements of the flat buffer that an integer takes, see ``learning/layout.py``.
+LIMBS = 2
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model. `dtype` is a NumPy name such as ``float32``."""
+    """One tensor of the model. `dtype` is a NumPy name such as ``float32``, `rule` one of the three above."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    rule: str = MEAN
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it holds integers or booleans."""
+        return "int" in self.dtype or self.dtype == "bool"
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the flat buffer that it takes."""
+        return math.prod(self.shape) * (LIMBS if self.is_integer and self.rule != MEAN else 1)
+
+
+def shared_tensors(layout: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that nodes send and average, in name order."""
+    return tuple(tensor for tensor in layout if tensor.rule != PRIVATE)
+
+
+def shared_size(layout: Sequence[TensorSpec]) -> int:
+    """Elements of a model or an update on its way."""
+    return sum(tensor.num_elements for tensor in shared_tensors(layout))
+
+
+def element_type(layout: Sequence[TensorSpec]) -> str:
+    """The dtype of a model or an update on its way: that of its first floats."""
+    return next((tensor.dtype for tensor in layout if tensor.rule == MEAN), layout[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -134,6 +168,8 @@ class Plan:
         rounds_to_consensus: rounds until the disagreement falls below 1e-6; -1 if never or centralized.
         problems: why it is not feasible, one sentence each.
         links: (from cluster, to cluster, payload bytes per round).
+        num_parameters: elements of a model on its way.
+        tensors: rule -> how many tensors of the model follow it.
     """
 
     federation: str
@@ -156,6 +192,7 @@ class Plan:
     num_parameters: int
     strategy: str
     explanation: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

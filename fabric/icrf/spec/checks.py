@@ -57,6 +57,8 @@ def _only_today(values: Values) -> Iterator[Problem]:
     for key, wanted in (("do_cluster", False), ("aggregation_sample_scaling", True), ("store_node_models", False)):
         if values.get(key, wanted) is not wanted:
             yield not_built(key, not wanted, str(wanted).lower())
+    if values.get("private_keys") and values.get("federated_learning_schema") == TRADITIONAL:
+        yield not_built("private_keys", "...", f"[] with {TRADITIONAL}, any with {DECENTRALIZED}")
     if values.get("device") == "cuda":
         yield not_built("device", "cuda", "cpu")
     least, nodes = values.get("min_nodes"), values.get("number_of_clients")

@@ -151,6 +151,8 @@ class FederationConfig(BaseModel):
     """Weight of the proximal term of ``FedProx``."""
     aggregation_sample_scaling: bool = True
     """Weight updates by the nodes' sample counts; false: every node counts the same."""
+    private_keys: list[Text] = Field(default_factory=list)
+    """Patterns (``bn*``) of the names of tensors that stay with their node and are never averaged (FedBN)."""
     mixing: Text = "metropolis_hastings"
     """How the mixing matrix of a decentralized round follows from the adjacency matrix."""
 

@@ -2,8 +2,8 @@
 
 A column is numeric when every value of the training part is a finite number and the configuration does not call it
 categorical; it is standardised to mean 0 and standard deviation 1. Any other column is categorical and becomes one
-column of 0 and 1 per value, all 0 for a value that only the test part has. Mean, deviation, values and classes are those
-of the training part only, so that nothing about the test part reaches a model.
+column of 0 and 1 per value, all 0 for a value that only the test part has. Mean, deviation, values and classes are
+those of the training part only, so that nothing about the test part reaches a model.
 """
 
 from __future__ import annotations
