@@ -111,7 +111,8 @@ class HostTools:
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
             sums[f"train_{name}"] = (old[0] + part, old[1] + weight)
-        return self.nodes.model.flat
+        with self.nodes.blamed(index):
+            return self.nodes.model.flat
 
     def last_word(self, index: int, state: Array) -> None:
         """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""

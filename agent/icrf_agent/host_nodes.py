@@ -266,6 +266,7 @@ class HostNodes:
             "dataset_type": c.dataset_type,
             "data_distribution_kind": c.data_distribution_kind,
             "mixing": c.mixing,
+            **{f"metrics[{k}]": name for k, name in enumerate(c.metrics)},
         }
         for key, name in wanted.items():
             if name and ":" in name and name not in self._setup.allow:

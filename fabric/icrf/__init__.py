@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         schema_factory,
     )
     from icrf.federation.virtual_node import VirtualNode
-    from icrf.learning import Dataset, register_dataset, register_model, register_partitioner
+    from icrf.learning import Dataset, register_dataset, register_metric, register_model, register_partitioner
     from icrf.spec import FederationConfig
     from icrf.topology import register_topology
 
@@ -54,6 +54,7 @@ __all__ = [
     "__version__",
     "connect",
     "register_dataset",
+    "register_metric",
     "register_model",
     "register_partitioner",
     "register_topology",
@@ -77,6 +78,7 @@ _HOME = {
     "register_topology": "icrf.topology",
     "Dataset": "icrf.learning",
     "register_dataset": "icrf.learning",
+    "register_metric": "icrf.learning",
     "register_model": "icrf.learning",
     "register_partitioner": "icrf.learning",
 }

@@ -150,8 +150,9 @@ def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec
     """Build model and data once, deal the data out to `num_parts` nodes, and return the model's tensors.
 
     Raises:
-        ConfigError: C008 for a split that does not exist, C015 for files that are missing or broken, C018 for a model
-            that does not take the data.
+        ConfigError: C010 or C017 for names that cannot be loaded, C008 for a split that does not exist, C015 for files
+            that are missing or broken, C018 for a model that does not take the data.
+        WeightsError: W010, W011 for a model with tensors that have no aggregation rule.
     """
     from icrf.learning import (  # noqa: PLC0415 - torch takes seconds
         Layout,
@@ -159,8 +160,10 @@ def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec
         check_fit,
         configured_dataset,
         configured_partition,
+        require_metrics,
     )
 
+    require_metrics(config.metrics)
     dataset = configured_dataset(config)
     module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
     check_fit(module, dataset)

@@ -16,6 +16,7 @@ from icrf.learning.architectures import mlp
 from icrf.learning.datasets import Dataset, load_dataset
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.learning.layout import FlatModule
+from icrf.learning.metrics import measure, require_metrics
 from icrf.learning.models import build_model, check_fit
 from icrf.learning.partition import partition
 from icrf.learning.rng import derive_seed, numpy_generator, torch_generator
@@ -257,3 +258,37 @@ def test_user_factories_are_called_with_what_they_accept() -> None:
         build_model("torch.nn:Linear", (64,), 10, 0)
     with pytest.raises(ConfigError, match="C018 model_type"):
         build_model("builtins:dict", (64,), 10, 0)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def answered(scores: np.ndarray, labels: np.ndarray) -> float:
+    return float(len(labels) * scores.shape[1])
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
+    from sklearn import metrics as reference  # noqa: PLC0415 - half a second
+
+    random = np.random.RandomState(1)
+    scores, labels = random.random_sample((200, 8)).astype(np.float32), random.randint(0, 7, 200)
+    found = measure(["balanced_accuracy", "macro_f1", "top_5_accuracy", f"{__name__}:answered"], scores, labels)
+    told = scores.argmax(axis=1)
+    in_order = reference.recall_score(labels, told, average="macro", labels=np.unique(labels))
+    assert found["balanced_accuracy"] == pytest.approx(in_order)
+    assert found["macro_f1"] == pytest.approx(reference.f1_score(labels, told, average="macro"))
+    assert found["top_5_accuracy"] == pytest.approx(
+        reference.top_k_accuracy_score(labels, scores, k=5, labels=range(8))
+    )
+    assert found["answered"] == 1600.0
+
+
+def test_metrics_are_evaluated_by_name_and_refused_by_name() -> None:
+    module = digits_module().module
+    found = evaluate(module, DIGITS.test_x, DIGITS.test_y, batch=100, metrics=["macro_f1"])
+    assert set(found) == {"accuracy", "loss", "macro_f1"} and 0 <= found["macro_f1"] <= 1
+    assert evaluate(module, DIGITS.test_x[:0], DIGITS.test_y[:0], metrics=["macro_f1"])["macro_f1"] == 0.0
+    with pytest.raises(ConfigError, match=r"C010 metric 'macro_f2' unknown.*Did you mean 'macro_f1'"):
+        require_metrics(["macro_f2"])
+    with pytest.raises(ConfigError, match=r"C008 metrics: two metrics are called 'macro_f1'"):
+        require_metrics(["macro_f1", "icrf.learning.metrics:macro_f1"])

@@ -120,9 +120,13 @@ class FederatedNode:
         return {"loss": loss}
 
     def evaluate(self, phase: str = "test") -> dict[str, float]:
-        """Accuracy and loss of ``self.model`` on the held-out data (``test``) or the node's own (else)."""
+        """Accuracy, loss and the configured metrics of ``self.model``.
+
+        Args:
+            phase: ``test`` for the held-out data, anything else for the node's own.
+        """
         features, labels = self.context.test_data if phase == "test" else self.train_data
-        return evaluate(self.model, features, labels)
+        return evaluate(self.model, features, labels, metrics=self.config.metrics)
 
     def aggregate(self, state: Array) -> Array:
         """A last word on the node's new state of a round (the aggregator: on the new global model).
@@ -238,7 +242,7 @@ class FederatedNode:
         model = (
             self._saved
             if self._saved is not None
-            else self.context.model.layout.to_state_dict(self.context.model.snapshot())
+            else self.context.model.layout.to_state_dict(self.context.model.row.copy())
         )
         return {"id": self._id, "version": self.version, "model": model, "timestamp": time.time()}
 

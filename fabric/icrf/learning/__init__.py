@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icrf.learning.datasets import Dataset, configured_dataset, load_dataset, register_dataset
     from icrf.learning.layout import FlatModule, Layout
+    from icrf.learning.metrics import register_metric, require_metrics
     from icrf.learning.models import build_model, check_fit, register_model
     from icrf.learning.partition import configured_partition, partition, register_partitioner
     from icrf.learning.training import LocalTrainer, evaluate
@@ -28,8 +29,10 @@ __all__ = [
     "load_dataset",
     "partition",
     "register_dataset",
+    "register_metric",
     "register_model",
     "register_partitioner",
+    "require_metrics",
 ]
 
 _HOME = {
@@ -41,6 +44,8 @@ _HOME = {
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",
+    "register_metric": "metrics",
+    "require_metrics": "metrics",
     "register_model": "models",
     "configured_partition": "partition",
     "partition": "partition",

@@ -111,6 +111,9 @@ class FederationConfig(BaseModel):
     """A built-in model or ``module:attr`` of a function that builds one."""
     dataset_type: Text = "digits"
     """A built-in dataset or ``module:attr`` of a function that loads one."""
+    metrics: list[Text] = Field(default_factory=list)
+    """Metrics of an evaluation beside accuracy and loss: ``balanced_accuracy``, ``macro_f1``, ``top_5_accuracy``, a
+    registered name or ``module:attr``."""
     data_dir: Text | None = None
     """Folder of data files for datasets that need one (``mnist``, ``fmnist``, ``cifar10``) or file of a table,
     relative to the configuration's folder."""
