@@ -178,6 +178,23 @@ def test_fingerprint_names_what_decides_bits() -> None:
     assert found.torch_version == torch.__version__
 
 
+@pytest.mark.parametrize("num_samples", [33, 32, 17, 16, 2])
+def test_batch_norm_gets_no_single_sample_and_every_sample_once(num_samples: int) -> None:
+    seen: list[int] = []
+
+    class Watched(nn.BatchNorm1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return super().forward(x)
+
+    module = FlatModule(nn.Sequential(nn.Linear(64, 8), Watched(8), nn.Linear(8, 10)))
+    x, y = DIGITS.train_x[:num_samples], DIGITS.train_y[:num_samples]
+    generator = torch_generator(7, 0, 1, "train")
+    _, count = LocalTrainer().train(module, x, y, generator=generator, **SGD)
+    assert sum(seen) == num_samples == count and min(seen) >= 2
+    assert module.layout.to_state_dict(module.flat)["1.num_batches_tracked"] == len(seen)
+
+
 # ---------------------------------------------------------------- data
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from icrf.errors import ConfigError
@@ -141,7 +142,8 @@ class LocalTrainer:
             momentum: 0 for none.
             weight_decay: L2 penalty as the optimizer understands it.
             epochs: passes over the data; 0 trains nothing.
-            batch_size: samples per step; 0 takes all at once. The last batch of a pass may be smaller.
+            batch_size: samples per step; 0 takes all at once. The last batch of a pass may be smaller; where the model
+                has batch norm, which cannot do with one sample, a last single one joins the batch before.
             shuffle: draw a new order for every pass; otherwise the given order.
             generator: CPU generator of this (node, round).
 
@@ -160,11 +162,13 @@ class LocalTrainer:
             else _TorchOptimizer(optimizer, flat_module, learning_rate, momentum, weight_decay)
         )
         total = torch.zeros((), dtype=torch.float64)
+        normalises = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
         flat_module.zero_grad()
         module.train()
         with _global_randomness_from(generator):
             for _ in range(epochs):
-                for features, labels in _batches(x, y, batch_size or num_samples, shuffle, generator):
+                batches = _batches(x, y, batch_size or num_samples, shuffle, generator)
+                for features, labels in _no_single(batches) if normalises else batches:
                     loss = functional.cross_entropy(module(features), labels)
                     loss.backward()
                     stepper.step()
@@ -198,6 +202,20 @@ def _batches(
         yield from zip(
             x.index_select(0, block).split(batch_size), y.index_select(0, block).split(batch_size), strict=True
         )
+
+
+def _no_single(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same batches, a single sample at the end together with the batch before it."""
+    held = next(batches, None)
+    for batch in batches:
+        assert held is not None
+        if len(batch[1]) == 1:
+            held = torch.cat([held[0], batch[0]]), torch.cat([held[1], batch[1]])
+        else:
+            yield held
+            held = batch
+    if held is not None:
+        yield held
 
 
 def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[str] = ()) -> dict[str, float]:
