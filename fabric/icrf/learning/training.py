@@ -162,13 +162,12 @@ class LocalTrainer:
             else _TorchOptimizer(optimizer, flat_module, learning_rate, momentum, weight_decay)
         )
         total = torch.zeros((), dtype=torch.float64)
-        normalises = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
         flat_module.zero_grad()
         module.train()
         with _global_randomness_from(generator):
             for _ in range(epochs):
                 batches = _batches(x, y, batch_size or num_samples, shuffle, generator)
-                for features, labels in _no_single(batches) if normalises else batches:
+                for features, labels in _as_accepted(module, batches):
                     loss = functional.cross_entropy(module(features), labels)
                     loss.backward()
                     stepper.step()
@@ -204,8 +203,13 @@ def _batches(
         )
 
 
-def _no_single(batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same batches, a single sample at the end together with the batch before it."""
+def _as_accepted(
+    module: Any, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same batches; with batch norm a single sample at the end together with the batch before it."""
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        yield from batches
+        return
     held = next(batches, None)
     for batch in batches:
         assert held is not None
