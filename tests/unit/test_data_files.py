@@ -123,6 +123,24 @@ def test_cifar_batches_are_read_without_unpickling(tmp_path: Path, protocol: int
         load_dataset("cifar10", str(folder))
 
 
+@pytest.mark.parametrize("fortran", [False, True])
+def test_a_batch_written_by_python_2_is_read(tmp_path: Path, fortran: bool) -> None:
+    """As the published files are: protocol 2 with strings of bytes, which no writer of today makes."""
+    images = np.arange(2 * 3072, dtype=np.int64).astype(np.uint8).reshape(2, 3072)
+    body = images.tobytes(order="F" if fortran else "C")
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x05cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07"
+        b"(K\x01K\x02M\x00\x0c\x86cnumpy\ndtype\nq\x08U\x02u1K\x00K\x01\x87Rq\t"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb" + (b"\x88" if fortran else b"\x89")
+    )
+    labels = b"U\x06labelsq\x03]q\x04(K\x06K\x09e"
+    data = b"U\x04dataq\n" + array + b"T" + struct.pack("<I", len(body)) + body + b"tb"
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5" + labels + data + b"u.")
+    x, y = read_batch(path)
+    assert y.tolist() == [6, 9] and np.array_equal(x.reshape(2, 3072), images)
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("pwned",)
