@@ -137,6 +137,9 @@ def run(
             "--resume", metavar="DIR", help="Go on with the run that was started with --out DIR.", show_default=False
         ),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify-determinism", help="Run it twice and compare the hashes of all rounds.")
+    ] = False,
     override: Overrides = None,
     json: Json = False,
     plain: Plain = False,
@@ -145,10 +148,11 @@ def run(
     session: Session = context.obj
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import resume_here, run_here
+    from icrf.console.verify import run_twice
 
     if resume is not None:
-        if override or out not in (None, resume):
-            place = "--override" if override else "--out"
+        if override or verify or out not in (None, resume):
+            place = "--override" if override else "--verify-determinism" if verify else "--out"
             raise LocalError("L009", f"--resume goes on with what was started; {place} changes it", place=place)
         summary, status = resume_here(terminal, session.doors, resume, clusters)
     elif file is None:
@@ -157,7 +161,8 @@ def run(
         )
     else:
         submission = _submission(_load(file, override), file)
-        summary, status = run_here(terminal, session.doors, submission, clusters or 1, out)
+        begin = run_twice if verify else run_here
+        summary, status = begin(terminal, session.doors, submission, clusters or 1, out)
     _finish(terminal, summary, status, json)
 
 

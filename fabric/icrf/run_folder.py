@@ -76,7 +76,7 @@ class RunFolder:
     def write_plan(self, plan: Plan) -> None:
         """``plan.json``."""
         self._plan = plan
-        self._replace("plan.json", _json_bytes(plan_to_dict(plan)))
+        self._replace("plan.json", json_bytes(plan_to_dict(plan)))
 
     def add_round(self, result: RoundResult) -> None:
         """Append one line to ``rounds.jsonl``; it is with the operating system when this returns."""
@@ -93,7 +93,7 @@ class RunFolder:
         """Write ``summary.json`` and ``report.html``; returns the summary."""
         config = in_order(json.loads(info.config_json)) if info.config_json else {}
         summary = summarize(info, self._rounds)
-        self._replace("summary.json", _json_bytes(summary))
+        self._replace("summary.json", json_bytes(summary))
         page = render(ReportData(summary, self._rounds, config, self._plan))
         self._replace("report.html", page.encode())
         return summary
@@ -198,7 +198,8 @@ def plan_from_dict(values: Mapping[str, Any]) -> Plan:
     return Plan(**fields)
 
 
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """A mapping as the folder's JSON files hold it."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
