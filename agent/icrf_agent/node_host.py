@@ -19,6 +19,7 @@ from icrf_agent.host_flows import CentralizedFlow, DecentralizedFlow, Flow, Host
 from icrf_agent.host_nodes import HostNodes, HostSetup
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_state import HostHeld
+from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.topology_manager import HybridTopologyManager, References
 
 NUM_THREADS = 1
@@ -49,7 +50,8 @@ class NodeHost:
         torch.set_num_threads(NUM_THREADS)
         self._generation = 0
         nodes = HostNodes(setup, self._manager, self._notes)
-        tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references)
+        by_node = NodeMetrics(setup.activation.nodes)
+        tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references, by_node)
         kind = CentralizedFlow if setup.activation.flow == CENTRALIZED else DecentralizedFlow
         flow: Flow = kind(tools, setup.state)
         self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation

@@ -468,6 +468,7 @@ def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
         absmax=_elementwise_max([r.absmax for r in reports]),
         metric_sums=sums,
         metrics={k: v for r in reports for k, v in r.metrics.items()},
+        node_metrics={k: v for r in reports for k, v in r.node_metrics.items()},
         model_hash="".join(r.model_hash for r in reports),
         state_hashes=b"".join(r.state_hashes for r in reports),
         bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),

@@ -170,6 +170,7 @@ class PhaseReport:
     absmax: tuple[float, ...] = ()
     metric_sums: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    node_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     model_hash: str = ""
     state_hashes: bytes = b""
     bytes_intra_cluster: int = 0

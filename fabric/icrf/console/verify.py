@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ from icrf.errors import ConfigError, IcrfError, InternalError
 from icrf.model_file import write_file
 from icrf.protocol import COMPLETED, Submission
 from icrf.run_folder import default_folder, json_bytes
+from icrf.sinks import MetricsSink
 
 if TYPE_CHECKING:
     from icrf.cli import Doors
@@ -26,15 +27,22 @@ _COMPARED = ("model_sha256", "consensus_sha256", "participants", "metrics")
 AGAIN = "again"
 
 
-def run_twice(terminal: Terminal, doors: Doors, submission: Submission, clusters: int, out: Path | None) -> Outcome:
+def run_twice(
+    terminal: Terminal,
+    doors: Doors,
+    submission: Submission,
+    clusters: int,
+    out: Path | None,
+    sinks: Sequence[MetricsSink] = (),
+) -> Outcome:
     """Run a federation twice, the second time on another number of clusters where that is possible.
 
-    The first run leaves its folder in `out`, the second in ``out/again``. The summary is that of the first run with
-    ``deterministic`` (null if either run did not complete) and ``second_run`` beside it. Runs that differ end with
-    X002 and the first round in which they do.
+    The first run leaves its folder in `out` and tells the sinks, the second in ``out/again``. The summary is that of
+    the first run with ``deterministic`` (null if either run did not complete) and ``second_run`` beside it. Runs that
+    differ end with X002 and the first round in which they do.
     """
     other = _other_number(doors, submission, clusters)
-    summary, code = run_here(terminal, doors, submission, clusters, out)
+    summary, code = run_here(terminal, doors, submission, clusters, out, sinks)
     summary["deterministic"] = None
     if code:
         return summary, code
