@@ -47,7 +47,7 @@ def finished(values: dict[str, Any], clusters: int, template: type | None = None
 
 @pytest.mark.parametrize("values", [STAR, RING], ids=["star", "ring"])
 def test_nodes_are_kept_in_evaluated_rounds_and_averaged_in_all(values: dict[str, Any]) -> None:
-    rounds = {clusters: finished(values, clusters).rounds_seen for clusters in (1, 3)}  # type: ignore[attr-defined]
+    rounds = {clusters: finished(values, clusters) for clusters in (1, 3)}
     first, second = rounds[3]
     assert first.node_metrics == {} and "train_loss" in first.metrics
     assert set(second.node_metrics) == {f"client_{i}" for i in range(4)}
