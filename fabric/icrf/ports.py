@@ -163,7 +163,11 @@ class Arrival:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """What one host says after a phase; see ``RoundReport`` for the fields."""
+    """What one host says after a phase; see ``RoundReport`` for the fields.
+
+    Attributes:
+        node_states: whether nodes of the host have a durable state of their own.
+    """
 
     nodes: tuple[int, ...] = ()
     overflow: tuple[int, ...] = ()
@@ -174,6 +178,7 @@ class PhaseReport:
     model_hash: str = ""
     state_hashes: bytes = b""
     bytes_intra_cluster: int = 0
+    node_states: bool = False
 
 
 @dataclass(frozen=True)

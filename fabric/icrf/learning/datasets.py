@@ -11,7 +11,7 @@ import numpy as np
 
 from icrf.errors import ConfigError
 from icrf.learning.injection import accepted_arguments
-from icrf.learning.rng import stable_random_state
+from icrf.learning.rng import global_randomness, stable_random_state
 from icrf.registry import Registry
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -111,7 +111,8 @@ def load_dataset(dataset_type: str, data_dir: str = "") -> Dataset:
     """
     load = DATASETS.get(dataset_type)
     try:
-        loaded = load(**accepted_arguments(load, {"data_dir": data_dir}))
+        with global_randomness(0):  # clusters that load by themselves get the same data, whatever the seed
+            loaded = load(**accepted_arguments(load, {"data_dir": data_dir}))
     except ConfigError:
         raise
     except Exception as error:
