@@ -290,7 +290,7 @@ class HostNodes:
             "data_distribution_kind": c.data_distribution_kind,
             "mixing": c.mixing,
         }
-        for key, name in wanted.items():
+        for key, name in [*wanted.items(), *(("evaluation_metrics", name) for name in c.evaluation_metrics)]:
             if name and ":" in name and name not in self._setup.allow:
                 raise AgentError(
                     "A004",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from icrf.federation.base import FederatedBase
     from icrf.federation.message import Message
     from icrf.federation.node import FederatedNode
+    from icrf.federation.resources import get_resources_split
     from icrf.federation.schemas import (
         MeshFederatedLearningSchema,
         RingFederatedLearningSchema,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     )
     from icrf.federation.virtual_node import VirtualNode
     from icrf.learning import register_model
+    from icrf.registry import register
     from icrf.spec import FederationConfig
     from icrf.topology import register_topology
 
@@ -52,6 +54,8 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
+    "get_resources_split",
+    "register",
     "register_model",
     "register_topology",
     "schema_factory",
@@ -71,6 +75,8 @@ _HOME = {
     "MeshFederatedLearningSchema": "icrf.federation.schemas",
     "schema_factory": "icrf.federation.schemas",
     "FederationConfig": "icrf.spec",
+    "get_resources_split": "icrf.federation.resources",
+    "register": "icrf.registry",
     "register_topology": "icrf.topology",
     "register_model": "icrf.learning",
 }

@@ -15,6 +15,7 @@ from icrf.errors import ConfigError
 from icrf.learning.datasets import Dataset, load_dataset
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.learning.layout import FlatModule
+from icrf.learning.metrics import measure
 from icrf.learning.models import build_model, check_fit, mlp
 from icrf.learning.partition import partition
 from icrf.learning.rng import derive_seed, numpy_generator, torch_generator
@@ -258,3 +259,28 @@ def test_user_factories_are_called_with_what_they_accept() -> None:
         build_model("torch.nn:Linear", (64,), 10, 0)
     with pytest.raises(ConfigError, match="C018 model_type"):
         build_model("builtins:dict", (64,), 10, 0)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def test_metrics_against_values_worked_out_by_hand() -> None:
+    # Answers 0 0 1 2 for classes 0 1 1 2; class 3 does not occur.
+    scores = torch.eye(4)[[0, 0, 1, 2]]
+    labels = torch.tensor([0, 1, 1, 2])
+    found = measure(["macro_f1", "balanced_accuracy", "top_5_accuracy"], scores, labels)
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert found["balanced_accuracy"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["top_5_accuracy"] == 1.0
+    wide = torch.arange(20.0).repeat(2, 1)
+    assert measure(["top_5_accuracy"], wide, torch.tensor([15, 14])) == {"top_5_accuracy": 0.5}
+
+
+def test_metrics_see_all_samples_whatever_the_batch() -> None:
+    module = torch.nn.Linear(3, 4)
+    x, y = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 4
+    whole = evaluate(module, x, y, metrics=["macro_f1"])
+    assert evaluate(module, x, y, batch=7, metrics=["macro_f1"])["macro_f1"] == whole["macro_f1"]
+    assert set(whole) == {"accuracy", "loss", "macro_f1"}
+    with pytest.raises(ConfigError, match=r"C010 metric 'macro_f2' unknown.*Did you mean 'macro_f1'"):
+        evaluate(module, x, y, metrics=["macro_f2"])

@@ -132,9 +132,13 @@ class FederatedNode:
         return {"loss": loss}
 
     def evaluate(self, phase: str = "test") -> dict[str, float]:
-        """Accuracy and loss of ``self.model`` on the held-out data (``test``) or the node's own (else)."""
+        """Accuracy, loss and ``evaluation_metrics`` of ``self.model``.
+
+        Args:
+            phase: ``test`` for the held-out data, anything else for the node's own.
+        """
         features, labels = self.context.test_data if phase == "test" else self.train_data
-        return evaluate(self.model, features, labels)
+        return evaluate(self.model, features, labels, metrics=self.config.evaluation_metrics)
 
     def aggregate(self, state: Array) -> Array:
         """A last word on the node's new state of a round (the aggregator: on the new global model).

@@ -8,7 +8,7 @@ first optimizer step of a process imports), and batches are views of one permute
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional
 from icrf.errors import ConfigError
 from icrf.learning.injection import accepted_arguments
 from icrf.learning.layout import FlatModule
+from icrf.learning.metrics import measure
 from icrf.registry import unknown_name
 
 # Permuted copies of a node's data are made in blocks of about this size, so that a large node does not double.
@@ -199,17 +200,18 @@ def _batches(
         )
 
 
-def evaluate(module: Any, x: Any, y: Any, batch: int = 1024) -> dict[str, float]:
-    """Accuracy and mean cross entropy of a module.
+def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[str] = ()) -> dict[str, float]:
+    """Accuracy and mean cross entropy of a module, and other metrics by name.
 
     Args:
         module: a module or the module of a :class:`FlatModule`; its mode is put back.
         x: features, shape (n, ...).
         y: int64 classes, shape (n,).
         batch: samples per forward pass.
+        metrics: names for :func:`icrf.learning.metrics.measure`.
 
     Returns:
-        ``{"accuracy": share of right answers, "loss": mean cross entropy}``; both 0 without samples.
+        ``{"accuracy": share of right answers, "loss": mean cross entropy}`` and `metrics`; without samples both are 0.
     """
     if not len(y):
         return {"accuracy": 0.0, "loss": 0.0}
@@ -217,6 +219,7 @@ def evaluate(module: Any, x: Any, y: Any, batch: int = 1024) -> dict[str, float]
     x, y = to_tensor(x, None if parameter is None else parameter.dtype), to_tensor(y)
     total = torch.zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.int64)
+    kept = []
     was_training = module.training
     module.eval()
     try:
@@ -225,6 +228,9 @@ def evaluate(module: Any, x: Any, y: Any, batch: int = 1024) -> dict[str, float]
                 scores = module(features)
                 total += functional.cross_entropy(scores, labels, reduction="sum")
                 correct += (scores.argmax(1) == labels).sum()
+                if metrics:
+                    kept.append(scores)
+            more = measure(metrics, torch.cat(kept), y) if metrics else {}
     finally:
         module.train(was_training)
-    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y)}
+    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y), **more}

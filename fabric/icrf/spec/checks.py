@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from icrf.spec.choices import CHOICES, DECENTRALIZED, TRADITIONAL, not_built
+from icrf.spec.choices import CHOICES, DECENTRALIZED, EVALUATION_METRICS, TRADITIONAL, not_built
 from icrf.spec.problems import Problem
 
 Values = Mapping[str, Any]
@@ -148,6 +148,12 @@ def _server_template(values: Values) -> Iterator[Problem]:
         )
 
 
+def _evaluation_metrics(values: Values) -> Iterator[Problem]:
+    for name in values["evaluation_metrics"]:
+        if problem := EVALUATION_METRICS.problem("evaluation_metrics", name):
+            yield problem
+
+
 CHECKS: tuple[Check, ...] = (
     _min_nodes,
     _schema_and_topology,
@@ -156,4 +162,5 @@ CHECKS: tuple[Check, ...] = (
     _weight_decay,
     _roles,
     _server_template,
+    _evaluation_metrics,
 )

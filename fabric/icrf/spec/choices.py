@@ -60,6 +60,8 @@ def not_built(key: str, value: object, works: str) -> Problem:
     return Problem("C012", (key,), f"{key}: {text} is not built yet", allowed=works)
 
 
+EVALUATION_METRICS = Choice(("macro_f1", "balanced_accuracy", "top_5_accuracy"), kind="metric", import_path=True)
+
 CHOICES: dict[str, Choice] = {
     "federated_learning_schema": Choice(
         (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED), ("ClusterFederatedLearning",), kind="schema"

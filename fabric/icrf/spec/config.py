@@ -31,6 +31,7 @@ from icrf.spec.fields import (
     CountOrZero,
     Deadline,
     FederationId,
+    Names,
     Nodes,
     Placement,
     Share,
@@ -165,6 +166,9 @@ class FederationConfig(BaseModel):
     """How payloads are compressed between clusters."""
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
+    evaluation_metrics: Names = Field(default_factory=list)
+    """What an evaluation measures besides accuracy and loss: ``macro_f1``, ``balanced_accuracy``, ``top_5_accuracy``,
+    registered names or ``module:attr``."""
     checkpoint_every: CountOrZero = 10
     """Rounds between durable checkpoints: a run whose state was lost goes back to the newest one; 0: to its start."""
     store_node_models: bool = False
