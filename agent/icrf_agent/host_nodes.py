@@ -133,7 +133,7 @@ class HostNodes:
             dataset.num_classes,
             derive_seed(self.config.seed, 0, 0, "model"),
         )
-        self._own_model = not MODELS.get(self.config.model_type).__module__.startswith("icrf.")
+        self._own_model = not _is_ours(MODELS.get(self.config.model_type))
         self.layout = Layout(activation.layout)
         self.model = FlatModule(module, self.layout)
         self.initial = self.model.snapshot()
@@ -313,3 +313,8 @@ class HostNodes:
             place=f"{node_id} on {self.cluster}, {method}",
             hint="the traceback is in the log of the node's host",
         )
+
+
+def _is_ours(code: Any) -> bool:
+    """Whether a function or class comes with this package."""
+    return str(getattr(code, "__module__", "")).startswith("icrf.")
