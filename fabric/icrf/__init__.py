@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from icrf.client import Fabric, Result, Run
     from icrf.errors import IcrfError
     from icrf.federation.base import FederatedBase
+    from icrf.federation.contribution import contributions
     from icrf.federation.message import Message
     from icrf.federation.node import FederatedNode
     from icrf.federation.resources import get_resources_split
@@ -54,6 +55,7 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
+    "contributions",
     "get_resources_split",
     "register",
     "register_model",
@@ -75,6 +77,7 @@ _HOME = {
     "MeshFederatedLearningSchema": "icrf.federation.schemas",
     "schema_factory": "icrf.federation.schemas",
     "FederationConfig": "icrf.spec",
+    "contributions": "icrf.federation.contribution",
     "get_resources_split": "icrf.federation.resources",
     "register": "icrf.registry",
     "register_topology": "icrf.topology",
