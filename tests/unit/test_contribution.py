@@ -86,7 +86,7 @@ def test_the_estimate_has_errors_that_hold_and_adds_up() -> None:
     ("arguments", "code"),
     [
         ({"num_players": 0}, "C007"),
-        ({"num_players": 3, "permutations": 1}, "C007"),
+        ({"num_players": 3, "permutations": 3}, "C007"),
         ({"num_players": 3, "max_exact": 13}, "C007"),
         ({"num_players": 3, "utility": lambda s: math.nan}, "C009"),
     ],
