@@ -191,6 +191,10 @@ class AgentCore:
         run.live, run.floor = True, (held.round, held.attempt)
         self._runs[activation.run_id] = run
 
+    def inherited(self, run_id: str) -> None:
+        """An earlier life of this agent may have left a reservation."""
+        self._reserved.add(run_id)
+
     def held(self) -> tuple[HeldRun, ...]:
         """The runs that are live here, and under generation 0 those of which only a reservation may be left."""
         live = {run_id: run for run_id, run in self._runs.items() if run.live}

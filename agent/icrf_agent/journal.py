@@ -17,7 +17,7 @@ from icrf.wire.codec import dump_instruction, load_instruction
 
 log = logging.getLogger("icrf.agent")
 
-_AGENT_ID, _SUFFIX, _PARTIAL = "agent-id", ".activation", ".part"
+_AGENT_ID, _SUFFIX, _RESERVED, _PARTIAL = "agent-id", ".activation", ".reserved", ".part"
 
 
 class AgentJournal:
@@ -41,10 +41,21 @@ class AgentJournal:
         """Note the newest activation of a run; durable on return."""
         _write(self._path(activation.run_id), dump_instruction(activation))
 
+    def reserve(self, run_id: str) -> None:
+        """Note that something of a run may be on the cluster from now on; durable on return."""
+        if not (path := self._path(run_id, _RESERVED)).exists():
+            _write(path, run_id.encode())
+
     def forget(self, run_id: str) -> None:
         """The run is over here; harmless when it is not known."""
         self._path(run_id).unlink(missing_ok=True)
+        self._path(run_id, _RESERVED).unlink(missing_ok=True)
         _sync_folder(self._folder)
+
+    def reservations(self) -> list[str]:
+        """Runs that something may be left of, sorted."""
+        found = [path.read_text(errors="replace") for path in self._folder.glob(f"*{_RESERVED}")]
+        return sorted(run_id for run_id in found if run_id)
 
     def activations(self) -> list[Activate]:
         """What was remembered and not forgotten, by run id; files that cannot be read are left out with a warning."""
@@ -61,9 +72,9 @@ class AgentJournal:
                 log.warning("ignoring %s: it is not the activation of that run", path)
         return found
 
-    def _path(self, run_id: str) -> Path:
+    def _path(self, run_id: str, suffix: str = _SUFFIX) -> Path:
         # Run ids come from the mediator: whatever they hold, they name a file in this folder.
-        return self._folder / f"{quote(run_id, safe='').replace('.', '%2E')}{_SUFFIX}"
+        return self._folder / f"{quote(run_id, safe='').replace('.', '%2E')}{suffix}"
 
     def _read_id(self) -> str:
         path = self._folder / _AGENT_ID

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +19,6 @@ from icrf_agent.ray_probe import ClusterWatch
 
 T = TypeVar("T")
 
-MAX_CALLS = 16
 SETTLE_S = 20.0
 NAME_FREE_S = 10.0
 POLL_S = 0.2
@@ -33,20 +33,26 @@ class RayCalls:
 
     def __init__(self, watch: ClusterWatch) -> None:
         self._watch = watch
-        self._pool = concurrent.futures.ThreadPoolExecutor(MAX_CALLS, "icrf-ray")
         self._pending: set[concurrent.futures.Future[Any]] = set()
 
     async def run(self, call: Callable[..., T], *arguments: Any) -> T:
-        """What `call` returns. Cancelling the caller does not end the thread."""
-        self._watch.require("the cluster", _name(call))
-        future = self._pool.submit(call, *arguments)
+        """What `call` returns; U003 as soon as the cluster is gone, when the call may never return.
+
+        Neither that nor cancelling the caller ends the thread.
+        """
+        name = _name(call)
+        self._watch.require("the cluster", name)
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
+        # Not a pool's: Python waits for those at its end, and a call into a dead cluster may never return.
+        work = (future, call, arguments)
+        threading.Thread(target=_complete, args=work, name=f"icrf-ray-{name}", daemon=True).start()
         try:
-            return await asyncio.wrap_future(future)
+            return await self._watch.answer_of(future, "the cluster", name)
         except Exception:
             # Whatever Ray makes of a cluster that has died meanwhile.
-            self._watch.require("the cluster", _name(call))
+            self._watch.require("the cluster", name)
             raise
 
     async def find(self, name: str, namespace: str) -> Any | None:
@@ -68,10 +74,16 @@ class RayCalls:
                 await asyncio.sleep(POLL_S)
 
     async def settle(self, within_s: float = SETTLE_S) -> bool:
-        """Take no more calls and wait for those that run; whether all of them have returned."""
-        self._pool.shutdown(wait=False)
+        """Wait for the calls that run; whether all of them have returned."""
         left = await asyncio.to_thread(concurrent.futures.wait, tuple(self._pending), within_s)
         return not left.not_done
+
+
+def _complete(future: concurrent.futures.Future[T], call: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+    try:
+        future.set_result(call(*arguments))
+    except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
+        future.set_exception(error)
 
 
 def _get_actor(name: str, namespace: str) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from typing import Any
+from typing import Any, TypeVar
 
 from icrf.errors import NodeError
 from icrf.wire.addresses import parse_address
+
+T = TypeVar("T")
 
 PROBE_EVERY_S = 1.0
 PROBE_TIMEOUT_S = 2.0
@@ -36,22 +38,26 @@ class ClusterWatch:
 
     async def result_of(self, reference: Any, name: str, method: str) -> Any:
         """The value of an ObjectRef; U003 as soon as the cluster is gone, whatever Ray makes of it."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[concurrent.futures.Future[Any]] = loop.create_future()
+        return await self.answer_of(reference.future(), name, method)
 
-        def resolve(answer: concurrent.futures.Future[Any]) -> None:
+    async def answer_of(self, future: concurrent.futures.Future[T], name: str, method: str) -> T:
+        """The result of a future; U003 as soon as the cluster is gone, for then it may never have one."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[concurrent.futures.Future[T] | None] = loop.create_future()
+
+        def resolve(answer: concurrent.futures.Future[T]) -> None:
             if not waiter.done():
                 waiter.set_result(answer)
 
-        def came(answer: concurrent.futures.Future[Any]) -> None:
-            # In a thread of Ray's; a loop that has ended has nobody waiting.
+        def came(answer: concurrent.futures.Future[T]) -> None:
+            # In another thread; a loop that has ended has nobody waiting.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(resolve, answer)
 
-        reference.future().add_done_callback(came)
+        future.add_done_callback(came)
         self._waiting.add(waiter)
         try:
-            # Not the future itself, which Ray could not complete once a waiter has cancelled it.
+            # Not the future itself, which nobody could complete once a waiter has cancelled it.
             answer = await waiter
         finally:
             self._waiting.discard(waiter)

@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from icrf.errors import IcrfError, LocalError, ResourceError, RunError
+from icrf.errors import IcrfError, LocalError, NodeError, ResourceError, RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts
@@ -265,7 +265,12 @@ class RaySubstrate:
             return
         group = await self._group_of(run_id)
         self._groups.pop(run_id, None)
-        await self._calls.run(_release, run_id, group, self._watch)
+        try:
+            await self._calls.run(_release, run_id, group, self._watch)
+        except NodeError:
+            # With the cluster gone, nothing of the run is left on it.
+            if not self._watch.reason:
+                raise
 
     async def lost(self) -> str:
         """Never returns for a cluster of this process that nobody could renew: it dies with the process."""
@@ -280,7 +285,6 @@ class RaySubstrate:
         self._groups.clear()
         self._shared = []
         await asyncio.to_thread(ray.shutdown)
-        await self._calls.settle(0.0)
         if self.renew is not None:
             self.address = await asyncio.to_thread(self.renew)
         _forget_token()

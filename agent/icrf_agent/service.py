@@ -93,10 +93,11 @@ class AgentService:
         """Start the runtime and take over what an earlier life of this agent left on the cluster."""
         self._facts = await self._runtime.start()
         if self._journal is not None:
+            for run_id in self._journal.reservations():
+                self._core.inherited(run_id)
             for activation in self._journal.activations():
                 held = await self._runtime.adopt(activation)
                 if held is None:
-                    self._journal.forget(activation.run_id)
                     continue
                 self._core.adopted(activation, held)
                 log.info("took over run %s in round %d", activation.run_id[:8], held.round)
@@ -287,6 +288,8 @@ class AgentService:
         if type(instruction) in _PHASE_BY_ORDER:
             failpoints.reached(_PHASE_BY_ORDER[type(instruction)])
         if isinstance(instruction, Reserve):
+            if self._journal is not None:
+                await asyncio.to_thread(self._journal.reserve, instruction.run_id)
             await runtime.reserve(instruction)
             self._act(self._core.reserved(instruction))
         elif isinstance(instruction, Activate):

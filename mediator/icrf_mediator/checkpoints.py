@@ -42,6 +42,13 @@ class Checkpoints:
         """The open checkpoint will not be completed."""
         self.open_round, self._missing, self._arrived = 0, set(), {}
 
+    def due(self, round_number: int, every: int) -> bool:
+        """Whether the newest one, being written or durable, lies `every` rounds back; 0: never.
+
+        One that was given up counts for nothing: it is made up for at the next commit.
+        """
+        return every > 0 and round_number - max(self.open_round, *self.durable, 0) >= every
+
     def latest(self, not_after: int) -> int:
         """The newest durable round up to `not_after`; 0, the initial state, is always there."""
         return max((r for r in self.durable if r <= not_after), default=0)

@@ -411,9 +411,8 @@ class RunMachine(RunBase):
             if reached:
                 self._rounds_wanted = commit.round
                 self._save_goal(effects)
-            every = int(self.config.get("checkpoint_every") or 0)
-            if every and commit.round % every == 0:
-                self._checkpoint(effects)
+        if self.checkpoints.due(commit.round, int(self.config.get("checkpoint_every") or 0)):
+            self._checkpoint(effects)
         self._go_on(effects, now)
 
     def _checkpoint(self, effects: Effects) -> None:

@@ -52,3 +52,24 @@ def test_what_ray_says_of_a_dead_cluster_is_a_death() -> None:
         assert await calls.settle(LIMIT_S)
 
     asyncio.run(main())
+
+
+def test_a_call_that_never_returns_ends_with_its_cluster() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    watch = ClusterWatch()
+
+    def hangs() -> None:
+        entered.set()
+        go_on.wait(LIMIT_S)
+
+    async def main() -> None:
+        calls = RayCalls(watch)
+        task = asyncio.create_task(calls.run(hangs))
+        await asyncio.to_thread(entered.wait, LIMIT_S)
+        watch.lose("killed")
+        with pytest.raises(NodeError, match="U003"):
+            await asyncio.wait_for(task, LIMIT_S)
+        go_on.set()
+        assert await calls.settle(LIMIT_S)
+
+    asyncio.run(main())

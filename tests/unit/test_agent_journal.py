@@ -53,9 +53,14 @@ def test_activations_are_read_back_equal_and_the_newest_of_a_run_counts(tmp_path
 def test_what_is_forgotten_is_gone_and_forgetting_twice_is_harmless(tmp_path: Path) -> None:
     journal = AgentJournal(tmp_path)
     journal.remember(activation())
+    journal.reserve("run-1")
+    journal.reserve("run-1")
+    journal.reserve("../2")
+    assert AgentJournal(tmp_path).reservations() == ["../2", "run-1"]
     journal.forget("run-1")
     journal.forget("run-1")
     assert AgentJournal(tmp_path).activations() == []
+    assert AgentJournal(tmp_path).reservations() == ["../2"]
 
 
 @pytest.mark.parametrize("run_id", ["../../outside", "/absolute", "a/b", "..", "ü ñ"])

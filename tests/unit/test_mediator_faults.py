@@ -21,6 +21,7 @@ from icrf.protocol import (
     Activate,
     Activated,
     CallNode,
+    Checkpointed,
     Goodbye,
     HeldRun,
     MetricSum,
@@ -30,6 +31,7 @@ from icrf.protocol import (
     Released,
     Reserve,
     Reserved,
+    SaveCheckpoint,
     SendMessage,
     StartRound,
     StoreModel,
@@ -58,6 +60,40 @@ def brought_to(core: Any, status: str, **config: Any) -> Any:
 
 
 EVERYWHERE = ["QUEUED", "RESERVING", "RESERVED", "ACTIVATING", "READY", "RUNNING", "IDLE", "STORING"]
+
+
+def asked_checkpoints(core: Any) -> list[int]:
+    """The rounds whose checkpoints were asked of `eu`, in order."""
+    return [i.round for cluster, i in core.sent if cluster == "eu" and isinstance(i, SaveCheckpoint)]
+
+
+def test_a_checkpoint_that_fails_is_made_up_for_at_the_next_commit(core: Any) -> None:
+    core.register(*NAMES)
+    core.submit(federated_learning_rounds=7, checkpoint_every=2)
+    core.play(hold=(SaveCheckpoint, StartRound))
+    refusal = json.dumps(make_error("F006", "no state").to_dict())
+    for _ in range(7):
+        for cluster, order in core.take(SaveCheckpoint):
+            failed = refusal if order.round == 2 else ""
+            core.report(cluster, Checkpointed(order.run_id, order.generation, order.round, "a", error_json=failed))
+        core.play_round()
+    assert asked_checkpoints(core) == [2, 3, 5, 7]
+
+
+def test_a_checkpoint_that_a_recovery_cut_short_is_asked_again(core: Any) -> None:
+    core.register(*NAMES)
+    run = core.submit(federated_learning_rounds=5, checkpoint_every=2)
+    core.play(hold=(SaveCheckpoint, StartRound))
+    core.play_round()
+    core.play_round()
+    (_, start), _ = core.take(StartRound)
+    assert start.round == 3 and asked_checkpoints(core) == [2]
+    core.take(SaveCheckpoint)
+    died = make_error("U003", "a host died").to_json()
+    core.report("us", core.round_report("us", start, error_json=died, recovery="retry"))
+    core.play(hold=(SaveCheckpoint, StartRound))
+    core.play_round()
+    assert core.get(run).rounds_done == 3 and asked_checkpoints(core) == [2, 3]
 
 
 @pytest.mark.parametrize("status", EVERYWHERE)

@@ -59,20 +59,16 @@ class SimAgent:
         world: time and chance.
         mediator: whom it dials.
         agent_id: the same in all its lives.
-
-    Attributes:
-        orphans: runs of which only a reservation was left when an earlier life was killed. No life knows of them; a
-            mediator that has not been restarted since does, and has them released.
     """
 
     def __init__(self, cluster: SimCluster, world: World, mediator: SimMediator, agent_id: str) -> None:
         self.cluster, self.agent_id = cluster, agent_id
         self.up, self.draining = False, False
-        self.orphans: set[str] = set()
         self.life = 0
         self.cut_off = False
         self._world, self._mediator = world, mediator
         self._journal: dict[str, Activate] = {}
+        self._reservations: set[str] = set()
         self._core = AgentCore(cluster.name)
         self._connection: Connection | None = None
         self._registered = False
@@ -101,13 +97,12 @@ class SimAgent:
         self._core, self._connection = AgentCore(self.cluster.name), None
         self._outbox, self._seen = deque(), set()
         self.cluster.rebuild()
-        for run_id, activation in sorted(self._journal.items()):
+        for run_id in sorted(self._reservations):
+            self._core.inherited(run_id)
+        for _, activation in sorted(self._journal.items()):
             held = self.cluster.adopt(activation)
-            if held is None:
-                del self._journal[run_id]
-            else:
+            if held is not None:
                 self._core.adopted(activation, held)
-        self.orphans |= self.cluster.reserved.keys() - self._journal.keys()
         for arrival in self.cluster.manager.arrived():
             self._task(0.0, 0.2, lambda a=arrival: self._arrived(a))  # type: ignore[misc]
         self._redial()
@@ -346,6 +341,7 @@ class SimAgent:
     def _perform(self, order: Any) -> None:
         done = self._mine(lambda result, error: self._performed(order, result, error))
         if isinstance(order, Reserve):
+            self._reservations.add(order.run_id)
             self.cluster.reserve(order, done)
         elif isinstance(order, Activate):
             if order.checkpoint:
@@ -386,6 +382,7 @@ class SimAgent:
             self._upload(order, artifact, result.safetensors, stored)
         elif isinstance(order, Release):
             self._journal.pop(order.run_id, None)
+            self._reservations.discard(order.run_id)
             self._say(Released(order.run_id, order.generation))
 
     def _give_up(self, order: Any, error: IcrfError) -> None:

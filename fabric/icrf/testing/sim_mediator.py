@@ -189,6 +189,7 @@ class SimMediator:
         self._sessions.append(connection)
         self._checker.registered(register, refusal, self._world.now_s)
         if refusal:
+            self._attempt(effects)
             return connection.send(Reject(refusal.to_json()))
         older = self._by_cluster.get(register.cluster)
         self._by_cluster[register.cluster] = connection
