@@ -26,6 +26,7 @@ from icrf.update import ExactSum, exact_metric, weighted_mix
 from icrf_agent.checkpoint import pack_model, pack_nodes, unpack_model, unpack_nodes
 from icrf_agent.host_nodes import HostNodes
 from icrf_agent.host_state import VersionedState
+from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
 
 Array = np.ndarray[Any, Any]
@@ -37,6 +38,7 @@ class HostTools:
     """What both flows work with.
 
     Attributes:
+        by_node: what each node reports.
         kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
     """
 
@@ -45,6 +47,7 @@ class HostTools:
     layout: Layout
     manager: HybridTopologyManager
     references: References
+    by_node: NodeMetrics
     kept: dict[str, Any] = field(default_factory=dict)
 
     def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
@@ -111,6 +114,7 @@ class HostTools:
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
             sums[f"train_{name}"] = (old[0] + part, old[1] + weight)
+        self.by_node.add(index, {f"train_{name}": value for name, value in metrics.items()})
         with self.nodes.blamed(index):
             return self.nodes.model.flat
 
@@ -200,6 +204,7 @@ class CentralizedFlow:
             nodes=self._participants,
             overflow=tuple(sorted(overflow)),
             metric_sums=sums,
+            node_metrics=t.by_node.take(start),
             bytes_intra_cluster=t.foreign_bytes(postings, self._seen.nbytes),
         )
 
@@ -306,7 +311,7 @@ class DecentralizedFlow:
         # What is private stays behind; without any this is no copy.
         sent = np.ascontiguousarray(updates[:, : t.layout.num_parameters])
         t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), sent))
-        return PhaseReport(nodes=tuple(trained), metric_sums=sums)
+        return PhaseReport(nodes=tuple(trained), metric_sums=sums, node_metrics=t.by_node.take(start))
 
     def aggregate(self, start: StartRound) -> PhaseReport:
         """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import icrf
@@ -19,14 +19,16 @@ from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, configured_dataset
 from icrf.learning.layout import FlatModule, Layout
-from icrf.learning.models import build_model
+from icrf.learning.metrics import METRICS
+from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
-from icrf.learning.rng import derive_seed
+from icrf.learning.rng import derive_seed, global_randomness
 from icrf.learning.training import LocalTrainer, to_tensor
 from icrf.protocol import Activate, StartRound
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.host_notes import HostNotes
+from icrf_agent.node_state import ByNode, NodeStates
 from icrf_agent.topology_manager import HybridTopologyManager
 
 LOCAL_TEMPLATE = "local:"
@@ -50,6 +52,7 @@ class HostSetup:
         allow: user code that may run here; None allows everything (the code is the submitter's own machine's).
         notes: where the host notes what it is about to run, see :class:`icrf_agent.host_notes.HostNotes`.
         state: this host's part of the state of ``activation.restore_round``, see ``checkpoint.py``; empty: the initial.
+        node_states: the durable states of its nodes after that round, see ``node_state.py``.
     """
 
     activation: Activate
@@ -59,6 +62,7 @@ class HostSetup:
     allow: tuple[str, ...] | None
     notes: str = ""
     state: bytes = b""
+    node_states: ByNode = field(default_factory=dict)
 
 
 class HostMailbox:
@@ -128,11 +132,14 @@ class HostNodes:
             dataset.num_classes,
             derive_seed(self.config.seed, 0, 0, "model"),
         )
+        named = [MODELS.get(self.config.model_type), *map(METRICS.get, self.config.metrics)]
+        self._own_code = not all(map(_is_ours, named))
         self.layout = Layout(activation.layout)
         self.model = FlatModule(module, self.layout)
         self.initial = self.model.snapshot()
         self._nodes: dict[int, FederatedNode] = {}
         self._build(dataset)
+        self.states = NodeStates(self._nodes, setup.cluster, activation.restore_round, setup.node_states)
         self._num_samples = dict(self.sample_counts())
         self._entered = (0, 0)
         self.mailbox.open = True
@@ -142,17 +149,28 @@ class HostNodes:
         self.mailbox.position = (start.round, start.attempt)
         if self._entered != self.mailbox.position:
             self._entered = self.mailbox.position
-            for node in self._nodes.values():
+            self.states.enter(start)
+            for index, node in self._nodes.items():
                 node.enter_round(start.round)
+                if type(node).sync is not FederatedNode.sync:
+                    self.call(index, "sync")
 
     def get(self, index: int) -> FederatedNode:
         return self._nodes[index]
 
     def call(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
-        """Call user code; whatever it raises becomes U001 with node, cluster, file and line."""
+        """Call user code; whatever it raises becomes U001 with node, cluster, file and line.
+
+        What it draws from the global generators of torch, NumPy and ``random`` depends on the federation's seed, the
+        node, the round and the method alone.
+        """
         node = self._nodes[index]
         self._notes.enter(index)
         try:
+            if self._own_code or type(node) is not FederatedNode:
+                seed = derive_seed(self.config.seed, index, node.context.round, f"global {method}")
+                with global_randomness(seed):
+                    return getattr(node, method)(*arguments, **keywords)
             return getattr(node, method)(*arguments, **keywords)
         except IcrfError:
             raise
@@ -245,6 +263,8 @@ class HostNodes:
             self.model.load(self.initial)
             if type(node).build is not FederatedNode.build:
                 self.call(index, "build", **node.build_arguments)
+            if type(node).setup is not FederatedNode.setup:
+                self.call(index, "setup")
 
     def _template(self, role: str) -> type[FederatedNode]:
         name = self.config.server_template if "aggregate" in role.split("-") else self.config.client_template
@@ -291,3 +311,8 @@ class HostNodes:
             place=f"{node_id} on {self.cluster}, {method}",
             hint="the traceback is in the log of the node's host",
         )
+
+
+def _is_ours(code: Any) -> bool:
+    """Whether a function or class comes with this package."""
+    return str(getattr(code, "__module__", "")).startswith("icrf.")

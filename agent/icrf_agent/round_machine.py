@@ -210,6 +210,7 @@ class RoundMachine:
             overflow=self._overflow,
             metric_sums={k: MetricSum(str(n), w) for k, (n, w) in sums.items()},
             metrics=metrics,
+            node_metrics={node: dict(found) for phase in self._merged for node, found in phase.node_metrics.items()},
             bytes_inter_cluster=self._wire_bytes,
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,

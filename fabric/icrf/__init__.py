@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from icrf.client import Fabric, Result, Run
     from icrf.errors import IcrfError
     from icrf.federation.base import FederatedBase
+    from icrf.federation.contribution import contributions
     from icrf.federation.message import Message
     from icrf.federation.node import FederatedNode
+    from icrf.federation.resources import get_resources_split
     from icrf.federation.schemas import (
         MeshFederatedLearningSchema,
         RingFederatedLearningSchema,
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
         schema_factory,
     )
     from icrf.federation.virtual_node import VirtualNode
-    from icrf.learning import Dataset, register_dataset, register_metric, register_model, register_partitioner
+    from icrf.learning import Dataset, register_model
+    from icrf.registry import register
     from icrf.spec import FederationConfig
     from icrf.topology import register_topology
 
@@ -53,10 +56,10 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
-    "register_dataset",
-    "register_metric",
+    "contributions",
+    "get_resources_split",
+    "register",
     "register_model",
-    "register_partitioner",
     "register_topology",
     "schema_factory",
 ]
@@ -75,12 +78,12 @@ _HOME = {
     "MeshFederatedLearningSchema": "icrf.federation.schemas",
     "schema_factory": "icrf.federation.schemas",
     "FederationConfig": "icrf.spec",
+    "contributions": "icrf.federation.contribution",
+    "get_resources_split": "icrf.federation.resources",
+    "register": "icrf.registry",
     "register_topology": "icrf.topology",
     "Dataset": "icrf.learning",
-    "register_dataset": "icrf.learning",
-    "register_metric": "icrf.learning",
     "register_model": "icrf.learning",
-    "register_partitioner": "icrf.learning",
 }
 
 # Federations open a fabric of their own unless they are given one; this facade hands them the factory.

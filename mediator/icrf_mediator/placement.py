@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,8 +62,8 @@ class Placement:
         return self.assignment[0]
 
     def stateful(self, submission: Submission) -> tuple[str, ...]:
-        """The clusters that hold committed state: the coordinator, or all of a decentralized run."""
-        if submission.flow == CENTRALIZED:
+        """The clusters that hold committed state: the coordinator; all where every node keeps some, or may."""
+        if submission.flow == CENTRALIZED and not json.loads(submission.config_json).get("client_template"):
             return (self.clusters[self.coordinator(submission)],)
         return self.clusters
 

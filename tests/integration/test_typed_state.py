@@ -49,6 +49,19 @@ class Reshaping(FederatedNode):
         return {}
 
 
+class Remembering(FederatedNode):
+    """Keeps a copy of its private tensors in its state: both must be of the same round, whatever happens."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        norm = self.model.norm
+        if self.state:
+            np.testing.assert_array_equal(self.state["mean"], norm.running_mean.numpy())
+            assert self.state["batches"] == norm.num_batches_tracked
+        found = super().train(**kwargs)
+        self.state.update(mean=norm.running_mean.numpy().copy(), batches=int(norm.num_batches_tracked))
+        return found
+
+
 def config_of(**keys: Any) -> FederationConfig:
     return FederationConfig.from_mapping(
         {
@@ -131,6 +144,28 @@ def test_private_keys_stay_with_their_node() -> None:
     means = np.array([model["norm.running_mean"] for model in models])
     assert np.abs(means - means[0]).max(axis=1)[1:].min() > 0.01
     assert all(model["norm.num_batches_tracked"] > 0 for model in models)
+
+
+@pytest.mark.parametrize("cluster", ["local-1", "local-2"])
+def test_private_tensors_and_durable_state_come_back_together(cluster: str) -> None:
+    template = f"{__name__}:Remembering"
+    more = {"federated_learning_rounds": 5, "evaluate_every": 5, "checkpoint_every": 2, "private_keys": ["norm.*"]}
+    submission = build_submission(config_of(**RING, **more, client_template=template))
+
+    def model_hashes(kill_after: int) -> list[str]:
+        found: dict[int, str] = {}
+        with InlineFabric(2) as fabric:
+            run_id = fabric.port.submit(submission).run_id
+            for event in fabric.port.watch(run_id):
+                if event.round and event.round.number == kill_after and kill_after not in found:
+                    fabric.agents[cluster]._runtime._run(run_id).hosts[0].process.kill()  # type: ignore[attr-defined]
+                if event.round:
+                    found[event.round.number] = event.round.model_sha256
+            info = fabric.port.get(run_id)
+        assert info.status == "COMPLETED", info.error_json
+        return [*found.values(), info.model_sha256]
+
+    assert model_hashes(kill_after=3) == model_hashes(kill_after=0)
 
 
 def test_every_node_counts_one_where_models_are_private_in_part() -> None:

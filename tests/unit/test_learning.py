@@ -300,6 +300,28 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     assert found["answered"] == 1600.0
 
 
+def test_metrics_against_values_worked_out_by_hand() -> None:
+    # Answers 0 0 1 2 for classes 0 1 1 2; class 3 does not occur.
+    scores, labels = np.eye(4)[[0, 0, 1, 2]], np.array([0, 1, 1, 2])
+    found = measure(["macro_f1", "balanced_accuracy", "top_5_accuracy"], scores, labels)
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert found["balanced_accuracy"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["top_5_accuracy"] == 1.0
+    wide = np.tile(np.arange(20.0), (2, 1))
+    assert measure(["top_5_accuracy"], wide, np.array([15, 14])) == {"top_5_accuracy": 0.5}
+
+
+def test_metrics_see_all_samples_whatever_the_batch() -> None:
+    module = torch.nn.Linear(3, 4)
+    x, y = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 4
+    whole = evaluate(module, x, y, metrics=["macro_f1"])
+    assert evaluate(module, x, y, batch=7, metrics=["macro_f1"])["macro_f1"] == whole["macro_f1"]
+
+
+def nothing(scores: np.ndarray, labels: np.ndarray) -> None:
+    pass
+
+
 def test_metrics_are_evaluated_by_name_and_refused_by_name() -> None:
     module = digits_module().module
     found = evaluate(module, DIGITS.test_x, DIGITS.test_y, batch=100, metrics=["macro_f1"])
@@ -309,3 +331,5 @@ def test_metrics_are_evaluated_by_name_and_refused_by_name() -> None:
         require_metrics(["macro_f2"])
     with pytest.raises(ConfigError, match=r"C008 metrics: two metrics are called 'macro_f1'"):
         require_metrics(["macro_f1", "icrf.learning.metrics:macro_f1"])
+    with pytest.raises(ConfigError, match=r"C018 metrics: metric '.*:nothing' returned NoneType"):
+        measure([f"{__name__}:nothing"], np.eye(2), np.arange(2))

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icrf.learning.datasets import Dataset, configured_dataset, load_dataset, register_dataset
+    from icrf.learning.datasets import Dataset, configured_dataset, load_dataset
     from icrf.learning.layout import FlatModule, Layout
-    from icrf.learning.metrics import register_metric, require_metrics
+    from icrf.learning.metrics import require_metrics
     from icrf.learning.models import build_model, check_fit, register_model
-    from icrf.learning.partition import configured_partition, partition, register_partitioner
+    from icrf.learning.partition import configured_partition, partition
     from icrf.learning.training import LocalTrainer, evaluate
 
 __all__ = [
@@ -28,10 +28,7 @@ __all__ = [
     "evaluate",
     "load_dataset",
     "partition",
-    "register_dataset",
-    "register_metric",
     "register_model",
-    "register_partitioner",
     "require_metrics",
 ]
 
@@ -39,17 +36,14 @@ _HOME = {
     "Dataset": "datasets",
     "configured_dataset": "datasets",
     "load_dataset": "datasets",
-    "register_dataset": "datasets",
     "FlatModule": "layout",
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",
-    "register_metric": "metrics",
     "require_metrics": "metrics",
     "register_model": "models",
     "configured_partition": "partition",
     "partition": "partition",
-    "register_partitioner": "partition",
     "LocalTrainer": "training",
     "evaluate": "training",
 }

@@ -20,7 +20,7 @@ from icrf.learning.files.idx import read_idx_folder
 from icrf.learning.files.problems import require_folder, unreadable
 from icrf.learning.files.tables import TableColumns, make_table, read_csv, read_parquet, take_rows
 from icrf.learning.injection import accepted_arguments
-from icrf.learning.rng import stable_random_state
+from icrf.learning.rng import global_randomness, stable_random_state
 from icrf.registry import Registry
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -30,11 +30,6 @@ DATASETS: Registry[Callable[..., Any]] = Registry("dataset")
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"
 _HELD_OUT = 5
-
-
-def register_dataset(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function known as a ``dataset_type``; see :func:`load_dataset` for what it takes and returns."""
-    return DATASETS.register(name)
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def _scaled(values: Array) -> Array:
     return scaled
 
 
-@register_dataset("digits")
+@DATASETS.register("digits")
 def digits(data_dir: str = "") -> Dataset:
     """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn; 1,437 to train on, 360 to test.
 
@@ -140,7 +135,7 @@ def digits(data_dir: str = "") -> Dataset:
     return Dataset(features[:cut], labels[:cut], features[cut:], labels[cut:], 10, "digits")
 
 
-@register_dataset("breast_cancer")
+@DATASETS.register("breast_cancer")
 def breast_cancer(data_dir: str = "") -> Dataset:
     """The 569 breast tumours with 30 measurements that come with scikit-learn; 456 to train on, 113 to test.
 
@@ -157,14 +152,14 @@ def breast_cancer(data_dir: str = "") -> Dataset:
     return Dataset(features[:cut], labels[:cut], features[cut:], labels[cut:], 2, "breast_cancer")
 
 
-@register_dataset("mnist")
+@DATASETS.register("mnist")
 def mnist(data_dir: str = "") -> Dataset:
     """MNIST from the four IDX files in `data_dir`: 60,000 and 10,000 images of (1, 28, 28) pixels scaled to 0..1."""
     hint = "Set data_dir to a folder with the four files of MNIST, gzipped or not; nothing is downloaded"
     return _idx("mnist", data_dir, hint)
 
 
-@register_dataset("fmnist")
+@DATASETS.register("fmnist")
 def fmnist(data_dir: str = "") -> Dataset:
     """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747), in files like those of MNIST.
 
@@ -179,7 +174,7 @@ def _idx(name: str, data_dir: str, hint: str) -> Dataset:
     return Dataset(*read_idx_folder(folder, hint=hint), num_classes=10, name=name)
 
 
-@register_dataset("cifar10")
+@DATASETS.register("cifar10")
 def cifar10(data_dir: str = "") -> Dataset:
     """CIFAR-10 from the "python version": 50,000 and 10,000 images of (3, 32, 32) pixels scaled to 0..1."""
     hint = f"Unpack the python version of CIFAR-10 and set data_dir to its folder {FOLDER}; nothing is downloaded"
@@ -187,7 +182,7 @@ def cifar10(data_dir: str = "") -> Dataset:
     return Dataset(*read_cifar_folder(folder, hint=hint), num_classes=10, name="cifar10")
 
 
-@register_dataset("csv")
+@DATASETS.register("csv")
 def csv_table(
     data_dir: str = "",
     target_column: str = "",
@@ -204,7 +199,7 @@ def csv_table(
     return _table("csv", read_csv, data_dir, columns)
 
 
-@register_dataset("parquet")
+@DATASETS.register("parquet")
 def parquet_table(
     data_dir: str = "",
     target_column: str = "",
@@ -280,7 +275,8 @@ def _load(dataset_type: str, options: tuple[tuple[str, Any], ...]) -> Dataset:
     load = DATASETS.get(dataset_type)
     offered: Mapping[str, Any] = dict(options)
     try:
-        loaded = load(**accepted_arguments(load, offered))
+        with global_randomness(0):  # clusters that load by themselves get the same data, whatever the seed
+            loaded = load(**accepted_arguments(load, offered))
     except ConfigError:
         raise
     except Exception as error:

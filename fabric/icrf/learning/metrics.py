@@ -1,4 +1,11 @@
-"""Metrics of an evaluation beside accuracy and loss: functions of scores and classes by name."""
+"""Metrics of an evaluation beside accuracy and loss, by name; whoever wants another registers it::
+
+    @icrf.register("metric", "brier")
+    def brier(scores, labels) -> float: ...
+
+A metric gets the model's scores of all samples, float of shape (n, num_classes), and their classes, int64 of shape
+(n,), n > 0, as NumPy arrays, and returns a number.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +23,14 @@ Metric = Callable[[Array, Array], float]
 METRICS: Registry[Metric] = Registry("metric")
 
 
-def register_metric(name: str) -> Callable[[Metric], Metric]:
-    """Make a function known as one of the configuration's ``metrics``.
-
-    It takes the scores, float of shape (n, num_classes), and the classes, int64 of shape (n,), as NumPy arrays, and
-    returns a number.
-    """
-    return METRICS.register(name)
-
-
-@register_metric("balanced_accuracy")
+@METRICS.register("balanced_accuracy")
 def balanced_accuracy(scores: Array, labels: Array) -> float:
     """The mean over the classes that occur of the share of their samples that are told right."""
     right = scores.argmax(axis=1) == labels
     return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
 
 
-@register_metric("macro_f1")
+@METRICS.register("macro_f1")
 def macro_f1(scores: Array, labels: Array) -> float:
     """The mean over the classes that occur or are told of the harmonic mean of precision and recall."""
     told = scores.argmax(axis=1)
@@ -43,7 +41,7 @@ def macro_f1(scores: Array, labels: Array) -> float:
     return float(np.mean(found))
 
 
-@register_metric("top_5_accuracy")
+@METRICS.register("top_5_accuracy")
 def top_5_accuracy(scores: Array, labels: Array) -> float:
     """The share of samples whose class is among the five of the highest scores; of equals the lower class counts."""
     best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
@@ -54,9 +52,19 @@ def measure(names: Sequence[str], scores: Array, labels: Array) -> dict[str, flo
     """The named metrics, each under its name, a ``module:attr`` under its last part.
 
     Raises:
-        ConfigError: C010 for an unknown name, C017 for code that cannot be loaded.
+        ConfigError: C010 for an unknown name, C017 for code that cannot be loaded, C018 for what returns no number.
     """
-    return {metric_key(name): float(METRICS.get(name)(scores, labels)) for name in names}
+    found = {}
+    for name in names:
+        value = METRICS.get(name)(scores, labels)
+        try:
+            found[metric_key(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            kind = type(value).__name__
+            raise ConfigError(
+                "C018", f"metric '{name}' returned {kind}", place="metrics", allowed="a number"
+            ) from error
+    return found
 
 
 def require_metrics(names: Sequence[str]) -> None:

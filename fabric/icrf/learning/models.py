@@ -12,6 +12,7 @@ from icrf.errors import ConfigError
 from icrf.learning.architectures import BUILT_IN
 from icrf.learning.datasets import Dataset
 from icrf.learning.injection import accepted_arguments
+from icrf.learning.rng import global_randomness
 from icrf.registry import Registry
 
 MODELS: Registry[Callable[..., Any]] = Registry("model")
@@ -29,7 +30,7 @@ def register_model(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, seed: int) -> Any:
-    """Build a model with initial weights that depend on `seed` alone; torch's global generator is left as it was.
+    """Build a model with initial weights that depend on `seed` alone; the global generators are left as they were.
 
     Args:
         model_type: a registered name or ``module:attr`` of a factory.
@@ -42,8 +43,7 @@ def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, s
     """
     factory = MODELS.get(model_type)
     arguments = accepted_arguments(factory, {"input_shape": tuple(input_shape), "num_classes": num_classes})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with global_randomness(seed):
         try:
             module = factory(**arguments)
         except ConfigError:

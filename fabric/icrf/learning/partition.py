@@ -15,17 +15,12 @@ from icrf.errors import ConfigError
 from icrf.learning.datasets import Dataset
 from icrf.learning.injection import accepted_arguments
 from icrf.learning.partitioners import BUILT_IN, IntArray
-from icrf.learning.rng import derive_seed
+from icrf.learning.rng import derive_seed, global_randomness
 from icrf.registry import Registry
 
 PARTITIONERS: Registry[Callable[..., Any]] = Registry("partitioner")
 for _name, _partitioner in BUILT_IN.items():
     PARTITIONERS.add(_name, _partitioner)
-
-
-def register_partitioner(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function known as a ``data_distribution_kind``; see :func:`partition` for what it takes and returns."""
-    return PARTITIONERS.register(name)
 
 
 class Partition(Sequence[IntArray]):
@@ -114,7 +109,7 @@ def partition(
         "classes_per_node": classes_per_node,
         "shards_per_node": shards_per_node,
     }
-    owners = _run(kind, split, accepted_arguments(split, offered))
+    owners = _run(kind, split, accepted_arguments(split, offered), seed)
     if not isinstance(owners, np.ndarray) or owners.ndim != 1 or owners.dtype.kind != "i":
         owners = _owners_of_parts(kind, owners, len(labels), num_parts)
     inside = len(owners) == len(labels) and -1 <= owners.min() <= owners.max() < num_parts
@@ -138,9 +133,10 @@ def configured_partition(config: Any, dataset: Dataset, num_parts: int) -> Parti
     )
 
 
-def _run(kind: str, split: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+def _run(kind: str, split: Callable[..., Any], arguments: dict[str, Any], seed: int) -> Any:
     try:
-        return split(**arguments)
+        with global_randomness(seed):  # every host splits by itself, and all must get the same
+            return split(**arguments)
     except ConfigError:
         raise
     except Exception as error:

@@ -223,18 +223,17 @@ def _as_accepted(
 
 
 def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[str] = ()) -> dict[str, float]:
-    """Accuracy and mean cross entropy of a module.
+    """Accuracy and mean cross entropy of a module, and other metrics by name.
 
     Args:
         module: a module or the module of a :class:`FlatModule`; its mode is put back.
         x: features, shape (n, ...).
         y: int64 classes, shape (n,).
         batch: samples per forward pass.
-        metrics: names of further metrics, see :mod:`icrf.learning.metrics`.
+        metrics: names for :func:`icrf.learning.metrics.measure`.
 
     Returns:
-        ``{"accuracy": share of right answers, "loss": mean cross entropy}`` and the further ones; all 0 without
-        samples.
+        ``{"accuracy": share of right answers, "loss": mean cross entropy}`` and `metrics`; all 0 without samples.
     """
     if not len(y):
         return {"accuracy": 0.0, "loss": 0.0, **{metric_key(name): 0.0 for name in metrics}}

@@ -35,6 +35,8 @@ class RoundResult:
         participants: how many nodes contributed.
         metrics: ``train_loss`` always; ``accuracy`` and ``loss`` in evaluated rounds.
         model_sha256: hash of the global model; decentralized: the Merkle root over the node states.
+        node_metrics: node id -> name -> value of what each node reported: in evaluated rounds of federations of up to
+            256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
     """
 
@@ -53,6 +55,7 @@ class RoundResult:
     parent_sha256: str
     consensus_sha256: str = ""
     bytes_by_cluster: dict[str, int] = field(default_factory=dict)
+    node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,10 @@ def find_contradictions(values: Values) -> list[Problem]:
 
 def _unusable_names(values: Values) -> Iterator[Problem]:
     for key, choice in CHOICES.items():
-        if key in values and (problem := choice.problem(key, values[key])):
-            yield problem
+        value = values.get(key, [])
+        for name in value if isinstance(value, list) else [value]:
+            if problem := choice.problem(key, name):
+                yield problem
 
 
 def _only_today(values: Values) -> Iterator[Problem]:

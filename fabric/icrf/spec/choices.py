@@ -87,6 +87,7 @@ CHOICES: dict[str, Choice] = {
         kind="partitioner",
         import_path=True,
     ),
+    "metrics": Choice(("balanced_accuracy", "macro_f1", "top_5_accuracy"), kind="metric", import_path=True),
     # What these leave out of torch.optim needs a closure (LBFGS), sparse gradients or matrices only (Muon).
     "optimizer": Choice(
         (

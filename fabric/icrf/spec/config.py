@@ -31,6 +31,7 @@ from icrf.spec.fields import (
     CountOrZero,
     Deadline,
     FederationId,
+    Names,
     Nodes,
     Placement,
     Share,
@@ -111,17 +112,16 @@ class FederationConfig(BaseModel):
     """A built-in model or ``module:attr`` of a function that builds one."""
     dataset_type: Text = "digits"
     """A built-in dataset or ``module:attr`` of a function that loads one."""
-    metrics: list[Text] = Field(default_factory=list)
-    """Metrics of an evaluation beside accuracy and loss: ``balanced_accuracy``, ``macro_f1``, ``top_5_accuracy``, a
-    registered name or ``module:attr``."""
+    metrics: Names = Field(default_factory=list)
+    """What an evaluation measures besides ``accuracy`` and ``loss`` (see docs/models.md)."""
     data_dir: Text | None = None
     """Folder of data files for datasets that need one (``mnist``, ``fmnist``, ``cifar10``) or file of a table,
     relative to the configuration's folder."""
     target_column: Text | None = None
     """Tables: the column with the class."""
-    categorical_columns: list[Text] = Field(default_factory=list)
+    categorical_columns: Names = Field(default_factory=list)
     """Tables: columns that are categories even where they look like numbers."""
-    ignored_columns: list[Text] = Field(default_factory=list)
+    ignored_columns: Names = Field(default_factory=list)
     """Tables: columns that are left out."""
     group_column: Text | None = None
     """Tables: the column with a sample's natural id, for ``natural``; it is no feature."""
@@ -154,7 +154,7 @@ class FederationConfig(BaseModel):
     """Weight of the proximal term of ``FedProx``."""
     aggregation_sample_scaling: bool = True
     """Weight updates by the nodes' sample counts; false: every node counts the same."""
-    private_keys: list[Text] = Field(default_factory=list)
+    private_keys: Names = Field(default_factory=list)
     """Patterns (``bn*``) of the names of tensors that stay with their node and are never averaged (FedBN)."""
     mixing: Text = "metropolis_hastings"
     """How the mixing matrix of a decentralized round follows from the adjacency matrix."""
