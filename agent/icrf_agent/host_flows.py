@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from icrf.learning.aggregation import (
     build_aggregator,
 )
 from icrf.ports import PhaseReport
-from icrf.protocol import Activated, StartRound
+from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
 from icrf_agent.checkpoint import SERVER, pack_rows, unpack_rows
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
@@ -53,7 +54,8 @@ class CentralizedFlow:
         # Where a participant's rows are among those that this host keeps.
         self._row_of = {index: k for k, index in enumerate(self._participants)}
         self._rule = build_aggregator(t.nodes.config.aggregation_strategy, t.nodes.config.model_dump())
-        if self._rule.rows != t.activation.rows:
+        self._private = t.layout.row_size - t.layout.num_parameters
+        if self._rule.rows.with_private(t.layout.tensors) != replace(t.activation.rows, nodes_keep=False):
             raise ConfigError(
                 "C008",
                 "the aggregation rule here is not the one that was submitted",
@@ -63,6 +65,9 @@ class CentralizedFlow:
                 hint="install the same version of its code on every cluster",
             )
         self._size = t.layout.num_parameters
+        # What a model counts or averages by itself, such as batch norm: always the plain mean of the nodes'.
+        self._buffers = [part for tensor, part in t.layout.places if tensor.rule in (MEAN, ROUNDED)]
+        self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         self._seen: Array = t.nodes.initial
         self._server, self._clients = self._states(restored)
 
@@ -76,9 +81,12 @@ class CentralizedFlow:
                 state = unpack_rows(t.layout, restored, number, [SERVER], rows.server * self._size)[0]
                 self._seen = state[: self._size]
             server = VersionedState(state, number, recycle=not t.has_last_word)
-        kept = rows.client * self._size + rows.client_scalars
+        own = rows.client * self._size + rows.client_scalars
+        kept = own + self._private
         if kept and self._participants:
             state = np.zeros((len(self._participants), kept), t.layout.dtype)
+            t.nodes.model.load(t.nodes.initial)
+            state[:, own:] = t.nodes.model.row[self._size :]
             if number:
                 names = [str(i) for i in self._participants]
                 state = unpack_rows(t.layout, restored, number, names, kept)
@@ -142,6 +150,7 @@ class CentralizedFlow:
             nodes=participants,
             overflow=tuple(sorted(overflow)),
             metric_sums=sums,
+            node_metrics=t.by_node.take(start),
             bytes_intra_cluster=t.foreign_bytes(postings, received.nbytes),
         )
 
@@ -165,17 +174,36 @@ class CentralizedFlow:
     ) -> Array:
         """Train one participant; what it contributes, valid until the next one trains."""
         t, rule = self._t, self._rule
-        t.nodes.get(index).context.model.load(self._seen)
+        own = len(kept) - self._private
+        self._load(kept[own:])
         t.evaluate_node(start, index, sums)
         with self._blaming_the_rule():
-            t.nodes.trainer.begin(rule.terms(received, next_kept))
-        trained = t.train_node(index, sums)
+            t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
+        trained = t.train_node(start, index, sums)
         steps = t.nodes.trainer.steps
         t.nodes.trainer.begin()
-        t.clip(index, self._seen, trained)
+        next_kept[own:] = t.nodes.model.row[self._size :]
+        t.evaluate_own(start, index, sums)
+        t.clip(index, self._seen, trained, self._learned)
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
         with self._blaming_the_rule():
-            return rule.contribution(ClientUpdate(received, trained, steps, kept, next_kept, out))
+            sent = rule.contribution(ClientUpdate(received, trained, steps, kept[:own], next_kept[:own], out))
+        return self._with_buffers(sent, trained)
+
+    def _load(self, private: Array) -> None:
+        """The global model, with what is a node's own."""
+        row = self._t.buffer("row", (self._size + self._private,))
+        row[: self._size], row[self._size :] = self._seen, private
+        self._t.nodes.model.load(row if self._private else self._seen)
+
+    def _with_buffers(self, sent: Array, trained: Array) -> Array:
+        """A contribution whose first row has the node's own buffers, and whose other rows have none."""
+        if sent is not trained:
+            for part in self._buffers:
+                sent[part] = trained[part]
+                for k in range(1, self._rule.rows.up):
+                    sent[k * self._size + part.start : k * self._size + part.stop] = 0.0
+        return sent
 
     def _publish(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, weight: int) -> None:
         posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
@@ -192,13 +220,11 @@ class CentralizedFlow:
         state = self._server.spare()
         postings = self._combine(start, previous, state)
         model = state[: self._size]
-        changed = t.last_word(self._aggregator, model)
-        if changed is not model:
-            np.copyto(model, changed)
+        t.last_word(self._aggregator, model)
         self._server.stage(start, state)
         self._seen = model
         metrics: dict[str, float] = {}
-        if start.evaluate:
+        if start.evaluate and not self._private:
             t.nodes.model.load(model)
             metrics = t.nodes.measure(self._aggregator, "evaluate", "test")
         return PhaseReport(
@@ -230,6 +256,8 @@ class CentralizedFlow:
         total = t.merge(start, postings, start.total_weight)
         with self._blaming_the_rule():
             rule.finish(total, previous, state, facts)
+        for part in self._buffers:
+            state[part] = total.mean_part(part.start, part.stop, np.empty(part.stop - part.start))
         return postings
 
     @contextmanager
@@ -281,5 +309,9 @@ class CentralizedFlow:
         return tuple(sorted(set.intersection(*found))) if found else ()
 
     def state_of(self, index: int) -> Array:
-        """What a node sees between rounds: the newest global model this host has."""
-        return self._server.latest[: self._size] if self._server and index == self._aggregator else self._seen
+        """What a node sees between rounds: the newest global model this host has, with what is the node's own."""
+        if self._server and index == self._aggregator:
+            return self._server.latest[: self._size]
+        if not self._private or self._clients is None or index not in self._row_of:
+            return self._seen
+        return np.concatenate([self._seen, self._clients.latest[self._row_of[index], -self._private :]])

@@ -11,7 +11,7 @@ import numpy as np
 from icrf.errors import InternalError
 from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL
 from icrf.ports import PhaseReport
-from icrf.protocol import Activated, StartRound
+from icrf.protocol import AGGREGATED, Activated, StartRound
 from icrf.topology import Hierarchy, HybridAdjacencyMatrix
 from icrf.update import ExactSum
 from icrf_agent.checkpoint import pack_rows, unpack_rows
@@ -46,6 +46,7 @@ class HierarchicalFlow:
         self._groups = {aggregator: members for aggregator, members in local.items() if members}
         kept = [a for a in self._hierarchy.aggregators if a in here]
         self._rows = {aggregator: k for k, aggregator in enumerate(kept)}
+        self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         self._seen = dict.fromkeys(self._groups, t.nodes.initial)
         self._state: VersionedState | None = None
         if kept:
@@ -101,6 +102,7 @@ class HierarchicalFlow:
             nodes=tuple(sorted(trained)),
             overflow=tuple(sorted(overflow)),
             metric_sums=sums,
+            node_metrics=t.by_node.take(start),
             bytes_intra_cluster=t.foreign_bytes(used, t.nodes.initial.nbytes),
         )
 
@@ -109,8 +111,8 @@ class HierarchicalFlow:
         t = self._t
         t.nodes.model.load(seen)
         t.evaluate_node(start, index, sums)
-        trained = t.train_node(index, sums)
-        t.clip(index, seen, trained)
+        trained = t.train_node(start, index, sums)
+        t.clip(index, seen, trained, self._learned)
         with t.nodes.blamed(index):
             return total.add(trained, t.weight(index))
 
@@ -136,20 +138,20 @@ class HierarchicalFlow:
             self._require_all(aggregator, postings)
             total = t.merge(start, postings, sum(posting.weight for posting in postings))
             total.mean(t.layout.dtype, out=state[k])
-            self._last_word(aggregator, state[k])
+            t.last_word(aggregator, state[k])
             if start.evaluate:
                 t.nodes.model.load(state[k])
                 metrics = t.nodes.measure(aggregator, "evaluate", "test")
-                t.count(aggregator, "", metrics, total.weight, sums)
+                t.count(start, aggregator, "", metrics, total.weight, sums)
             used += postings
         kept.stage(start, state)
-        return self._made(state, sums, t.foreign_bytes(used, 8 * t.layout.num_parameters))
+        return self._made(start, state, sums, t.foreign_bytes(used, 8 * t.layout.num_parameters))
 
     def _merge_all(self, start: StartRound) -> PhaseReport:
         t, root = self._t, self._hierarchy.root
         postings = t.collect(start, CONSENSUS)
         model = t.merge(start, postings, start.total_weight).mean(t.layout.dtype)
-        self._last_word(root, model)
+        t.last_word(root, model)
         metrics: dict[str, float] = {}
         if start.evaluate:
             t.nodes.model.load(model)
@@ -172,16 +174,11 @@ class HierarchicalFlow:
         state = kept.spare()
         state[:] = t.references.get(postings[0].reference)
         kept.stage(start, state)
-        return self._made(state, {}, t.foreign_bytes(postings, t.nodes.initial.nbytes))
+        return self._made(start, state, {}, t.foreign_bytes(postings, t.nodes.initial.nbytes))
 
     def evaluate(self, start: StartRound) -> PhaseReport:
         """Nothing: the aggregators have evaluated already."""
         return PhaseReport()
-
-    def _last_word(self, aggregator: int, state: Array) -> None:
-        changed = self._t.last_word(aggregator, state)
-        if changed is not state:
-            np.copyto(state, changed)
 
     def _require_all(self, aggregator: int, postings: Sequence[Posting]) -> None:
         """Every member of a group is in its sum, once."""
@@ -190,10 +187,11 @@ class HierarchicalFlow:
             name = self._t.activation.nodes[aggregator].id
             raise InternalError("X001", f"{len(there)} members of the group of {name} have contributed to its sum")
 
-    def _made(self, state: Array, sums: MetricSums, moved: int) -> PhaseReport:
+    def _made(self, start: StartRound, state: Array, sums: MetricSums, moved: int) -> PhaseReport:
         return PhaseReport(
             absmax=self._t.absmax(state),
             metric_sums=sums,
+            node_metrics=self._t.by_node.take(start),
             state_hashes=row_hashes(state),
             bytes_intra_cluster=moved,
         )

@@ -17,6 +17,7 @@ from icrf.learning.layout import Layout
 from icrf.protocol import Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
 from icrf_agent.host_nodes import HostNodes
+from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
 
 Array = np.ndarray[Any, Any]
@@ -28,6 +29,7 @@ class HostTools:
     """What both flows work with.
 
     Attributes:
+        by_node: what each node reports.
         kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
     """
 
@@ -36,6 +38,7 @@ class HostTools:
     layout: Layout
     manager: HybridTopologyManager
     references: References
+    by_node: NodeMetrics
     kept: dict[str, Any] = field(default_factory=dict)
 
     def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
@@ -133,11 +136,12 @@ class HostTools:
             raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
         return total
 
-    def train_node(self, index: int, sums: MetricSums) -> Array:
+    def train_node(self, start: StartRound, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
         metrics = self.nodes.measure(index, "train")
-        self.count(index, "train_", metrics, self.nodes.weight(index), sums)
-        return self.nodes.model.flat
+        self.count(start, index, "train_", metrics, self.nodes.weight(index), sums)
+        with self.nodes.blamed(index):
+            return self.nodes.model.flat
 
     def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
@@ -149,24 +153,33 @@ class HostTools:
             return
         if node.is_eval_node and node.is_train_node:
             metrics = self.nodes.measure(index, "evaluate", "eval")
-            self.count(index, "eval_", metrics, self.nodes.weight(index), sums)
+            self.count(start, index, "eval_", metrics, self.nodes.weight(index), sums)
         if node.is_test_node:
-            self.count(index, "test_", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+            self.count(start, index, "test_", self.nodes.measure(index, "evaluate", "test"), 1, sums)
 
-    def count(self, index: int, prefix: str, metrics: dict[str, float], weight: int, sums: MetricSums) -> None:
+    def evaluate_own(self, start: StartRound, index: int, sums: MetricSums) -> None:
+        """Where models are private in part, a common one is no model: a node evaluates its own, and all count one."""
+        if start.evaluate and self.layout.private:
+            self.count(start, index, "", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+
+    def count(
+        self, start: StartRound, index: int, prefix: str, metrics: dict[str, float], weight: int, sums: MetricSums
+    ) -> None:
         """Add what a node has measured to the exact sums, each under `prefix` and its name."""
-        for name, value in metrics.items():
-            old = sums.get(f"{prefix}{name}", (0, 0))
+        named = {f"{prefix}{name}": value for name, value in metrics.items()}
+        for name, value in named.items():
+            old = sums.get(name, (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
-            sums[f"{prefix}{name}"] = (old[0] + part, old[1] + weight)
+            sums[name] = (old[0] + part, old[1] + weight)
+        self.by_node.add(start, index, named)
 
-    def clip(self, index: int, before: Array, trained: Array) -> None:
-        """Where the configuration says so, shorten in place what a node has changed the model by."""
+    def clip(self, index: int, before: Array, trained: Array, learned: Sequence[slice]) -> None:
+        """Where the configuration says so, shorten in place what a node has changed the `learned` parts by."""
         clip_norm = self.nodes.config.clip_norm
         if clip_norm is not None:
             self.require_finite(index, trained)
-            clip_update(before, trained, clip_norm)
+            clip_update(before, trained, clip_norm, learned)
 
     def require_finite(self, index: int, flat: Array) -> None:
         """Raise W020, blaming the node, for values that are not finite."""
@@ -180,23 +193,26 @@ class HostTools:
         rows = [self.layout.absmax(row) for row in state]
         return tuple(max(column) for column in zip(*rows, strict=True))
 
-    def last_word(self, index: int, state: Array) -> Array:
-        """Let a node's own `aggregate` see its new state, where its class has one."""
+    def last_word(self, index: int, state: Array) -> None:
+        """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""
+        self.layout.settle(state)
         node = self.nodes.get(index)
         if type(node).aggregate is FederatedNode.aggregate:
-            return state
+            return
         self.nodes.model.load(state)
-        changed = self.nodes.call(index, "aggregate", state)
+        shared = state[: self.layout.num_parameters]
+        changed = self.nodes.call(index, "aggregate", shared)
         place = f"{node.id} on {self.nodes.cluster}, aggregate"
         if not isinstance(changed, np.ndarray):
             kind = type(changed).__name__
             raise NodeError("U002", f"{node.id}.aggregate returned {kind}", place=place, allowed="a NumPy array")
         with self.nodes.blamed(index):
-            self.layout.check(changed)
+            self.layout.check(changed, size=len(shared))
         bad = self.layout.first_nonfinite(changed)
         if bad:
             raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
-        return changed
+        np.copyto(shared, changed)
+        self.layout.settle(shared)
 
 
 def row_hashes(state: Array) -> bytes:

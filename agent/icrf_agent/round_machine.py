@@ -163,7 +163,7 @@ class RoundMachine:
         if self._waits_for(MODEL):
             self._seconds.exchange_from = now_s
             return []
-        if self.plan.local_participants(self.cluster) or self.plan.rows.clients_keep:
+        if self.plan.local_participants(self.cluster) or self.plan.rows.anybody_keeps:
             self._exchanged(now_s)
             return [Step(TRAIN)]
         self._trained = True
@@ -240,6 +240,7 @@ class RoundMachine:
             overflow=self._overflow,
             metric_sums={k: MetricSum(str(n), w) for k, (n, w) in sums.items()},
             metrics=metrics,
+            node_metrics=_by_node(self._merged),
             bytes_inter_cluster=self._wire_bytes,
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,
@@ -255,6 +256,15 @@ class RoundMachine:
 def _key(kind: str, sender: int, source: int, recipients: Sequence[int]) -> _Expected:
     """What tells one payload of a round from another: partials by whom they are for, all others by their sender."""
     return kind, sender, source, tuple(recipients) if kind == PARTIAL else ()
+
+
+def _by_node(phases: Sequence[PhaseReport]) -> dict[str, dict[str, float]]:
+    """What each node reported in any of the phases."""
+    found: dict[str, dict[str, float]] = {}
+    for phase in phases:
+        for node, values in phase.node_metrics.items():
+            found.setdefault(node, {}).update(values)
+    return found
 
 
 def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:

@@ -8,7 +8,6 @@ from typing import Any
 
 from icrf.ports import Write
 from icrf.protocol import (
-    CENTRALIZED,
     DECENTRALIZED,
     Activate,
     Instruction,
@@ -70,8 +69,8 @@ class Placement:
         return self.assignment[0]
 
     def stateful(self, submission: Submission) -> tuple[str, ...]:
-        """The clusters that hold committed state: those of the aggregators, or all where every node keeps some."""
-        if submission.flow == CENTRALIZED and submission.rows.clients_keep:
+        """The clusters that hold committed state: those of the aggregators; all where every node keeps some, or may."""
+        if submission.rows.anybody_keeps:
             return self.clusters
         return tuple(cluster for cluster, nodes in self.keepers(submission).items() if nodes)
 

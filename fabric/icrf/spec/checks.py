@@ -50,8 +50,10 @@ def find_contradictions(values: Values) -> list[Problem]:
 
 def _unusable_names(values: Values) -> Iterator[Problem]:
     for key, choice in CHOICES.items():
-        if key in values and (problem := choice.problem(key, values[key])):
-            yield problem
+        value = values.get(key, [])
+        for name in value if isinstance(value, list) else [value]:
+            if problem := choice.problem(key, name):
+                yield problem
 
 
 def _only_today(values: Values) -> Iterator[Problem]:
@@ -144,6 +146,7 @@ def _hierarchy(values: Values) -> Iterator[Problem]:
         "sampled_clients": None,
         "client_sampler": "uniform",
         "min_nodes": None,
+        "private_keys": [],
     }
     for key, only in built.items():
         if values[key] != only:
@@ -285,6 +288,19 @@ def _needs(rule: str, key: str, example: str) -> Problem:
     return Problem("C016", ("aggregation_strategy",), text, hint=f"Set {example}.")
 
 
+def _table(values: Values) -> Iterator[Problem]:
+    if values["dataset_type"] not in ("csv", "parquet"):
+        return
+    for key, what in (("data_dir", "the table"), ("target_column", "the column with the class")):
+        if not values[key]:
+            yield Problem(
+                "C016",
+                (key,),
+                f"{key} is missing: dataset_type '{values['dataset_type']}' needs it",
+                hint=f"Set it to {what}.",
+            )
+
+
 CHECKS: tuple[Check, ...] = (
     _aggregation,
     _byzantine,
@@ -301,4 +317,5 @@ CHECKS: tuple[Check, ...] = (
     _weight_decay,
     _roles,
     _server_template,
+    _table,
 )
