@@ -95,7 +95,7 @@ class NodeHost:
         return wrap(packed, states, round_number)
 
     def host_publish_model(self, start: StartRound) -> None:
-        """See ``CentralizedFlow.publish_model``."""
+        """Publish the models that are kept here (hosts with an aggregator)."""
         self._at(start).publish_model(start)
 
     def host_train(self, start: StartRound) -> PhaseReport:
@@ -152,7 +152,7 @@ class NodeHost:
         return replace(report, node_states=True, state_hashes=self._identity(report.state_hashes))
 
     def _identity(self, hashes: bytes) -> bytes:
-        """Among peers the hash of a node covers its own state too; with a server, or several, such states are in none."""
+        """Among peers the hash of a node covers its own state too; where servers make models, no hash does."""
         nodes, flow = self._ready()
         return nodes.states.hashed(hashes) if isinstance(flow, DecentralizedFlow) else hashes
 

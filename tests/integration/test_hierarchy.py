@@ -350,6 +350,25 @@ def test_communities_are_those_that_were_planted_and_live_together(planted: dict
     assert found[0] == found[1] == found[2]
 
 
+def test_a_communitys_model_is_worth_more_to_its_members(planted: dict[str, Any]) -> None:
+    keys = {
+        **planted,
+        "evaluate_clients": True,
+        "federated_learning_rounds": 8,
+        "global_every": 8,
+        "number_of_epochs": 3,
+    }
+    found = {}
+    with InlineFabric(1) as fabric:
+        for group_by in ("labels", "contiguous"):
+            _, rounds = run_on(fabric, build_submission(config_of(**{**keys, "group_by": group_by})))
+            found[group_by] = [r.metrics for r in rounds]
+    # What clients measure on their own data in the last round is what rounds within groups have made.
+    own, mixed = (found[group_by][-1]["eval_accuracy"] for group_by in ("labels", "contiguous"))
+    assert own > mixed + 0.1
+    assert found["labels"][-2]["accuracy"] < found["contiguous"][-2]["accuracy"]
+
+
 def test_a_grouping_of_ones_own_is_asked_where_the_federation_is_submitted(planted: dict[str, Any]) -> None:
     keys = {**planted, "group_by": f"{__name__}:alternating", "number_of_groups": 2}
     submission = build_submission(config_of(**keys))

@@ -15,6 +15,7 @@ from icrf.spec import FederationConfig
 from icrf.submission import SERVER_ID, SERVER_ROLE
 
 TRADITIONAL, DECENTRALIZED = "TraditionalFederatedLearning", "DecentralizedFederatedLearning"
+HIERARCHICAL = "HierarchicalFederatedLearning"
 Executor = Callable[..., FederatedBase]
 
 
@@ -131,3 +132,4 @@ def _built_in(config: FederationConfig, **keywords: Any) -> FederatedBase:
 schema_factory = SchemaFactory()
 schema_factory.register(TRADITIONAL, _built_in)
 schema_factory.register(DECENTRALIZED, _built_in)
+schema_factory.register(HIERARCHICAL, _built_in)
