@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import sysconfig
@@ -20,10 +21,10 @@ from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError,
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, load_dataset
-from icrf.learning.layout import FlatModule, Layout
+from icrf.learning.layout import FlatArray, FlatModule, Layout
 from icrf.learning.models import build_model
 from icrf.learning.partition import partition
-from icrf.learning.rng import derive_seed
+from icrf.learning.rng import derive_seed, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
 from icrf.protocol import Activate, StartRound
 from icrf.registry import load_attr
@@ -123,15 +124,9 @@ class HostNodes:
         if setup.allow is None and activation.code_path and activation.code_path not in sys.path:
             # Only where the submitter's machine is this one: elsewhere the path would be somebody else's choice.
             sys.path.insert(0, activation.code_path)
-        dataset = load_dataset(self.config.dataset_type, self.config.data_dir or "")
-        module = build_model(
-            self.config.model_type,
-            dataset.input_shape,
-            dataset.num_classes,
-            derive_seed(self.config.seed, 0, 0, "model"),
-        )
+        dataset = self._dataset()
         self.layout = Layout(activation.layout)
-        self.model = FlatModule(module, self.layout)
+        self.model = self._fresh_model(dataset)
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
         self._nodes: dict[int, FederatedNode] = {}
@@ -147,6 +142,13 @@ class HostNodes:
             self._entered = self.mailbox.position
             for node in self._nodes.values():
                 node.enter_round(start.round)
+
+    def initial_models(self, count: int) -> FlatArray:
+        """So many models as they start, `initial` the first, shape (count * num_parameters,)."""
+        if count == 1:
+            return self.initial
+        dataset = self._dataset()
+        return np.concatenate([self.initial, *(self._fresh_model(dataset, k).flat for k in range(1, count))])
 
     def get(self, index: int) -> FederatedNode:
         return self._nodes[index]
@@ -200,16 +202,37 @@ class HostNodes:
         try:
             return {str(name): float(value) for name, value in ({} if found is None else found).items()}
         except (AttributeError, TypeError, ValueError) as error:
-            node = self._nodes[index]
-            raise NodeError(
-                "U002",
-                f"{node.id}.{method} returned {type(found).__name__}",
-                place=f"{node.id} on {self.cluster}, {method}",
-                value=repr(found)[:80],
-                allowed="a dict of numbers by name, or None",
-            ) from error
+            raise self._no_numbers(index, method, found, "a dict of numbers by name, or None") from error
+
+    def _no_numbers(self, index: int, method: str, found: object, allowed: str) -> NodeError:
+        node = self._nodes[index]
+        return NodeError(
+            "U002",
+            f"{node.id}.{method} returned {type(found).__name__}",
+            place=f"{node.id} on {self.cluster}, {method}",
+            value=repr(found)[:80],
+            allowed=allowed,
+        )
+
+    def loss_of(self, index: int) -> float:
+        """A node's training loss with the model that is loaded, infinite in place of NaN; U002 for no number."""
+        found = self.call(index, "training_loss")
+        try:
+            loss = float(found)
+        except (TypeError, ValueError) as error:
+            raise self._no_numbers(index, "training_loss", found, "a number") from error
+        return math.inf if math.isnan(loss) else loss
 
     # ------------------------------------------------------------ inside
+
+    def _dataset(self) -> Dataset:
+        return load_dataset(self.config.dataset_type, self.config.data_dir or "")
+
+    def _fresh_model(self, dataset: Dataset, number: int = 0) -> FlatModule:
+        """The federation's model of this number as it starts."""
+        c = self.config
+        seed = model_seed(c.seed, number)
+        return FlatModule(build_model(c.model_type, dataset.input_shape, dataset.num_classes, seed), self.layout)
 
     def _build(self, dataset: Dataset) -> None:
         trains = [i for i, spec in enumerate(self._specs) if "train" in spec.role.split("-")]

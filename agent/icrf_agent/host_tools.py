@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,32 +131,49 @@ class HostTools:
             raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
         return total
 
+    def best_of(self, index: int, models: Array) -> int:
+        """Which of these models has the lowest loss on a node's own data; of equal ones the first.
+
+        Args:
+            models: one model after the other, flat.
+        """
+        losses = []
+        for model in models.reshape(-1, self.layout.num_parameters):
+            self.nodes.model.load(model)
+            losses.append(self.nodes.loss_of(index))
+        return losses.index(min(losses))
+
     def train_node(self, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
         metrics = self.nodes.measure(index, "train")
-        self._count(index, "train", metrics, self.nodes.weight(index), sums)
+        self.count(index, metrics, self.nodes.weight(index), sums, "train_")
         return self.nodes.model.flat
 
     def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
 
-        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out, the same for all.
+        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out. Of several models nobody but the
+        clients can tell which is meant for what: then theirs is the accuracy of the round.
         """
-        node = self.nodes.get(index)
-        if not (start.evaluate and self.nodes.config.evaluate_clients):
+        node, config = self.nodes.get(index), self.nodes.config
+        if not start.evaluate:
             return
-        if node.is_eval_node and node.is_train_node:
+        if config.evaluate_clients and node.is_eval_node and node.is_train_node:
             metrics = self.nodes.measure(index, "evaluate", "eval")
-            self._count(index, "eval", metrics, self.nodes.weight(index), sums)
-        if node.is_test_node:
-            self._count(index, "test", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+            self.count(index, metrics, self.nodes.weight(index), sums, "eval_")
+        prefixes = ["test_"] * config.evaluate_clients + [""] * (config.num_models > 1)
+        if prefixes and node.is_test_node:
+            metrics = self.nodes.measure(index, "evaluate", "test")
+            for prefix in prefixes:
+                self.count(index, metrics, 1, sums, prefix)
 
-    def _count(self, index: int, phase: str, metrics: dict[str, float], weight: int, sums: MetricSums) -> None:
+    def count(self, index: int, metrics: Mapping[str, float], weight: int, sums: MetricSums, prefix: str = "") -> None:
+        """Add a node's metrics to exact sums, under their names after `prefix`."""
         for name, value in metrics.items():
-            old = sums.get(f"{phase}_{name}", (0, 0))
+            old = sums.get(prefix + name, (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
-            sums[f"{phase}_{name}"] = (old[0] + part, old[1] + weight)
+            sums[prefix + name] = (old[0] + part, old[1] + weight)
 
     def last_word(self, index: int, state: Array) -> Array:
         """Let a node's own `aggregate` see its new state, where its class has one."""

@@ -29,9 +29,9 @@ from icrf.protocol import (
     nodes_of,
     sample_size,
 )
-from icrf.seeds import derive_seed
+from icrf.seeds import derive_seed, model_seed
 from icrf.spec import FederationConfig
-from icrf.spec.choices import TRADITIONAL
+from icrf.spec.choices import WITH_SERVER
 from icrf.topology import (
     MIXINGS,
     HybridAdjacencyMatrix,
@@ -99,8 +99,8 @@ def build_submission(
 
 
 def flow_of(config: FederationConfig) -> str:
-    """``centralized`` for the traditional schema, where one node aggregates; ``decentralized`` for all others."""
-    return CENTRALIZED if config.federated_learning_schema == TRADITIONAL else DECENTRALIZED
+    """``centralized`` for the schemas in which one node aggregates; ``decentralized`` for all others."""
+    return CENTRALIZED if config.federated_learning_schema in WITH_SERVER else DECENTRALIZED
 
 
 def default_nodes(config: FederationConfig, flow: str) -> tuple[NodeSpec, ...]:
@@ -220,13 +220,20 @@ def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str,
 
 
 def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
-    """Build model and data once, refuse them with C018 if they do not fit, and return the model's tensors."""
-    from icrf.learning import Layout, build_model, check_fit, load_dataset  # noqa: PLC0415 - torch takes seconds
+    """Build model and data once, refuse them with C018 if they do not fit, and return the model's tensors.
+
+    So is a model whose start is always the same where a federation learns several: they would stay equal for ever.
+    """
+    from icrf.learning import Layout, build_model, check_fit, check_starts, load_dataset  # noqa: PLC0415 - torch, slow
 
     dataset = load_dataset(config.dataset_type, config.data_dir or "")
-    module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
-    check_fit(module, dataset)
-    return Layout.of_module(module).tensors
+    seeds = [model_seed(config.seed, number) for number in range(min(2, config.num_models))]
+    modules = [build_model(config.model_type, dataset.input_shape, dataset.num_classes, seed) for seed in seeds]
+    check_fit(modules[0], dataset)
+    layout = Layout.of_module(modules[0])
+    if len(modules) > 1:
+        check_starts(modules, config.model_type)
+    return layout.tensors
 
 
 def resolve_rows(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str] = ()) -> Rows:
@@ -241,7 +248,7 @@ def resolve_rows(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Seq
     """
     from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
 
-    rule = build_aggregator(config.aggregation_strategy, config.model_dump())
+    rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
     rule.require(_fewest_participants(config, nodes, turns))
     if rule.rows.clients_keep and config.min_nodes is not None:
         raise ConfigError(

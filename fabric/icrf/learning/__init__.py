@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from icrf.learning.datasets import Dataset, load_dataset
     from icrf.learning.layout import FlatModule, Layout
-    from icrf.learning.models import build_model, check_fit, register_model
+    from icrf.learning.models import build_model, check_fit, check_starts, register_model
     from icrf.learning.partition import partition
     from icrf.learning.training import LocalTrainer, evaluate
 
@@ -33,6 +33,7 @@ __all__ = [
     "build_aggregator",
     "build_model",
     "check_fit",
+    "check_starts",
     "evaluate",
     "load_dataset",
     "partition",
@@ -52,6 +53,7 @@ _HOME = {
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",
+    "check_starts": "models",
     "register_model": "models",
     "partition": "partition",
     "LocalTrainer": "training",

@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,13 @@ class Layout:
                 allowed=f"{self.dtype} ({self.num_parameters},)",
             )
 
+    def repeated(self, count: int) -> Layout:
+        """The layout of so many models one after the other, whose tensors carry the names of :func:`model_names`."""
+        if count == 1:
+            return self
+        tensors = (replace(t, name=f"{name}.{t.name}") for name in model_names(count) for t in self.tensors)
+        return Layout(tuple(tensors))
+
     def to_state_dict(self, flat: FlatArray) -> dict[str, FlatArray]:
         """Views of the tensors within `flat`, by name."""
         self.check(flat)
@@ -194,6 +201,12 @@ class Layout:
         return tuple(
             float(np.maximum(-flat[s].min(), flat[s].max())) + 0.0 if s.stop > s.start else 0.0 for s in self.slices
         )
+
+
+def model_names(count: int) -> tuple[str, ...]:
+    """``model_0``, ``model_1``, ...: the models of a federation that learns several, in an order that sorting keeps."""
+    width = len(str(count - 1))
+    return tuple(f"model_{number:0{width}d}" for number in range(count))
 
 
 def _no_rule(name: str, dtype: str, wanted: str) -> WeightsError:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from icrf.seeds import derive_seed, stable_random_state
+from icrf.seeds import derive_seed, model_seed, stable_random_state
 
-__all__ = ["derive_seed", "numpy_generator", "stable_random_state", "torch_generator"]
+__all__ = ["derive_seed", "model_seed", "numpy_generator", "stable_random_state", "torch_generator"]
 
 
 def torch_generator(federation_seed: int, node_index: int, round_number: int, purpose: str) -> torch.Generator:

@@ -36,7 +36,8 @@ class RoundResult:
     Attributes:
         participants: how many nodes contributed.
         metrics: ``train_loss`` always; ``accuracy`` and ``loss`` in evaluated rounds.
-        model_sha256: hash of the global model; decentralized: the Merkle root over the node states.
+        model_sha256: hash of the global model, or of all where there are several; decentralized: the Merkle root over
+            the node states.
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
     """
