@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +28,7 @@ from icrf.learning.aggregation import (
 from icrf.learning.layout import model_names
 from icrf.learning.rng import stable_random_state
 from icrf.ports import PhaseReport
-from icrf.protocol import Activated, StartRound
+from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
 from icrf_agent.checkpoint import SERVER, pack_rows, unpack_rows
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
@@ -59,7 +60,8 @@ class CentralizedFlow:
         self._row_of = {index: k for k, index in enumerate(self._participants)}
         config = t.nodes.config
         self._rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
-        if self._rule.rows != t.activation.rows:
+        self._private = t.layout.row_size - t.layout.num_parameters
+        if self._rule.rows.with_private(t.layout.tensors) != replace(t.activation.rows, nodes_keep=False):
             raise ConfigError(
                 "C008",
                 "the aggregation rule here is not the one that was submitted",
@@ -71,6 +73,11 @@ class CentralizedFlow:
         self._size = t.layout.num_parameters
         self._layout = t.layout.repeated(config.num_models)
         self._names = model_names(config.num_models)
+        # What a model counts or averages by itself, such as batch norm: always the plain mean of the nodes'. The rule
+        # of several models takes nothing but means.
+        averaged = (MEAN, ROUNDED) if config.num_models == 1 else ()
+        self._buffers = [part for tensor, part in t.layout.places if tensor.rule in averaged]
+        self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         # The newest models that this host has seen.
         self._seen: Array = t.nodes.initial
         self._server, self._clients = self._states(restored)
@@ -85,9 +92,12 @@ class CentralizedFlow:
                 state = unpack_rows(t.layout, restored, number, [SERVER], rows.server * self._size)[0]
                 self._seen = self._models(state)
             server = VersionedState(state, number, recycle=not t.has_last_word)
-        kept = rows.client * self._size + rows.client_scalars
+        own = rows.client * self._size + rows.client_scalars
+        kept = own + self._private
         if kept and self._participants:
             state = np.zeros((len(self._participants), kept), t.layout.dtype)
+            t.nodes.model.load(t.nodes.initial)
+            state[:, own:] = t.nodes.model.row[self._size :]
             if number:
                 names = [str(i) for i in self._participants]
                 state = unpack_rows(t.layout, restored, number, names, kept)
@@ -158,6 +168,7 @@ class CentralizedFlow:
             nodes=participants,
             overflow=tuple(sorted(overflow)),
             metric_sums=sums,
+            node_metrics=t.by_node.take(start),
             bytes_intra_cluster=t.foreign_bytes(postings, received.nbytes),
         )
 
@@ -185,21 +196,26 @@ class CentralizedFlow:
         if rule.num_models > 1:
             chosen = self._choose(start, index, sums)
             received = self._row(received, chosen)
+        own = len(kept) - self._private
         model = received[: self._size]
-        t.nodes.model.load(model)
+        self._load(model, kept[own:])
         t.evaluate_node(start, index, sums)
         with self._blaming_the_rule():
-            t.nodes.trainer.begin(rule.terms(received, next_kept))
-        trained = t.train_node(index, sums)
+            t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
+        trained = t.train_node(start, index, sums)
         steps = t.nodes.trainer.steps
         t.nodes.trainer.begin()
+        next_kept[own:] = t.nodes.model.row[self._size :]
+        t.evaluate_own(start, index, sums)
         clip_norm = t.nodes.config.clip_norm
         if clip_norm is not None:
             self._require_finite(index, trained)
-            clip_update(model, trained, clip_norm)
+            clip_update(model, trained, clip_norm, self._learned)
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
         with self._blaming_the_rule():
-            return rule.contribution(ClientUpdate(received, trained, steps, kept, next_kept, out, chosen))
+            update = ClientUpdate(received, trained, steps, kept[:own], next_kept[:own], out, chosen)
+            sent = rule.contribution(update)
+        return self._with_buffers(sent, trained)
 
     @cached_property
     def _drawn(self) -> dict[int, int]:
@@ -210,15 +226,27 @@ class CentralizedFlow:
     def _choose(self, start: StartRound, index: int, sums: MetricSums) -> int:
         """Which of the models a participant trains, counted."""
         t = self._t
-        node, config = t.nodes.get(index), t.nodes.config
-        drawn = start.round == 1 and config.first_choice == "drawn"
+        drawn = start.round == 1 and t.nodes.config.first_choice == "drawn"
         chosen = self._drawn[index] if drawn else t.best_of(index, self._seen)
-        node.context.chosen_model = chosen
-        shares = {f"{name}_share": float(number == chosen) for number, name in enumerate(self._names)}
-        t.count(index, shares, 1, sums)
-        if start.evaluate and config.evaluate_clients:
-            t.count(index, {f"model_of_{node.id}": float(chosen)}, 1, sums)
+        t.nodes.get(index).context.chosen_model = chosen
+        t.add_up(index, {f"{name}_share": float(k == chosen) for k, name in enumerate(self._names)}, 1, sums)
+        t.by_node.add(start, index, {"model": float(chosen)})
         return chosen
+
+    def _load(self, model: Array, private: Array) -> None:
+        """A global model, with what is a node's own."""
+        row = self._t.buffer("row", (self._size + self._private,))
+        row[: self._size], row[self._size :] = model, private
+        self._t.nodes.model.load(row if self._private else model)
+
+    def _with_buffers(self, sent: Array, trained: Array) -> Array:
+        """A contribution whose first row has the node's own buffers, and whose other rows have none."""
+        if sent is not trained:
+            for part in self._buffers:
+                sent[part] = trained[part]
+                for k in range(1, self._rule.rows.up):
+                    sent[k * self._size + part.start : k * self._size + part.stop] = 0.0
+        return sent
 
     def _publish(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, weight: int) -> None:
         posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
@@ -242,22 +270,20 @@ class CentralizedFlow:
         postings = self._combine(start, previous, state)
         models = self._models(state)
         for number in range(self._rule.num_models):
-            model = self._row(models, number)
-            changed = t.last_word(self._aggregator, model)
-            if changed is not model:
-                np.copyto(model, changed)
+            t.last_word(self._aggregator, self._row(models, number))
         self._server.stage(start, state)
         self._seen = models
         return PhaseReport(
             absmax=self._rule.expected(self._layout.absmax(models)),
-            metrics=self._measure(models) if start.evaluate else {},
+            metrics=self._measure(models) if start.evaluate and not self._private else {},
             model_hash=self._layout.model_sha256(models),
             bytes_intra_cluster=t.foreign_bytes(postings, self._contribution_bytes),
         )
 
     def _measure(self, models: Array) -> dict[str, float]:
         """What the aggregator measures; of several models each metric with the model's name."""
-        t, found = self._t, {}
+        t = self._t
+        found: dict[str, float] = {}
         for number, name in enumerate(self._names):
             t.nodes.model.load(self._row(models, number))
             prefix = f"{name}_" if len(self._names) > 1 else ""
@@ -287,6 +313,8 @@ class CentralizedFlow:
         total = t.merge(start, postings, start.total_weight)
         with self._blaming_the_rule():
             rule.finish(total, previous, state, facts)
+        for part in self._buffers:
+            state[part] = total.mean_part(part.start, part.stop, np.empty(part.stop - part.start))
         return postings
 
     @contextmanager
@@ -334,6 +362,11 @@ class CentralizedFlow:
         return tuple(sorted(set.intersection(*found))) if found else ()
 
     def state_of(self, index: int) -> Array:
-        """What a node sees between rounds: the newest global model this host has, of several the one it has chosen."""
-        models = self._models(self._server.latest) if self._server and index == self._aggregator else self._seen
-        return self._row(models, self._t.nodes.get(index).chosen_model)
+        """What a node sees between rounds: the newest global model this host has (of several its choice), with what is
+        the node's own."""
+        if self._server and index == self._aggregator:
+            return self._row(self._server.latest, 0)
+        model = self._row(self._seen, self._t.nodes.get(index).chosen_model)
+        if not self._private or self._clients is None or index not in self._row_of:
+            return model
+        return np.concatenate([model, self._clients.latest[self._row_of[index], -self._private :]])

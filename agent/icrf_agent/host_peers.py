@@ -35,9 +35,10 @@ class DecentralizedFlow:
         number = t.activation.restore_round
         if number:
             names = [str(i) for i in t.nodes.indices]
-            initial = unpack_rows(t.layout, restored, number, names, t.layout.num_parameters)
+            initial = unpack_rows(t.layout, restored, number, names, t.layout.row_size)
         else:
-            initial = np.tile(t.nodes.initial, (len(self._rows), 1))
+            t.nodes.model.load(t.nodes.initial)
+            initial = np.tile(t.nodes.model.row, (len(self._rows), 1))
         self._state = VersionedState(initial, number, recycle=not t.has_last_word)
         self._updates = np.empty_like(initial)
         self._gossip = Gossip(mixing_matrix(t.activation.graph, t.nodes.config.mixing))
@@ -69,19 +70,23 @@ class DecentralizedFlow:
             node = t.nodes.get(index)
             t.nodes.model.load(state[k])
             if node.is_train_node and index in training:
-                t.train_node(index, sums)
+                t.train_node(start, index, sums)
                 trained.append(index)
-            updates[k] = t.nodes.model.flat
+            with t.nodes.blamed(index):
+                updates[k] = t.nodes.model.row
             if self._gossip.push_sum:
-                self._weigh_step(state[k], updates[k], float(self._gossip.mass(start.round - 1)[index]))
+                size, mass = t.layout.num_parameters, float(self._gossip.mass(start.round - 1)[index])
+                self._weigh_step(state[k, :size], updates[k, :size], mass)
             bad = t.layout.first_nonfinite(updates[k])
             if bad:
                 place = f"{node.id} on {t.nodes.cluster}"
                 raise WeightsError(
                     "W020", f"{node.id} has non-finite values in {bad}", place=place, hint="lower the learning rate"
                 )
-        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), updates))
-        return PhaseReport(nodes=tuple(trained), metric_sums=sums)
+        # What is private stays behind; without any this is no copy.
+        sent = np.ascontiguousarray(updates[:, : t.layout.num_parameters])
+        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), sent))
+        return PhaseReport(nodes=tuple(trained), metric_sums=sums, node_metrics=t.by_node.take(start))
 
     def aggregate(self, start: StartRound) -> PhaseReport:
         """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
@@ -89,20 +94,20 @@ class DecentralizedFlow:
         postings = t.collect(start, UPDATE)
         rows = t.rows_of(postings, sorted(self._needed))
         self._state.rebase(start)
-        state = self._state.spare()
+        state, size = self._state.spare(), t.layout.num_parameters
         sums: MetricSums = {}
         for index, k in self._rows.items():
             neighbours, weights = self._gossip.row(index, start.round)
-            weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), state[k])
-            word = t.last_word(index, state[k])
-            if word is not state[k]:
-                state[k] = word
+            weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), state[k, :size])
+            state[k, size:] = self._updates[k, size:]
+            t.last_word(index, state[k])
             if start.evaluate:
                 t.nodes.model.load(state[k])
                 t.evaluate_node(start, index, sums)
+                t.evaluate_own(start, index, sums)
         overflow: set[int] = set()
         if start.evaluate:
-            overflow = self._publish_consensus(start, state)
+            overflow = self._publish_consensus(start, state[:, :size])
         self._state.stage(start, state)
         local = t.activation.assignment[t.nodes.indices[0]]
         crossing = sum(1 for j in self._needed - set(self._rows) if t.activation.assignment[j] == local)
@@ -111,7 +116,8 @@ class DecentralizedFlow:
             absmax=self._absmax(state),
             state_hashes=b"".join(self._digest(row) for row in state),
             metric_sums=sums,
-            bytes_intra_cluster=crossing * state[0].nbytes,
+            node_metrics=t.by_node.take(start),
+            bytes_intra_cluster=crossing * state[0, :size].nbytes,
         )
 
     @staticmethod
@@ -138,9 +144,12 @@ class DecentralizedFlow:
         t = self._t
         postings = t.collect(start, CONSENSUS)
         model = t.merge(start, postings, len(t.activation.nodes)).mean(t.layout.dtype)
+        t.layout.settle(model)
         self._consensus = (start.round, start.attempt, model)
-        t.nodes.model.load(model)
-        metrics = t.nodes.measure(t.nodes.indices[0], "evaluate", "test")
+        metrics: dict[str, float] = {}
+        if not t.layout.private:
+            t.nodes.model.load(model)
+            metrics = t.nodes.measure(t.nodes.indices[0], "evaluate", "test")
         return PhaseReport(
             metrics=metrics,
             model_hash=t.layout.model_sha256(model),

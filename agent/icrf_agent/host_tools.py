@@ -15,6 +15,7 @@ from icrf.learning.layout import Layout
 from icrf.protocol import Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
 from icrf_agent.host_nodes import HostNodes
+from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
 
 Array = np.ndarray[Any, Any]
@@ -26,6 +27,7 @@ class HostTools:
     """What both flows work with.
 
     Attributes:
+        by_node: what each node reports.
         kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
     """
 
@@ -34,6 +36,7 @@ class HostTools:
     layout: Layout
     manager: HybridTopologyManager
     references: References
+    by_node: NodeMetrics
     kept: dict[str, Any] = field(default_factory=dict)
 
     def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
@@ -143,11 +146,12 @@ class HostTools:
             losses.append(self.nodes.loss_of(index))
         return losses.index(min(losses))
 
-    def train_node(self, index: int, sums: MetricSums) -> Array:
+    def train_node(self, start: StartRound, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
         metrics = self.nodes.measure(index, "train")
-        self.count(index, metrics, self.nodes.weight(index), sums, "train_")
-        return self.nodes.model.flat
+        self._count(start, index, "train", metrics, self.nodes.weight(index), sums)
+        with self.nodes.blamed(index):
+            return self.nodes.model.flat
 
     def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
@@ -160,35 +164,50 @@ class HostTools:
             return
         if config.evaluate_clients and node.is_eval_node and node.is_train_node:
             metrics = self.nodes.measure(index, "evaluate", "eval")
-            self.count(index, metrics, self.nodes.weight(index), sums, "eval_")
-        prefixes = ["test_"] * config.evaluate_clients + [""] * (config.num_models > 1)
-        if prefixes and node.is_test_node:
+            self._count(start, index, "eval", metrics, self.nodes.weight(index), sums)
+        phases = ["test"] * config.evaluate_clients + [""] * (config.num_models > 1)
+        if phases and node.is_test_node:
             metrics = self.nodes.measure(index, "evaluate", "test")
-            for prefix in prefixes:
-                self.count(index, metrics, 1, sums, prefix)
+            for phase in phases:
+                self._count(start, index, phase, metrics, 1, sums)
 
-    def count(self, index: int, metrics: Mapping[str, float], weight: int, sums: MetricSums, prefix: str = "") -> None:
-        """Add a node's metrics to exact sums, under their names after `prefix`."""
+    def evaluate_own(self, start: StartRound, index: int, sums: MetricSums) -> None:
+        """Where models are private in part, a common one is no model: a node evaluates its own, and all count one."""
+        if start.evaluate and self.layout.private:
+            self._count(start, index, "", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+
+    def _count(
+        self, start: StartRound, index: int, phase: str, metrics: dict[str, float], weight: int, sums: MetricSums
+    ) -> None:
+        named = {f"{phase}_{name}" if phase else name: value for name, value in metrics.items()}
+        self.add_up(index, named, weight, sums)
+        self.by_node.add(start, index, named)
+
+    def add_up(self, index: int, metrics: Mapping[str, float], weight: int, sums: MetricSums) -> None:
+        """Add a node's metrics to the exact sums of all."""
         for name, value in metrics.items():
-            old = sums.get(prefix + name, (0, 0))
+            old = sums.get(name, (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
-            sums[prefix + name] = (old[0] + part, old[1] + weight)
+            sums[name] = (old[0] + part, old[1] + weight)
 
-    def last_word(self, index: int, state: Array) -> Array:
-        """Let a node's own `aggregate` see its new state, where its class has one."""
+    def last_word(self, index: int, state: Array) -> None:
+        """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""
+        self.layout.settle(state)
         node = self.nodes.get(index)
         if type(node).aggregate is FederatedNode.aggregate:
-            return state
+            return
         self.nodes.model.load(state)
-        changed = self.nodes.call(index, "aggregate", state)
+        shared = state[: self.layout.num_parameters]
+        changed = self.nodes.call(index, "aggregate", shared)
         place = f"{node.id} on {self.nodes.cluster}, aggregate"
         if not isinstance(changed, np.ndarray):
             kind = type(changed).__name__
             raise NodeError("U002", f"{node.id}.aggregate returned {kind}", place=place, allowed="a NumPy array")
         with self.nodes.blamed(index):
-            self.layout.check(changed)
+            self.layout.check(changed, size=len(shared))
         bad = self.layout.first_nonfinite(changed)
         if bad:
             raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
-        return changed
+        np.copyto(shared, changed)
+        self.layout.settle(shared)

@@ -88,7 +88,7 @@ class RoundMachine:
         if self._waits_for(MODEL):
             self._seconds.exchange_from = now_s
             return []
-        if self.plan.rows.clients_keep:
+        if self.plan.rows.anybody_keeps:
             return [Step(TRAIN)]
         return self._maybe_report(now_s)
 
@@ -115,7 +115,7 @@ class RoundMachine:
         if step.kind == PUBLISH:
             sends = [Step(SEND, t) for t in self.plan.outbound(self.cluster, MODEL)]
             self._sending += len(sends)
-            if self.plan.local_participants(self.cluster) or self.plan.rows.clients_keep:
+            if self.plan.local_participants(self.cluster) or self.plan.rows.anybody_keeps:
                 return [*sends, Step(TRAIN)]
             self._trained = True
             self._seconds.exchange_from = now_s
@@ -212,6 +212,7 @@ class RoundMachine:
             overflow=self._overflow,
             metric_sums={k: MetricSum(str(n), w) for k, (n, w) in sums.items()},
             metrics=metrics,
+            node_metrics=_by_node(self._merged),
             bytes_inter_cluster=self._wire_bytes,
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,
@@ -222,6 +223,15 @@ class RoundMachine:
             state_hashes=state.state_hashes,
         )
         return [Step(REPORT, report=report)]
+
+
+def _by_node(phases: Sequence[PhaseReport]) -> dict[str, dict[str, float]]:
+    """What each node reported in any of the phases."""
+    found: dict[str, dict[str, float]] = {}
+    for phase in phases:
+        for node, values in phase.node_metrics.items():
+            found.setdefault(node, {}).update(values)
+    return found
 
 
 def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:

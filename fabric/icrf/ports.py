@@ -168,16 +168,22 @@ class Arrival:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """What one host says after a phase; see ``RoundReport`` for the fields."""
+    """What one host says after a phase; see ``RoundReport`` for the fields.
+
+    Attributes:
+        node_states: whether nodes of the host have a durable state of their own.
+    """
 
     nodes: tuple[int, ...] = ()
     overflow: tuple[int, ...] = ()
     absmax: tuple[float, ...] = ()
     metric_sums: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    node_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     model_hash: str = ""
     state_hashes: bytes = b""
     bytes_intra_cluster: int = 0
+    node_states: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from icrf.protocol import (
     nodes_of,
     sample_size,
 )
-from icrf.seeds import derive_seed, model_seed
+from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import WITH_SERVER
 from icrf.topology import (
@@ -79,10 +80,9 @@ def build_submission(
     chosen = tuple(nodes) if nodes is not None else default_nodes(config, flow)
     check_roles(chosen, flow)
     with on_path(code_path):
+        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in chosen))
         graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
-        layout = resolve_layout(config)
-        turns = _schedule(config, chosen)
-        rows = resolve_rows(config, chosen, turns) if flow == CENTRALIZED else Rows()
+        rows = resolve_rows(config, chosen, layout, turns := _schedule(config, chosen))
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -140,8 +140,8 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
         )
 
 
-def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
-    """Refuse a configuration whose roles or topology cannot work; no model and no data are loaded.
+def check_configuration(config: FederationConfig, *, code_path: str = "") -> None:
+    """Refuse a configuration whose roles, topology, model or data cannot work, as a submission would.
 
     Raises:
         ConfigError, TopologyError: see :func:`build_submission`.
@@ -151,8 +151,9 @@ def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
     check_roles(nodes, flow)
     with on_path(code_path):
         matrix = _graph(config, nodes, None)
-        if not _wants_samples(config):
-            _weighted(config, nodes, matrix, flow)
+        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in nodes))
+        _weighted(config, nodes, matrix, flow)
+        resolve_rows(config, nodes, layout, _schedule(config, nodes))
 
 
 def _graph(
@@ -197,15 +198,12 @@ def _wants_samples(config: FederationConfig) -> bool:
 
 def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Training samples per node, as the hosts deal them; 0 for a node that does not train."""
-    from icrf.learning import load_dataset  # noqa: PLC0415 - torch takes seconds
-    from icrf.learning.partition import partition  # noqa: PLC0415
+    from icrf.learning import configured_dataset, configured_partition  # noqa: PLC0415 - torch takes seconds
 
     trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
-    labels = np.asarray(load_dataset(config.dataset_type, config.data_dir or "").train_y)
-    seed = derive_seed(config.seed, 0, 0, "partition")
-    parts = partition(config.data_distribution_kind, labels, len(trains), seed, config.dirichlet_beta)
+    parts = configured_partition(config, configured_dataset(config), len(trains))
     counts = np.zeros(len(nodes), dtype=np.int64)
-    counts[trains] = [len(part) for part in parts]
+    counts[trains] = [len(parts[k]) for k in range(len(trains))]
     return counts
 
 
@@ -219,27 +217,42 @@ def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str,
     return schedule(config.client_sampler, ids, clients, count, config.federated_learning_rounds, config.seed)
 
 
-def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
-    """Build model and data once, refuse them with C018 if they do not fit, and return the model's tensors.
+def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec, ...]:
+    """Build model and data once, deal the data out to `num_parts` nodes, and return the model's tensors.
 
-    So is a model whose start is always the same where a federation learns several: they would stay equal for ever.
+    Raises:
+        ConfigError: C010 or C017 for names that cannot be loaded, C008 for a split that does not exist, C015 for files
+            that are missing or broken, C018 for a model that does not take the data, or that always starts alike where
+            several are learned.
+        WeightsError: W010, W011 for a model with tensors that have no aggregation rule.
     """
-    from icrf.learning import Layout, build_model, check_fit, check_starts, load_dataset  # noqa: PLC0415 - torch, slow
+    from icrf.learning import (  # noqa: PLC0415 - torch takes seconds
+        Layout,
+        build_model,
+        check_fit,
+        check_starts,
+        configured_dataset,
+        configured_partition,
+        require_metrics,
+    )
 
-    dataset = load_dataset(config.dataset_type, config.data_dir or "")
+    require_metrics(config.metrics)
+    dataset = configured_dataset(config)
     seeds = [model_seed(config.seed, number) for number in range(min(2, config.num_models))]
     modules = [build_model(config.model_type, dataset.input_shape, dataset.num_classes, seed) for seed in seeds]
     check_fit(modules[0], dataset)
-    layout = Layout.of_module(modules[0])
-    if len(modules) > 1:
-        check_starts(modules, config.model_type)
-    return layout.tensors
+    check_starts(modules, config.model_type)
+    configured_partition(config, dataset, num_parts)
+    return Layout.of_module(modules[0], config.private_keys).tensors
 
 
-def resolve_rows(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str] = ()) -> Rows:
-    """What the aggregation rule moves and keeps.
+def resolve_rows(
+    config: FederationConfig, nodes: Sequence[NodeSpec], layout: Sequence[TensorSpec], turns: Sequence[str] = ()
+) -> Rows:
+    """What the aggregation rule moves, and what it and the nodes keep.
 
     Args:
+        layout: the model's tensors.
         turns: who takes part in which round, see :class:`icrf.protocol.Submission`.
 
     Raises:
@@ -248,17 +261,22 @@ def resolve_rows(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Seq
     """
     from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
 
+    nodes_keep = config.client_template is not None
+    if flow_of(config) != CENTRALIZED:
+        return Rows(nodes_keep=nodes_keep)
     rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
     rule.require(_fewest_participants(config, nodes, turns))
-    if rule.rows.clients_keep and config.min_nodes is not None:
+    rows = rule.rows.with_private(layout)
+    if rows.clients_keep and config.min_nodes is not None:
+        other = f"aggregation_strategy {config.aggregation_strategy}" if rule.rows.clients_keep else "private_keys"
         raise ConfigError(
             "C008",
-            f"min_nodes {config.min_nodes} contradicts aggregation_strategy {config.aggregation_strategy}",
+            f"min_nodes {config.min_nodes} contradicts {other}",
             place="min_nodes",
             allowed="null",
             hint="its nodes keep what each round changes, so that no round can do without a cluster",
         )
-    return rule.rows
+    return replace(rows, nodes_keep=nodes_keep)
 
 
 def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:

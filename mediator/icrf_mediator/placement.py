@@ -61,8 +61,8 @@ class Placement:
         return self.assignment[0]
 
     def stateful(self, submission: Submission) -> tuple[str, ...]:
-        """The clusters that hold committed state: the coordinator, or all where every node keeps some."""
-        if submission.flow == CENTRALIZED and not submission.rows.clients_keep:
+        """The clusters that hold committed state: the coordinator; all where every node keeps some, or may."""
+        if submission.flow == CENTRALIZED and not submission.rows.anybody_keeps:
             return (self.clusters[self.coordinator(submission)],)
         return self.clusters
 

@@ -27,7 +27,9 @@ from icrf.protocol import (
     Plan,
     Resources,
     Submission,
+    element_type,
     nodes_of,
+    shared_size,
 )
 from icrf.topology import HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, assign, resolve_pins
@@ -115,7 +117,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     roles = [node.role for node in submission.nodes]
     exchange = compile_exchange(submission.flow, adjacency, roles, owners, submission.rows)
     slots = _slots(assignment, clusters)
-    num_parameters = sum(math.prod(tensor.shape) for tensor in submission.layout)
+    num_parameters = shared_size(submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings.rounds, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
@@ -144,6 +146,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
         mixing=mixing,
+        tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
     )
     return plan, assignment
 
@@ -235,7 +238,7 @@ def _parse(config_json: str) -> Mapping[str, Any]:
 
 
 def _itemsize(submission: Submission) -> int:
-    return max((np.dtype(tensor.dtype).itemsize for tensor in submission.layout), default=_FLOAT32)
+    return np.dtype(element_type(submission.layout)).itemsize if submission.layout else _FLOAT32
 
 
 def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str, int]:

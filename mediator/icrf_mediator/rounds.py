@@ -30,6 +30,7 @@ class Commit:
     bytes_by_cluster: dict[str, int]
     train_s: float
     exchange_s: float
+    node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def result(self, generation: int, wall_s: float) -> RoundResult:
         """The round as users see it."""
@@ -50,6 +51,7 @@ class Commit:
             consensus_sha256=self.consensus_hash,
             bytes_by_cluster=self.bytes_by_cluster,
             participants_bitmap=self.participants.hex(),
+            node_metrics=self.node_metrics,
         )
 
 
@@ -221,6 +223,7 @@ class RoundLedger:
             bytes_by_cluster={c: reports[c].bytes_inter_cluster for c in attempt.clusters},
             train_s=max(r.train_s for r in reports.values()),
             exchange_s=max(r.exchange_s for r in reports.values()),
+            node_metrics={node: found for r in reports.values() for node, found in r.node_metrics.items()},
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
         self._history.setdefault(commit.round, (model_hash, absmax))

@@ -18,6 +18,7 @@ from icrf.protocol import (
     RunEvent,
     RunInfo,
     Submission,
+    shared_tensors,
 )
 from icrf_mediator.checkpoints import Checkpoints
 from icrf_mediator.checks import ReportChecks
@@ -140,7 +141,7 @@ class RunBase:
 
     def _summed_name(self, number: int) -> str:
         """What a summed tensor is called: its name in the model, in whichever row."""
-        layout, rows = self.submission.layout, self.submission.rows
+        layout, rows = shared_tensors(self.submission.layout), self.submission.rows
         return "scalars" if number >= rows.up * len(layout) else layout[number % len(layout)].name
 
     def _place(self, placement: Placement) -> None:
@@ -150,7 +151,7 @@ class RunBase:
         by_samples = bool(self.config.get("aggregation_sample_scaling", True))
         self._ledger = RoundLedger(flow, placement.clusters, members, coordinator, by_samples=by_samples)
         self._quorum = Quorum(self.submission, self.config, placement.cluster_of, coordinator)
-        num_summed = self.submission.rows.num_summed(len(self.submission.layout))
+        num_summed = self.submission.rows.num_summed(len(shared_tensors(self.submission.layout)))
         self._checks = ReportChecks(flow, num_summed, members, coordinator)
 
     def _save_goal(self, effects: Effects) -> None:

@@ -43,9 +43,9 @@ def submission_of(row: Mapping[str, Any]) -> Submission:
     parts = dict(row)
     parts["schedule"] = tuple(parts.get("schedule", ()))
     parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
-    graph = parts["graph"]
-    parts["graph"] = Graph(graph["num_nodes"], tuple(graph["indptr"]), tuple(graph["indices"]))
-    parts["layout"] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in parts["layout"])
+    graph = dict(parts["graph"])
+    parts["graph"] = Graph(graph.pop("num_nodes"), **{name: tuple(values) for name, values in graph.items()})
+    parts["layout"] = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in parts["layout"])
     parts["rows"] = Rows(**parts["rows"])
     return Submission(**parts)
 

@@ -31,7 +31,6 @@ DIGITS = {
     "learning_rate": 0.1,
     "batch_size": 64,
     "client_template": "local:Counter",
-    "evaluate_clients": True,
 }
 
 
@@ -129,6 +128,11 @@ def run(fabric: InlineFabric, **keys: Any) -> Result:
     return result
 
 
+def choices(found: RoundResult) -> dict[str, float]:
+    """Which model each participant has trained."""
+    return {name: metrics["model"] for name, metrics in found.node_metrics.items()}
+
+
 def hashes(result: Result) -> list[str]:
     return [r.model_sha256 for r in result.rounds]
 
@@ -144,7 +148,6 @@ REGRESSION = {
     "dataset_type": "test-regression",
     "client_template": "local:Regressor",
     "server_template": "local:Teller",
-    "evaluate_clients": True,
     "client_role": "train-eval",
 }
 
@@ -153,12 +156,13 @@ REGRESSION = {
 def test_each_model_reaches_the_optimum_of_its_group(fabrics: Any, first: str) -> None:
     result = run(fabrics(2), **REGRESSION, number_of_models=2, first_choice=first)
     last = result.metrics
-    choices = [last[f"model_of_client_{i}"] for i in range(6)]
-    assert choices == [choices[0], 1 - choices[0]] * 3
+    found = choices(result.rounds[-1])
+    first_of_all = found["client_0"]  # node 1
+    assert [found[f"client_{i}"] for i in range(6)] == [first_of_all, 1 - first_of_all] * 3
     for k in range(2):
-        sign = 1.0 if k == choices[0] else -1.0  # client_0 is node 1
-        found = [last[f"model_{k}_w{d}"] for d in range(3)]
-        assert found == pytest.approx((sign * THETA).tolist(), abs=1e-9)
+        sign = 1.0 if k == first_of_all else -1.0
+        place = [last[f"model_{k}_w{d}"] for d in range(3)]
+        assert place == pytest.approx((sign * THETA).tolist(), abs=1e-9)
     state = result.state_dict()
     assert sorted(state) == ["model_0.w", "model_1.w"]
     assert result.load_model(1).w.tolist() == state["model_1.w"].tolist()
@@ -185,6 +189,21 @@ def test_more_models_than_groups_leave_some_model_out(fabrics: Any) -> None:
     assert sum(result.metrics[f"model_{k}_share"] for k in range(4)) == pytest.approx(1.0)
 
 
+@register_model("test-batch-norm")
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+
+
+def test_each_model_has_the_running_statistics_of_its_group(fabrics: Any) -> None:
+    """Every client makes the same number of steps of its own model: the counters tell what was averaged."""
+    keys = {**DIGITS, "model_type": "test-batch-norm", "number_of_clients": 6, "batch_size": 1_000_000}
+    result = run(fabrics(2), **keys, first_choice="loss", data_distribution_kind="iid")
+    trained = [sum(r.metrics[f"model_{k}_share"] > 0 for r in result.rounds) for k in range(2)]
+    state = result.state_dict()
+    assert [int(state[f"model_{k}.1.num_batches_tracked"]) for k in range(2)] == trained
+    assert not torch.equal(state["model_0.1.running_mean"], state["model_1.1.running_mean"])
+
+
 # ---------------------------------------------------------------- equal bits, and what they cost
 
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -193,6 +212,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"client_fraction": 0.6, "federated_learning_rounds": 5},
     {"sampled_clients": 1, "federated_learning_rounds": 5, "first_choice": "loss"},
     {"number_of_models": 3, "aggregation_strategy": "FedProx", "mu": 0.1},
+    {"model_type": "test-batch-norm"},
 )
 
 
@@ -206,6 +226,7 @@ def test_every_round_has_the_same_bits_and_metrics_on_1_2_and_3_clusters(fabrics
         assert len(many.info.clusters) == clusters
         assert hashes(many) == hashes(one)
         assert [r.metrics for r in many.rounds] == [r.metrics for r in one.rounds]
+        assert [r.node_metrics for r in many.rounds] == [r.node_metrics for r in one.rounds]
         assert many.state_dict().keys() == one.state_dict().keys()
 
 
@@ -228,36 +249,41 @@ def test_the_accuracy_is_that_of_the_models_which_the_clients_have_chosen(fabric
     keys = {**DIGITS, "federated_learning_rounds": 10, "number_of_epochs": 2, "momentum": 0.9, "seed": 1}
     result = run(fabrics(2), **keys)
     last = result.metrics
-    assert last["accuracy"] == last["test_accuracy"] == result.info.accuracy > 0.9
+    assert last["accuracy"] == result.info.accuracy > 0.9
+    own = [metrics["accuracy"] for metrics in result.rounds[-1].node_metrics.values()]
+    assert last["accuracy"] == pytest.approx(sum(own) / 7)
     assert last["model_0_share"] + last["model_1_share"] == 1.0
     # The server counts from nought: only one of the models suits its own data.
     of_the_server = sorted(last[f"model_{k}_accuracy"] for k in range(2))
     assert of_the_server[0] < 0.1 and of_the_server[1] > 0.9
-    one_model = run(fabrics(2), **{**keys, "schema": "TraditionalFederatedLearning"}).metrics
+    also = run(fabrics(2), **{**keys, "federated_learning_rounds": 2, "evaluate_clients": True}).metrics
+    assert also["accuracy"] == also["test_accuracy"] and also["eval_accuracy"] > 0
+    traditional = {**keys, "schema": "TraditionalFederatedLearning", "evaluate_clients": True}
+    one_model = run(fabrics(2), **traditional).metrics
     assert one_model["test_accuracy"] < 0.6
 
 
 def test_a_run_ends_when_the_chosen_models_reach_the_target(fabrics: Any) -> None:
-    keys = {**DIGITS, "number_of_epochs": 2, "momentum": 0.9, "seed": 1, "evaluate_clients": False}
+    keys = {**DIGITS, "number_of_epochs": 2, "momentum": 0.9, "seed": 1}
     result = run(fabrics(2), **{**keys, "federated_learning_rounds": 20, "target_accuracy": 0.85})
     assert 1 < result.info.rounds_to_target == result.info.rounds_done < 20
-    assert not any(name.startswith(("test_", "eval_", "model_of_")) for name in result.metrics)
+    assert not any(name.startswith(("test_", "eval_")) for name in result.metrics)
 
 
 def test_a_node_shows_the_model_that_it_has_chosen(fabrics: Any) -> None:
     fabric = fabrics(2)
     config = FederationConfig.from_mapping({**DIGITS, "federated_learning_rounds": 4, "seed": 1, "momentum": 0.9})
     run_id = fabric.port.submit(build_submission(config, keep=True)).run_id
-    last = follow(fabric, run_id, 4)[-1].metrics
+    chosen = choices(follow(fabric, run_id, 4)[-1])
     nothing = values.encode([[], {}])
     shown = [values.decode(fabric.port.call_node(run_id, f"client_{i}", "pull_version", nothing)) for i in range(7)]
     fabric.port.advance(run_id, STOP)
     versions = [version["model"] for version in shown]
     for i in range(7):
-        same = [j for j in range(7) if last[f"model_of_client_{j}"] == last[f"model_of_client_{i}"]]
+        same = [j for j in range(7) if chosen[f"client_{j}"] == chosen[f"client_{i}"]]
         on_i = [j for j in range(7) if np.array_equal(versions[j]["output.bias"], versions[i]["output.bias"])]
         assert set(on_i) <= set(same)
-    assert {last[f"model_of_client_{i}"] for i in range(7)} == {0.0, 1.0}
+    assert set(chosen.values()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(("template", "expected"), [("Wordy", "U002"), ("Lost", "")])
@@ -271,7 +297,7 @@ def test_a_loss_that_is_no_number(fabrics: Any, template: str, expected: str) ->
         assert expected in info.error_json and "training_loss returned str" in info.error_json
     else:
         assert info.status == COMPLETED
-        assert [r.metrics["model_of_client_2"] for r in rounds[1:]] == [0.0, 0.0]
+        assert [choices(r)["client_2"] for r in rounds[1:]] == [0.0, 0.0]
 
 
 # ---------------------------------------------------------------- crashes

@@ -68,6 +68,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
         cut += f" ({100 * plan.cut_edges / plan.num_edges:.1f} %)"
     facts: list[tuple[str, str | Text]] = [
         ("parameters", f"{plan.num_parameters:,}"),
+        ("tensors", ", ".join(f"{count:,} {rule}" for rule, count in sorted(plan.tensors.items()))),
         ("cut edges", cut),
         ("traffic", f"{format_bytes(plan.bytes_inter_cluster_per_round)} per round between clusters"),
     ]

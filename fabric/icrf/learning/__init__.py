@@ -16,10 +16,11 @@ if TYPE_CHECKING:
         build_aggregator,
         register_aggregator,
     )
-    from icrf.learning.datasets import Dataset, load_dataset
+    from icrf.learning.datasets import Dataset, configured_dataset, load_dataset
     from icrf.learning.layout import FlatModule, Layout
+    from icrf.learning.metrics import require_metrics
     from icrf.learning.models import build_model, check_fit, check_starts, register_model
-    from icrf.learning.partition import partition
+    from icrf.learning.partition import configured_partition, partition
     from icrf.learning.training import LocalTrainer, evaluate
 
 __all__ = [
@@ -34,11 +35,14 @@ __all__ = [
     "build_model",
     "check_fit",
     "check_starts",
+    "configured_dataset",
+    "configured_partition",
     "evaluate",
     "load_dataset",
     "partition",
     "register_aggregator",
     "register_model",
+    "require_metrics",
 ]
 
 _HOME = {
@@ -48,13 +52,16 @@ _HOME = {
     "build_aggregator": "aggregation",
     "register_aggregator": "aggregation",
     "Dataset": "datasets",
+    "configured_dataset": "datasets",
     "load_dataset": "datasets",
     "FlatModule": "layout",
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",
     "check_starts": "models",
+    "require_metrics": "metrics",
     "register_model": "models",
+    "configured_partition": "partition",
     "partition": "partition",
     "LocalTrainer": "training",
     "evaluate": "training",

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from icrf.errors import ConfigError
 from icrf.learning.injection import accepted_arguments
 from icrf.learning.layout import FlatModule
+from icrf.learning.metrics import measure, metric_key
 from icrf.registry import unknown_name
 
 # Permuted copies of a node's data are made in blocks of about this size, so that a large node does not double.
@@ -101,12 +103,13 @@ class _PlainSgd:
     def load(self, rows: Sequence[list[Any]], scalars: Any) -> None:
         """Go on from kept velocities; without momentum there are none."""
         if rows:
-            self._velocity = {number: view.clone() for number, view in enumerate(rows[0])}
+            self._velocity = {number: view.clone() for number, view in enumerate(rows[0]) if view is not None}
 
     def save(self, rows: Sequence[list[Any]], scalars: Any) -> None:
         """Keep the velocities."""
         for number, velocity in self._velocity.items():
-            rows[0][number].copy_(velocity)
+            if rows[0][number] is not None:
+                rows[0][number].copy_(velocity)
 
     def step(self) -> None:
         """Update every parameter that has a gradient and drop the gradients."""
@@ -144,6 +147,8 @@ class _TorchOptimizer:
         if not scalars[0]:
             return
         for number, parameter in enumerate(self._optimizer.param_groups[0]["params"]):
+            if rows[0][number] is None:
+                continue
             moments = {name: row[number].clone() for name, row in zip(_MOMENTS, rows, strict=True)}
             self._optimizer.state[parameter] = {"step": scalars[0].to(torch.float32), **moments}
 
@@ -151,7 +156,7 @@ class _TorchOptimizer:
         """Keep the moments and the number of steps."""
         for number, parameter in enumerate(self._optimizer.param_groups[0]["params"]):
             state = self._optimizer.state.get(parameter)
-            if state:
+            if state and rows[0][number] is not None:
                 scalars[0] = state["step"]
                 for name, row in zip(_MOMENTS, rows, strict=True):
                     row[number].copy_(state[name])
@@ -163,6 +168,14 @@ class _TorchOptimizer:
 
 
 Stepper = _PlainSgd | _TorchOptimizer
+
+
+def _stepper(
+    optimizer: str, flat_module: FlatModule, learning_rate: float, momentum: float, weight_decay: float
+) -> Stepper:
+    if optimizer == "SGD":
+        return _PlainSgd(flat_module, learning_rate, momentum, weight_decay)
+    return _TorchOptimizer(optimizer, flat_module, learning_rate, momentum, weight_decay)
 
 
 def optimizer_rows(optimizer: str, momentum: float = 0.0) -> tuple[int, int]:
@@ -195,10 +208,11 @@ class _Extras:
         for number, (parameter, data) in enumerate(self._module.trainable):
             if parameter.grad is None:
                 continue
-            if self._anchor is not None:
-                parameter.grad.add_(data - self._anchor[number], alpha=self._terms.mu)
-            if self._correction is not None:
-                parameter.grad.add_(self._correction[number])
+            anchor, correction = (None if rows is None else rows[number] for rows in (self._anchor, self._correction))
+            if anchor is not None:
+                parameter.grad.add_(data - anchor, alpha=self._terms.mu)
+            if correction is not None:
+                parameter.grad.add_(correction)
 
     def load(self, stepper: Stepper) -> None:
         """Hand the optimizer what it had when it stopped."""
@@ -221,16 +235,15 @@ class _Extras:
         return self._cut(torch.tensor(flat))
 
     def _cut(self, flat: Any) -> list[Any]:
-        """A flat tensor in the shapes of the trainable parameters."""
-        return [
-            flat[part].view(data.shape) for part, (_, data) in zip(self._slices, self._module.trainable, strict=True)
-        ]
+        """A flat tensor of what is shared, in the shapes of the trainable parameters; None for a private one."""
+        size = self._module.layout.num_parameters
+        pairs = zip(self._slices, self._module.trainable, strict=True)
+        return [flat[part].view(data.shape) if part.stop <= size else None for part, (_, data) in pairs]
 
     @property
     def _slices(self) -> list[slice]:
-        layout = self._module.layout
-        named = dict(self._module.module.named_parameters())
-        return [s for name, s in zip(layout.names, layout.slices, strict=True) if named[name].requires_grad]
+        named = {name for name, found in self._module.module.named_parameters() if found.requires_grad}
+        return [part for tensor, part in self._module.layout.places if tensor.name in named]
 
 
 class LocalTrainer:
@@ -280,7 +293,8 @@ class LocalTrainer:
             momentum: 0 for none.
             weight_decay: L2 penalty as the optimizer understands it.
             epochs: passes over the data; 0 trains nothing.
-            batch_size: samples per step; 0 takes all at once. The last batch of a pass may be smaller.
+            batch_size: samples per step; 0 takes all at once. The last batch of a pass may be smaller; where the model
+                has batch norm, which cannot do with one sample, a last single one joins the batch before.
             shuffle: draw a new order for every pass; otherwise the given order.
             generator: CPU generator of this (node, round).
             steps: optimizer steps to make, over as many passes as that takes, in place of `epochs`.
@@ -294,19 +308,17 @@ class LocalTrainer:
             return 0.0, 0
         x = to_tensor(x, getattr(torch, flat_module.layout.dtype.name))
         y = to_tensor(y)
-        stepper = (
-            _PlainSgd(flat_module, learning_rate, momentum, weight_decay)
-            if optimizer == "SGD"
-            else _TorchOptimizer(optimizer, flat_module, learning_rate, momentum, weight_decay)
-        )
+        stepper = _stepper(optimizer, flat_module, learning_rate, momentum, weight_decay)
         extras = _Extras(flat_module, self._terms)
         extras.load(stepper)
         flat_module.zero_grad()
         flat_module.module.train()
         with _global_randomness_from(generator):
-            passes = itertools.repeat(None) if steps is not None else itertools.repeat(None, epochs)
-            batches = (b for _ in passes for b in _batches(x, y, batch_size or num_samples, shuffle, generator))
-            found = self._descend(flat_module.module, itertools.islice(batches, steps), loss, stepper, extras)
+            module, size = flat_module.module, batch_size or num_samples
+            passes = itertools.count() if steps is not None else range(epochs)
+            one_pass = (_as_accepted(module, _batches(x, y, size, shuffle, generator)) for _ in passes)
+            batches = itertools.islice(itertools.chain.from_iterable(one_pass), steps)
+            found = self._descend(module, batches, loss, stepper, extras)
         extras.save(stepper)
         return found
 
@@ -355,6 +367,25 @@ def _batches(
         )
 
 
+def _as_accepted(
+    module: Any, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same batches; with batch norm a single sample at the end together with the batch before it."""
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        yield from batches
+        return
+    held = next(batches, None)
+    for batch in batches:
+        assert held is not None
+        if len(batch[1]) == 1:
+            held = torch.cat([held[0], batch[0]]), torch.cat([held[1], batch[1]])
+        else:
+            yield held
+            held = batch
+    if held is not None:
+        yield held
+
+
 def mean_loss(module: Any, x: Any, y: Any, loss: Loss, batch: int = 1024) -> float:
     """The mean of a loss over samples, nothing being trained; 0 without samples.
 
@@ -370,27 +401,32 @@ def mean_loss(module: Any, x: Any, y: Any, loss: Loss, batch: int = 1024) -> flo
     return total.item() / len(y) if len(y) else 0.0
 
 
-def evaluate(module: Any, x: Any, y: Any, batch: int = 1024) -> dict[str, float]:
-    """Accuracy and mean cross entropy of a module.
+def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[str] = ()) -> dict[str, float]:
+    """Accuracy and mean cross entropy of a module, and other metrics by name.
 
     Args:
         module: a module or the module of a :class:`FlatModule`; its mode is put back.
         x: features, shape (n, ...).
         y: int64 classes, shape (n,).
         batch: samples per forward pass.
+        metrics: names for :func:`icrf.learning.metrics.measure`.
 
     Returns:
-        ``{"accuracy": share of right answers, "loss": mean cross entropy}``; both 0 without samples.
+        ``{"accuracy": share of right answers, "loss": mean cross entropy}`` and `metrics`; all 0 without samples.
     """
     if not len(y):
-        return {"accuracy": 0.0, "loss": 0.0}
+        return {"accuracy": 0.0, "loss": 0.0, **{metric_key(name): 0.0 for name in metrics}}
     total = torch.zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.int64)
+    kept = []
     with torch.inference_mode():
         for scores, labels in _scores(module, x, y, batch):
             total += functional.cross_entropy(scores, labels, reduction="sum")
             correct += (scores.argmax(1) == labels).sum()
-    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y)}
+            if metrics:
+                kept.append(scores.numpy())
+    more = measure(metrics, np.concatenate(kept), to_tensor(y).numpy()) if metrics else {}
+    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y), **more}
 
 
 def _scores(module: Any, x: Any, y: Any, batch: int) -> Iterator[tuple[Any, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 PROTOCOL_VERSION = 1
 
@@ -28,13 +30,46 @@ TERMINAL = frozenset({COMPLETED, FAILED, CANCELLED})
 CENTRALIZED, DECENTRALIZED = "centralized", "decentralized"
 
 
+# How the tensors of several nodes become one: as the aggregation rule or the mixing says (parameters); by the weighted
+# mean (buffers of floats); by the mean rounded to the nearest integer; not at all.
+AGGREGATED, MEAN, ROUNDED, PRIVATE = "aggregated", "mean", "rounded", "private"
+# Elements of the flat buffer that an integer takes, see ``learning/layout.py``.
+LIMBS = 2
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model. `dtype` is a NumPy name such as ``float32``."""
+    """One tensor of the model. `dtype` is a NumPy name such as ``float32``, `rule` one of the four above."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    rule: str = AGGREGATED
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it holds integers or booleans."""
+        return "int" in self.dtype or self.dtype == "bool"
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the flat buffer that it takes."""
+        return math.prod(self.shape) * (LIMBS if self.is_integer and self.rule in (ROUNDED, PRIVATE) else 1)
+
+
+def shared_tensors(layout: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that nodes send and average, in name order."""
+    return tuple(tensor for tensor in layout if tensor.rule != PRIVATE)
+
+
+def shared_size(layout: Sequence[TensorSpec]) -> int:
+    """Elements of a model or an update on its way."""
+    return sum(tensor.num_elements for tensor in shared_tensors(layout))
+
+
+def element_type(layout: Sequence[TensorSpec]) -> str:
+    """The dtype of a model or an update on its way: that of its first floats."""
+    return next((tensor.dtype for tensor in layout if tensor.rule in (AGGREGATED, MEAN)), layout[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -74,6 +109,7 @@ class Rows:
         client: rows that every participant keeps from round to round.
         client_scalars: numbers that it keeps after them.
         every_update: contributions travel one by one, because the rule has to see each of them.
+        nodes_keep: nodes are of a class of the user's own, and may have a state of their own.
     """
 
     down: int = 1
@@ -83,11 +119,22 @@ class Rows:
     client: int = 0
     client_scalars: int = 0
     every_update: bool = False
+    nodes_keep: bool = False
 
     @property
     def clients_keep(self) -> bool:
         """Whether participants keep anything from round to round."""
         return bool(self.client or self.client_scalars)
+
+    @property
+    def anybody_keeps(self) -> bool:
+        """Whether anything but the server's state lasts from round to round, or may."""
+        return self.clients_keep or self.nodes_keep
+
+    def with_private(self, layout: Sequence[TensorSpec]) -> Rows:
+        """The same where participants also keep the private tensors of a model."""
+        private = sum(tensor.num_elements for tensor in layout if tensor.rule == PRIVATE)
+        return replace(self, client_scalars=self.client_scalars + private)
 
     def num_summed(self, num_tensors: int) -> int:
         """Tensors with a grid of their own in a contribution: those of every row, and the numbers as one more."""
@@ -219,6 +266,8 @@ class Plan:
         problems: why it is not feasible, one sentence each.
         mixing: what the mixing matrix can do; None for a centralized flow.
         links: (from cluster, to cluster, payload bytes per round).
+        num_parameters: elements of a model on its way.
+        tensors: rule -> how many tensors of the model follow it.
     """
 
     federation: str
@@ -242,6 +291,7 @@ class Plan:
     strategy: str
     explanation: dict[str, str] = field(default_factory=dict)
     mixing: MixingReport | None = None
+    tensors: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ class RoundReport:
         absmax: largest absolute value per summed tensor that the new state makes expect.
         metric_sums: name -> (numerator as decimal integer in units of 2^-40, weight); exact in any grouping.
         metrics: evaluation of the global model (coordinator of an evaluated round).
+        node_metrics: node id -> name -> value, of the nodes that trained here (evaluated rounds, up to 256 nodes).
         model_hash: hex sha256 of the new global or consensus model (coordinator, when there is one).
         state_hashes: 32 bytes per node of this cluster in index order (decentralized).
         bytes_inter_cluster: gateway bytes received by this cluster for this attempt, headers included.
@@ -136,6 +137,7 @@ class RoundReport:
     aggregate_s: float = 0.0
     error_json: str = ""
     recovery: str = ""
+    node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class RoundResult:
         metrics: ``train_loss`` always; ``accuracy`` and ``loss`` in evaluated rounds.
         model_sha256: hash of the global model, or of all where there are several; decentralized: the Merkle root over
             the node states.
+        node_metrics: node id -> name -> value of what each node reported: in evaluated rounds of federations of up to
+            256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
     """
@@ -58,6 +60,7 @@ class RoundResult:
     consensus_sha256: str = ""
     bytes_by_cluster: dict[str, int] = field(default_factory=dict)
     participants_bitmap: str = ""
+    node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def participant_nodes(self) -> tuple[int, ...]:

@@ -50,8 +50,10 @@ def find_contradictions(values: Values) -> list[Problem]:
 
 def _unusable_names(values: Values) -> Iterator[Problem]:
     for key, choice in CHOICES.items():
-        if key in values and (problem := choice.problem(key, values[key])):
-            yield problem
+        value = values.get(key, [])
+        for name in value if isinstance(value, list) else [value]:
+            if problem := choice.problem(key, name):
+                yield problem
 
 
 def _only_today(values: Values) -> Iterator[Problem]:
@@ -259,6 +261,19 @@ def _needs(rule: str, key: str, example: str) -> Problem:
     return Problem("C016", ("aggregation_strategy",), text, hint=f"Set {example}.")
 
 
+def _table(values: Values) -> Iterator[Problem]:
+    if values["dataset_type"] not in ("csv", "parquet"):
+        return
+    for key, what in (("data_dir", "the table"), ("target_column", "the column with the class")):
+        if not values[key]:
+            yield Problem(
+                "C016",
+                (key,),
+                f"{key} is missing: dataset_type '{values['dataset_type']}' needs it",
+                hint=f"Set it to {what}.",
+            )
+
+
 # Rules that a clustered federation averages each of its models by; those of one's own are asked later.
 _PER_MODEL = ("FedAvg", "FedProx")
 
@@ -275,18 +290,15 @@ def _models(values: Values) -> Iterator[Problem]:
             hint="Set number_of_models: 2, or as many as there are groups of clients with similar data.",
         )
     elif number > nodes:
-        yield Problem(
-            "C008",
-            ("number_of_models",),
-            f"number_of_models {number} > {nodes} nodes (number_of_clients), each of which trains one",
-            allowed=f"2 to {nodes}" if nodes > 1 else "with more nodes",
-        )
+        yield _too_many("number_of_models", number, nodes, "nodes (number_of_clients), each of which trains one")
     if rule not in _PER_MODEL and rule in CHOICES["aggregation_strategy"].built:
         text = f"aggregation_strategy {rule} contradicts federated_learning_schema {CLUSTERED}"
-        yield Problem("C008", ("aggregation_strategy",), text, allowed=", ".join((*_PER_MODEL, "one of your own")))
+        yield Problem("C008", ("aggregation_strategy",), text, allowed=", ".join((*_PER_MODEL, "a FedAvg of your own")))
     if values["target_accuracy"] is not None and "test" not in values["client_role"].split("-"):
         text = f"target_accuracy contradicts client_role '{values['client_role']}': with {CLUSTERED} clients measure it"
         yield Problem("C008", ("target_accuracy",), text, allowed="null without 'test' in client_role")
+    if values["private_keys"]:
+        yield not_built("private_keys", values["private_keys"], f"[] with {CLUSTERED}")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -305,4 +317,5 @@ CHECKS: tuple[Check, ...] = (
     _weight_decay,
     _roles,
     _server_template,
+    _table,
 )

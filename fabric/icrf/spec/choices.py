@@ -86,16 +86,24 @@ CHOICES: dict[str, Choice] = {
         kind="topology",
         import_path=True,
     ),
-    "model_type": Choice(("mlp",), ("2nn", "cnn", "lstm", "resnet18", "logistic"), kind="model", import_path=True),
+    "model_type": Choice(
+        ("logistic", "mlp", "2nn", "cnn", "lenet", "resnet8", "resnet8_bn"),
+        ("lstm", "resnet18"),
+        kind="model",
+        import_path=True,
+    ),
     "dataset_type": Choice(
-        ("digits",),
-        ("breast_cancer", "mnist", "fmnist", "cifar10", "csv", "text"),
+        ("digits", "breast_cancer", "mnist", "fmnist", "cifar10", "csv", "parquet"),
+        ("text",),
         kind="dataset",
         import_path=True,
     ),
     "data_distribution_kind": Choice(
-        ("iid", "dir"), ("20", "50", "90", "shards", "pathological", "quantity", "natural"), kind="partitioner"
+        ("iid", "dir", "20", "50", "90", "shards", "pathological", "quantity", "natural"),
+        kind="partitioner",
+        import_path=True,
     ),
+    "metrics": Choice(("balanced_accuracy", "macro_f1", "top_5_accuracy"), kind="metric", import_path=True),
     # What these leave out of torch.optim needs a closure (LBFGS), sparse gradients or matrices only (Muon).
     "optimizer": Choice(
         (

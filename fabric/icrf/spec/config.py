@@ -31,6 +31,7 @@ from icrf.spec.fields import (
     CountOrZero,
     Deadline,
     FederationId,
+    Names,
     Nodes,
     Placement,
     Share,
@@ -130,12 +131,28 @@ class FederationConfig(BaseModel):
     """A built-in model or ``module:attr`` of a function that builds one."""
     dataset_type: Text = "digits"
     """A built-in dataset or ``module:attr`` of a function that loads one."""
+    metrics: Names = Field(default_factory=list)
+    """What an evaluation measures besides ``accuracy`` and ``loss`` (see docs/models.md)."""
     data_dir: Text | None = None
-    """Folder of data files for datasets that need one, relative to the configuration's folder."""
+    """Folder of data files for datasets that need one (``mnist``, ``fmnist``, ``cifar10``) or file of a table,
+    relative to the configuration's folder."""
+    target_column: Text | None = None
+    """Tables: the column with the class."""
+    categorical_columns: Names = Field(default_factory=list)
+    """Tables: columns that are categories even where they look like numbers."""
+    ignored_columns: Names = Field(default_factory=list)
+    """Tables: columns that are left out."""
+    group_column: Text | None = None
+    """Tables: the column with a sample's natural id, for ``natural``; it is no feature."""
     data_distribution_kind: Text = "iid"
-    """How samples are dealt to the nodes: ``iid``, or ``dir`` (label shares drawn from a Dirichlet distribution)."""
+    """How samples are dealt to the nodes: ``iid``, ``dir``, ``20``, ``50``, ``90``, ``shards``, ``pathological``,
+    ``quantity``, ``natural`` (see docs/data.md), a registered name or ``module:attr``."""
     dirichlet_beta: Annotated[float, Field(gt=0, le=1e6)] = 0.5
-    """Concentration of ``dir``; the smaller, the more the nodes' labels differ."""
+    """Concentration of ``dir`` and ``quantity``; the smaller, the more the nodes' labels or sizes differ."""
+    classes_per_node: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Classes that a node holds with ``pathological``."""
+    shards_per_node: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Shards that a node gets with ``shards``."""
     shuffle: bool = True
     """Shuffle each node's data in every epoch."""
 
@@ -178,6 +195,8 @@ class FederationConfig(BaseModel):
     as in all later rounds."""
     aggregation_sample_scaling: bool = True
     """Weight updates by the nodes' sample counts; false: every node counts the same."""
+    private_keys: Names = Field(default_factory=list)
+    """Patterns (``bn*``) of the names of tensors that stay with their node and are never averaged (FedBN)."""
     mixing: Text = "metropolis_hastings"
     """How the mixing matrix of a decentralized round follows from the adjacency matrix, see topologies.md."""
     mixing_matrix_file_name: Text | None = None

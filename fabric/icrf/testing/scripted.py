@@ -31,6 +31,7 @@ from icrf.protocol import (
     RunEvent,
     RunInfo,
     Submission,
+    shared_size,
 )
 
 _FINGERPRINT = Fingerprint("2.13.0", "AVX2", "on", 1, "cpu")
@@ -215,7 +216,7 @@ class ScriptedMediator:
         """Nodes go to the clusters in turn; bytes are those of one model per remote cluster and direction."""
         names = self.script.clusters
         assignment = {node.id: names[i % len(names)] for i, node in enumerate(submission.nodes)}
-        parameters = sum(int(np.prod(t.shape)) for t in submission.layout)
+        parameters = shared_size(submission.layout)
         links = tuple(
             link
             for name in names[1:]

@@ -181,14 +181,24 @@ class UpdateAggregator(Aggregator):
         raise NotImplementedError
 
 
-def clip_update(received: Array, trained: Array, clip_norm: float) -> None:
-    """Scale ``trained - received`` down to the L2 norm `clip_norm` where it is longer; `trained` changes in place."""
+def clip_update(received: Array, trained: Array, clip_norm: float, parts: Sequence[slice] = (slice(None),)) -> None:
+    """Scale ``trained - received`` down to the L2 norm `clip_norm` where it is longer; `trained` changes in place.
+
+    Args:
+        parts: what is clipped, as one vector; the rest is left alone.
+    """
     square = 0.0
-    for start in range(0, len(trained), CHUNK):
-        change = np.subtract(trained[start : start + CHUNK], received[start : start + CHUNK], dtype=np.float64)
+    chunks = [chunk for part in parts for chunk in _chunks(part, len(trained))]
+    for chunk in chunks:
+        change = np.subtract(trained[chunk], received[chunk], dtype=np.float64)
         square += float(np.square(change, out=change).sum())
     norm = square**0.5
     if norm > clip_norm:
-        for start in range(0, len(trained), CHUNK):
-            part, base = trained[start : start + CHUNK], received[start : start + CHUNK]
+        for chunk in chunks:
+            part, base = trained[chunk], received[chunk]
             part[:] = base + (clip_norm / norm) * np.subtract(part, base, dtype=np.float64)
+
+
+def _chunks(part: slice, size: int) -> list[slice]:
+    first, last, _ = part.indices(size)
+    return [slice(at, min(at + CHUNK, last)) for at in range(first, last, CHUNK)]

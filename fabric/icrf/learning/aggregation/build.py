@@ -39,9 +39,4 @@ def build_aggregator(name: str, settings: Mapping[str, Any], num_models: int = 1
     if rule.rows.every_update != isinstance(rule, UpdateAggregator):
         message = f"'{name}' has rows with every_update {rule.rows.every_update}"
         raise ConfigError("C017", message, place=place, allowed="true for an UpdateAggregator only")
-    if num_models == 1:
-        return rule
-    if not isinstance(rule, MeanAggregator):
-        message = f"'{name}' has to see every update, which several models do not allow for"
-        raise ConfigError("C008", message, place=place, value=name, allowed="FedAvg, FedProx, a MeanAggregator")
-    return Ifca(rule, num_models)
+    return rule if num_models == 1 else Ifca(rule, num_models)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from icrf.errors import ConfigError
-from icrf.learning.aggregation.base import Array, ClientUpdate, MeanAggregator, RoundFacts
+from icrf.learning.aggregation.averaging import FedAvg
+from icrf.learning.aggregation.base import Aggregator, Array, ClientUpdate, MeanAggregator, RoundFacts
 from icrf.learning.training import LocalTerms
 from icrf.protocol import Rows
 
@@ -20,17 +21,21 @@ class Ifca(MeanAggregator):
     were grouped. A model that nobody chose stays as it is.
 
     Args:
-        within: the rule that each model follows, among those that chose it.
+        within: what those that chose a model do; the server takes their mean.
         num_models: K.
 
     Raises:
-        ConfigError: C008 for a rule that moves or keeps more than the model.
+        ConfigError: C008 for a rule that is no FedAvg.
     """
 
-    def __init__(self, within: MeanAggregator, num_models: int) -> None:
-        if within.rows != Rows():
-            message = "a rule that moves or keeps more than the model cannot be followed by several models"
-            raise ConfigError("C008", message, place="aggregation_strategy", allowed="FedAvg, FedProx")
+    def __init__(self, within: Aggregator, num_models: int) -> None:
+        if not isinstance(within, FedAvg):
+            raise ConfigError(
+                "C008",
+                f"{type(within).__name__} is no FedAvg, by which each of several models is averaged",
+                place="aggregation_strategy",
+                allowed="FedAvg, FedProx, a subclass of them",
+            )
         self.within, self.num_models = within, num_models
         self.rows = Rows(down=num_models, up=num_models, scalars=num_models, server=num_models)
 
