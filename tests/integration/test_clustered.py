@@ -91,6 +91,13 @@ class Teller(FederatedNode):
         return {f"w{k}": value for k, value in enumerate(self.context.model.flat.tolist())}
 
 
+class Rounder(FederatedNode):
+    """A server that leaves whole numbers in every model."""
+
+    def aggregate(self, state: Any) -> Any:
+        return np.round(state)
+
+
 class Wordy(FederatedNode):
     """Its loss is a word."""
 
@@ -109,7 +116,7 @@ class Lost(Counter):
 def fabrics() -> Iterator[Any]:
     """A fabric of so many clusters, started when it is asked for; it knows the node classes of this file."""
     opened: list[InlineFabric] = []
-    templates = {f"local:{kind.__name__}": kind for kind in (Counter, Regressor, Teller, Wordy, Lost)}
+    templates = {f"local:{kind.__name__}": kind for kind in (Counter, Regressor, Teller, Rounder, Wordy, Lost)}
 
     @cache
     def open_fabric(clusters: int) -> InlineFabric:
@@ -202,6 +209,12 @@ def test_each_model_has_the_running_statistics_of_its_group(fabrics: Any) -> Non
     state = result.state_dict()
     assert [int(state[f"model_{k}.1.num_batches_tracked"]) for k in range(2)] == trained
     assert not torch.equal(state["model_0.1.running_mean"], state["model_1.1.running_mean"])
+
+
+def test_the_server_has_the_last_word_on_every_model(fabrics: Any) -> None:
+    keys = {**REGRESSION, "federated_learning_rounds": 3, "server_template": "local:Rounder"}
+    state = run(fabrics(2), **keys, number_of_models=2).state_dict()
+    assert all(torch.equal(w, w.round()) and w.abs().sum() > 0 for w in state.values())
 
 
 # ---------------------------------------------------------------- equal bits, and what they cost
