@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-import icrf
 import icrf_agent
+from icrf import errors
 from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError, WeightsError, make_error
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
@@ -40,7 +40,7 @@ _WAIT_SLICE_S = 0.2
 # Where files lie that no user of this package has written.
 _NOT_THE_USERS = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-    *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (icrf, icrf_agent)),
+    *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (errors, icrf_agent)),
     "<frozen",
 )
 
