@@ -9,6 +9,9 @@ from icrf.spec.problems import Problem
 
 TRADITIONAL = "TraditionalFederatedLearning"
 DECENTRALIZED = "DecentralizedFederatedLearning"
+CLUSTERED = "ClusterFederatedLearning"
+# Schemas in which one node, the server, aggregates.
+WITH_SERVER = (TRADITIONAL, CLUSTERED)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def not_built(key: str, value: object, works: str) -> Problem:
 
 CHOICES: dict[str, Choice] = {
     "federated_learning_schema": Choice(
-        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED), ("ClusterFederatedLearning",), kind="schema"
+        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED, CLUSTERED), kind="schema"
     ),
     "federated_learning_topology": Choice(
         (
@@ -158,6 +161,7 @@ CHOICES: dict[str, Choice] = {
     "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
+    "first_choice": Choice(("drawn", "loss")),
     "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),
     "determinism": Choice(("strict", "recorded")),
 }
