@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,18 @@ class HostTools:
             raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
         return total
 
+    def best_of(self, index: int, models: Array) -> int:
+        """Which of these models has the lowest loss on a node's own data; of equal ones the first.
+
+        Args:
+            models: one model after the other, flat.
+        """
+        losses = []
+        for model in models.reshape(-1, self.layout.num_parameters):
+            self.nodes.model.load(model)
+            losses.append(self.nodes.loss_of(index))
+        return losses.index(min(losses))
+
     def train_node(self, start: StartRound, index: int, sums: MetricSums) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
         metrics = self.nodes.measure(index, "train")
@@ -146,16 +158,20 @@ class HostTools:
     def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
 
-        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out, the same for all.
+        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out. Of several models nobody but the
+        clients can tell which is meant for what: then theirs is the accuracy of the round.
         """
-        node = self.nodes.get(index)
-        if not (start.evaluate and self.nodes.config.evaluate_clients):
+        node, config = self.nodes.get(index), self.nodes.config
+        if not start.evaluate:
             return
-        if node.is_eval_node and node.is_train_node:
+        if config.evaluate_clients and node.is_eval_node and node.is_train_node:
             metrics = self.nodes.measure(index, "evaluate", "eval")
             self.count(start, index, "eval_", metrics, self.nodes.weight(index), sums)
-        if node.is_test_node:
-            self.count(start, index, "test_", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+        prefixes = ["test_"] * config.evaluate_clients + [""] * (config.num_models > 1)
+        if prefixes and node.is_test_node:
+            metrics = self.nodes.measure(index, "evaluate", "test")
+            for prefix in prefixes:
+                self.count(start, index, prefix, metrics, 1, sums)
 
     def evaluate_own(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where models are private in part, a common one is no model: a node evaluates its own, and all count one."""
@@ -167,12 +183,16 @@ class HostTools:
     ) -> None:
         """Add what a node has measured to the exact sums, each under `prefix` and its name."""
         named = {f"{prefix}{name}": value for name, value in metrics.items()}
-        for name, value in named.items():
+        self.add_up(index, named, weight, sums)
+        self.by_node.add(start, index, named)
+
+    def add_up(self, index: int, metrics: Mapping[str, float], weight: int, sums: MetricSums) -> None:
+        """Add a node's metrics to the exact sums of all."""
+        for name, value in metrics.items():
             old = sums.get(name, (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
             sums[name] = (old[0] + part, old[1] + weight)
-        self.by_node.add(start, index, named)
 
     def clip(self, index: int, before: Array, trained: Array, learned: Sequence[slice]) -> None:
         """Where the configuration says so, shorten in place what a node has changed the `learned` parts by."""

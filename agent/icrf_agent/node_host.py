@@ -115,12 +115,12 @@ class NodeHost:
         return self._staged(start, self._at(start).evaluate(start))
 
     def host_model(self, round_number: int) -> ModelFile:
-        """The global or consensus model of a committed round; F006 where this host has none."""
+        """The global or consensus model of a committed round, or all of several; F006 where this host has none."""
         nodes, flow = self._ready()
         flat = flow.model_at(round_number)
         if flat is None:
             raise RunError("F006", f"no model of round {round_number} on {nodes.cluster}")
-        layout = nodes.layout
+        layout = nodes.layout.repeated(nodes.config.num_models)
         # One entry: safetensors writes several in no fixed order, and equal models shall be equal files.
         metadata = {"icrf": f"{nodes.config.federation_id} round {round_number}"}
         return ModelFile(layout.to_safetensors(flat, metadata), layout.model_sha256(flat))

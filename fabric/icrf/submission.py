@@ -31,9 +31,10 @@ from icrf.protocol import (
     nodes_of,
     sample_size,
 )
+from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import HIERARCHICAL as HIERARCHICAL_SCHEMA
-from icrf.spec.choices import TRADITIONAL
+from icrf.spec.choices import WITH_SERVER
 from icrf.topology import (
     MIXINGS,
     Hierarchy,
@@ -50,7 +51,7 @@ from icrf.topology import (
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
-_FLOWS = {TRADITIONAL: CENTRALIZED, HIERARCHICAL_SCHEMA: HIERARCHICAL}
+_FLOWS = {**dict.fromkeys(WITH_SERVER, CENTRALIZED), HIERARCHICAL_SCHEMA: HIERARCHICAL}
 ROLE_PARTS = frozenset({"train", "eval", "test", "aggregate"})
 
 
@@ -105,8 +106,8 @@ def build_submission(
 
 
 def flow_of(config: FederationConfig) -> str:
-    """``centralized`` for the traditional schema, where one node aggregates; ``hierarchical`` where one of each group
-    does; ``decentralized`` for all others."""
+    """``centralized`` for the schemas in which one node aggregates; ``hierarchical`` where one of each group does;
+    ``decentralized`` for all others."""
     return _FLOWS.get(config.federated_learning_schema, DECENTRALIZED)
 
 
@@ -256,13 +257,15 @@ def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec
 
     Raises:
         ConfigError: C010 or C017 for names that cannot be loaded, C008 for a split that does not exist, C015 for files
-            that are missing or broken, C018 for a model that does not take the data.
+            that are missing or broken, C018 for a model that does not take the data, or that always starts alike where
+            several are learned.
         WeightsError: W010, W011 for a model with tensors that have no aggregation rule.
     """
     from icrf.learning import (  # noqa: PLC0415 - torch takes seconds
         Layout,
         build_model,
         check_fit,
+        check_starts,
         configured_dataset,
         configured_partition,
         require_metrics,
@@ -270,10 +273,12 @@ def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec
 
     require_metrics(config.metrics)
     dataset = configured_dataset(config)
-    module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
-    check_fit(module, dataset)
+    seeds = [model_seed(config.seed, number) for number in range(min(2, config.num_models))]
+    modules = [build_model(config.model_type, dataset.input_shape, dataset.num_classes, seed) for seed in seeds]
+    check_fit(modules[0], dataset)
+    check_starts(modules, config.model_type)
     configured_partition(config, dataset, num_parts)
-    return Layout.of_module(module, config.private_keys).tensors
+    return Layout.of_module(modules[0], config.private_keys).tensors
 
 
 def resolve_rows(
@@ -294,7 +299,7 @@ def resolve_rows(
     nodes_keep = config.client_template is not None
     if flow_of(config) != CENTRALIZED:
         return Rows(nodes_keep=nodes_keep)
-    rule = build_aggregator(config.aggregation_strategy, config.model_dump())
+    rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
     rule.require(_fewest_participants(config, nodes, turns))
     rows = rule.rows.with_private(layout)
     if rows.clients_keep and config.min_nodes is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
 from icrf.protocol import sample_size
-from icrf.spec.choices import CHOICES, DECENTRALIZED, HIERARCHICAL, TRADITIONAL, not_built
+from icrf.spec.choices import CHOICES, CLUSTERED, DECENTRALIZED, HIERARCHICAL, TRADITIONAL, WITH_SERVER, not_built
 from icrf.spec.problems import Problem
 
 Values = Mapping[str, Any]
@@ -116,11 +116,11 @@ def _schema_and_topology(values: Values) -> Iterator[Problem]:
             f"federated_learning_topology '{topology}' contradicts federated_learning_schema {HIERARCHICAL}",
             allowed="hierarchy",
         )
-    if schema == TRADITIONAL and topology != "star":
+    if schema in WITH_SERVER and topology != "star":
         yield Problem(
             "C008",
             path,
-            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {TRADITIONAL}",
+            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {schema}",
             allowed="star",
             hint=f"For peers that learn from each other set federated_learning_schema: {DECENTRALIZED}.",
         )
@@ -247,7 +247,7 @@ _LOCAL_OPTIMIZERS = {"SCAFFOLD": ("SGD",), "FedNova": ("SGD",), "DiLoCo": ("SGD"
 
 def _aggregation(values: Values) -> Iterator[Problem]:
     rule = values["aggregation_strategy"]
-    if values["federated_learning_schema"] != TRADITIONAL:
+    if values["federated_learning_schema"] not in WITH_SERVER:
         return
     if rule == "FedProx" and values["mu"] is None:
         yield _needs(rule, "mu", "mu: 0.01, the weight of its proximal term")
@@ -301,8 +301,36 @@ def _table(values: Values) -> Iterator[Problem]:
             )
 
 
+# Rules that a clustered federation averages each of its models by; those of one's own are asked later.
+_PER_MODEL = ("FedAvg", "FedProx")
+
+
+def _models(values: Values) -> Iterator[Problem]:
+    number, nodes, rule = values["number_of_models"], values["number_of_clients"], values["aggregation_strategy"]
+    if values["federated_learning_schema"] != CLUSTERED:
+        return
+    if number is None:
+        yield Problem(
+            "C016",
+            ("federated_learning_schema",),
+            f"number_of_models is missing: {CLUSTERED} learns that many models",
+            hint="Set number_of_models: 2, or as many as there are groups of clients with similar data.",
+        )
+    elif number > nodes:
+        yield _too_many("number_of_models", number, nodes, "nodes (number_of_clients), each of which trains one")
+    if rule not in _PER_MODEL and rule in CHOICES["aggregation_strategy"].built:
+        text = f"aggregation_strategy {rule} contradicts federated_learning_schema {CLUSTERED}"
+        yield Problem("C008", ("aggregation_strategy",), text, allowed=", ".join((*_PER_MODEL, "a FedAvg of your own")))
+    if values["target_accuracy"] is not None and "test" not in values["client_role"].split("-"):
+        text = f"target_accuracy contradicts client_role '{values['client_role']}': with {CLUSTERED} clients measure it"
+        yield Problem("C008", ("target_accuracy",), text, allowed="null without 'test' in client_role")
+    if values["private_keys"]:
+        yield not_built("private_keys", values["private_keys"], f"[] with {CLUSTERED}")
+
+
 CHECKS: tuple[Check, ...] = (
     _aggregation,
+    _models,
     _byzantine,
     _sampled_clients,
     _min_nodes,

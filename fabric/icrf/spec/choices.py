@@ -10,6 +10,9 @@ from icrf.spec.problems import Problem
 TRADITIONAL = "TraditionalFederatedLearning"
 DECENTRALIZED = "DecentralizedFederatedLearning"
 HIERARCHICAL = "HierarchicalFederatedLearning"
+CLUSTERED = "ClusterFederatedLearning"
+# Schemas in which one node, the server, aggregates.
+WITH_SERVER = (TRADITIONAL, CLUSTERED)
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,7 @@ def not_built(key: str, value: object, works: str) -> Problem:
 
 CHOICES: dict[str, Choice] = {
     "federated_learning_schema": Choice(
-        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED, HIERARCHICAL),
-        ("ClusterFederatedLearning",),
-        kind="schema",
+        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED, CLUSTERED, HIERARCHICAL), kind="schema"
     ),
     "federated_learning_topology": Choice(
         (
@@ -163,6 +164,7 @@ CHOICES: dict[str, Choice] = {
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
     "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),
+    "first_choice": Choice(("drawn", "loss")),
     "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),
     "determinism": Choice(("strict", "recorded")),
 }
