@@ -33,8 +33,7 @@ from icrf.protocol import (
 )
 from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
-from icrf.spec.choices import HIERARCHICAL as HIERARCHICAL_SCHEMA
-from icrf.spec.choices import WITH_SERVER
+from icrf.spec.choices import WITH_SERVER, in_groups
 from icrf.topology import (
     MIXINGS,
     Hierarchy,
@@ -51,7 +50,6 @@ from icrf.topology import (
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
-_FLOWS = {**dict.fromkeys(WITH_SERVER, CENTRALIZED), HIERARCHICAL_SCHEMA: HIERARCHICAL}
 ROLE_PARTS = frozenset({"train", "eval", "test", "aggregate"})
 
 
@@ -106,9 +104,12 @@ def build_submission(
 
 
 def flow_of(config: FederationConfig) -> str:
-    """``centralized`` for the schemas in which one node aggregates; ``hierarchical`` where one of each group does;
+    """``hierarchical`` where one node of each group aggregates, ``centralized`` for the other schemas with a server,
     ``decentralized`` for all others."""
-    return _FLOWS.get(config.federated_learning_schema, DECENTRALIZED)
+    schema = config.federated_learning_schema
+    if in_groups(schema, config.federated_learning_topology):
+        return HIERARCHICAL
+    return CENTRALIZED if schema in WITH_SERVER else DECENTRALIZED
 
 
 def default_nodes(config: FederationConfig, flow: str) -> tuple[NodeSpec, ...]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from icrf import FederatedBase
 from icrf.client import Fabric
-from icrf.errors import ConfigError
+from icrf.errors import ConfigError, RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.partition import PARTITIONERS
 from icrf.protocol import COMPLETED, IDLE, TERMINAL, Plan, RoundResult, RunInfo, Submission
@@ -304,6 +304,15 @@ def test_a_target_is_reached_by_the_model_for_all_groups_only() -> None:
     assert info.model_sha256 == rounds[-1].consensus_sha256
 
 
+def test_members_of_groups_can_neither_leave_nor_join() -> None:
+    with InlineFabric(2) as fabric:
+        submission = build_submission(config_of(federated_learning_rounds=2), keep=True)
+        run_id = fabric.port.submit(submission).run_id
+        follow(fabric, run_id, 2)
+        with pytest.raises(RunError, match=r"F005 .*every member of a group"):
+            fabric.port.change_nodes(run_id, remove=["client_0"])
+
+
 def test_a_federation_in_a_programs_hands_has_a_server_per_group() -> None:
     config = config_of(federated_learning_rounds=3)
     with InlineFabric(2) as inline:
@@ -336,6 +345,8 @@ def planted() -> Iterator[dict[str, Any]]:
 
 def test_communities_are_those_that_were_planted_and_live_together(planted: dict[str, Any]) -> None:
     submission = build_submission(config_of(**planted))
+    clustered = build_submission(config_of(**planted, schema="ClusterFederatedLearning"))
+    assert (clustered.flow, clustered.nodes, clustered.graph) == (submission.flow, submission.nodes, submission.graph)
     found = []
     for clusters in (1, 2, 3):
         with InlineFabric(clusters) as fabric:

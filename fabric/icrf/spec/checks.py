@@ -7,7 +7,17 @@ from typing import Any
 
 from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
 from icrf.protocol import sample_size
-from icrf.spec.choices import CHOICES, CLUSTERED, DECENTRALIZED, HIERARCHICAL, TRADITIONAL, WITH_SERVER, not_built
+from icrf.spec.choices import (
+    CHOICES,
+    CLUSTERED,
+    DECENTRALIZED,
+    HIERARCHICAL,
+    HIERARCHY,
+    TRADITIONAL,
+    WITH_SERVER,
+    in_groups,
+    not_built,
+)
 from icrf.spec.problems import Problem
 
 Values = Mapping[str, Any]
@@ -109,22 +119,22 @@ def _too_many(key: str, value: int, most: int, of_what: str) -> Problem:
 def _schema_and_topology(values: Values) -> Iterator[Problem]:
     schema, topology = values["federated_learning_schema"], values["federated_learning_topology"]
     path = ("federated_learning_topology",)
-    if schema == HIERARCHICAL and topology != "hierarchy":
+    if schema == HIERARCHICAL and topology != HIERARCHY:
         yield Problem(
             "C008",
             path,
             f"federated_learning_topology '{topology}' contradicts federated_learning_schema {HIERARCHICAL}",
-            allowed="hierarchy",
+            allowed=HIERARCHY,
         )
-    if schema in WITH_SERVER and topology != "star":
+    if schema in WITH_SERVER and topology != "star" and not in_groups(schema, topology):
         yield Problem(
             "C008",
             path,
             f"federated_learning_topology '{topology}' contradicts federated_learning_schema {schema}",
-            allowed="star",
+            allowed=f"star, {HIERARCHY} for communities" if schema == CLUSTERED else "star",
             hint=f"For peers that learn from each other set federated_learning_schema: {DECENTRALIZED}.",
         )
-    if schema == DECENTRALIZED and topology in ("star", "hierarchy"):
+    if schema == DECENTRALIZED and topology in ("star", HIERARCHY):
         yield Problem(
             "C008",
             path,
@@ -135,8 +145,20 @@ def _schema_and_topology(values: Values) -> Iterator[Problem]:
 
 
 def _hierarchy(values: Values) -> Iterator[Problem]:
-    if values["federated_learning_schema"] != HIERARCHICAL:
+    schema = values["federated_learning_schema"]
+    if not in_groups(schema, values["federated_learning_topology"]):
         return
+    if schema == CLUSTERED and values["group_by"] == "contiguous":
+        yield Problem(
+            "C008",
+            ("group_by",),
+            f"group_by 'contiguous' contradicts federated_learning_schema {CLUSTERED}: its groups follow from data",
+            allowed="labels, a registered name, module:attr",
+            hint=f"For groups by number set federated_learning_schema: {HIERARCHICAL}.",
+        )
+    if schema == CLUSTERED and values["number_of_models"] is not None:
+        text = "number_of_models contradicts federated_learning_topology 'hierarchy', where every group has a model"
+        yield Problem("C008", ("number_of_models",), text, allowed="null", hint="Set number_of_groups.")
     groups, clients = values["number_of_groups"], values["number_of_clients"]
     if groups > clients:
         yield _too_many("number_of_groups", groups, clients, "clients (number_of_clients)")
@@ -151,7 +173,7 @@ def _hierarchy(values: Values) -> Iterator[Problem]:
     for key, only in built.items():
         if values[key] != only:
             shown = "null" if only is None else str(only)
-            yield not_built(key, values[key], f"{shown} with federated_learning_schema {HIERARCHICAL}")
+            yield not_built(key, values[key], f"{shown} with federated_learning_topology {HIERARCHY}")
 
 
 def _custom_matrix(values: Values) -> Iterator[Problem]:
@@ -307,7 +329,8 @@ _PER_MODEL = ("FedAvg", "FedProx")
 
 def _models(values: Values) -> Iterator[Problem]:
     number, nodes, rule = values["number_of_models"], values["number_of_clients"], values["aggregation_strategy"]
-    if values["federated_learning_schema"] != CLUSTERED:
+    schema, topology = values["federated_learning_schema"], values["federated_learning_topology"]
+    if schema != CLUSTERED or in_groups(schema, topology):
         return
     if number is None:
         yield Problem(

@@ -13,6 +13,12 @@ HIERARCHICAL = "HierarchicalFederatedLearning"
 CLUSTERED = "ClusterFederatedLearning"
 # Schemas in which one node, the server, aggregates.
 WITH_SERVER = (TRADITIONAL, CLUSTERED)
+HIERARCHY = "hierarchy"
+
+
+def in_groups(schema: str, topology: str) -> bool:
+    """Whether the nodes of a federation form groups with a server each; of a clustered one, communities do."""
+    return schema == HIERARCHICAL or (schema == CLUSTERED and topology == HIERARCHY)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ CHOICES: dict[str, Choice] = {
     "federated_learning_topology": Choice(
         (
             "star",
-            "hierarchy",
+            HIERARCHY,
             "ring",
             "line",
             "mesh",

@@ -77,8 +77,8 @@ class FederationConfig(BaseModel):
     federated_learning_schema: Annotated[Text, BeforeValidator(_one_name_per_schema)]
     """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same),
     ``ClusterFederatedLearning`` (one server with several models, of which every client trains the one that suits its
-    data best), ``HierarchicalFederatedLearning`` (a server per group, see hierarchy.md) or
-    ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
+    data best; with topology ``hierarchy``, communities by data), ``HierarchicalFederatedLearning`` (a server per group,
+    see hierarchy.md) or ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
     federated_learning_topology: Text
     """The graph: ``star`` with a server, ``hierarchy`` with a server per group; for peers any other, see
     topologies.md."""
