@@ -1,7 +1,7 @@
 """Committed state as bytes: safetensors, with the round in the file's metadata.
 
-Centralized: the tensors of the global model by name. Decentralized: one flat array per node, named by the node's
-index, so that another number of hosts can load it. Whatever is loaded is checked before it is used.
+One flat array per keeper: the server's rows under :data:`SERVER`, and those of a node, all that it keeps, under the
+node's index, so that another number of hosts can load it. Whatever is loaded is checked before it is used.
 """
 
 from __future__ import annotations
@@ -18,78 +18,77 @@ from icrf.errors import WeightsError
 from icrf.learning.layout import Layout
 
 Array = np.ndarray[Any, Any]
+SERVER = "server"
 _PLACE = "checkpoint"
 
 
-def pack_model(layout: Layout, flat: Array, round_number: int) -> bytes:
-    """The global model of a round."""
-    return layout.to_safetensors(flat, {"round": str(round_number)})
-
-
-def unpack_model(layout: Layout, data: bytes, round_number: int) -> Array:
-    """The inverse of :func:`pack_model`.
-
-    Raises:
-        WeightsError: W010 if it is no such checkpoint of that round and layout, W020 for non-finite values.
-    """
-    _require_round(data, round_number)
-    flat = layout.from_safetensors(data)
-    _require_finite(layout, flat, "the global model")
-    return flat
-
-
-def pack_nodes(rows: Mapping[int, Array], round_number: int) -> bytes:
-    """States of nodes after a round: node index -> flat array."""
-    ordered = {str(index): np.ascontiguousarray(rows[index]) for index in sorted(rows)}
+def pack_rows(rows: Mapping[str, Array], round_number: int) -> bytes:
+    """What was kept after a round: keeper -> flat array."""
+    ordered = {name: np.ascontiguousarray(rows[name]) for name in sorted(rows)}
     packed: bytes = safetensors.numpy.save(ordered, {"round": str(round_number)})
     return packed
 
 
-def unpack_nodes(layout: Layout, data: bytes, round_number: int, indices: Sequence[int]) -> Array:
-    """The states of these nodes in their order, shape (len(indices), num_parameters).
+def unpack_rows(layout: Layout, data: bytes, round_number: int, names: Sequence[str], num_elements: int) -> Array:
+    """What these keepers kept, in their order, shape (len(names), num_elements).
 
     Raises:
-        WeightsError: W010 if one is missing or it is no such checkpoint, W020 for non-finite values.
+        WeightsError: W010 if one is missing or differs, or it is no such checkpoint; W020 for non-finite values.
     """
     rows = _load(data, round_number)
-    state = np.empty((len(indices), layout.num_parameters), layout.dtype)
-    for k, index in enumerate(indices):
-        row = _row(rows, index)
-        layout.check(row)
-        _require_finite(layout, row, f"node {index}")
+    state = np.empty((len(names), num_elements), layout.dtype)
+    for k, name in enumerate(names):
+        row = _row(rows, name)
+        if row.shape != (num_elements,) or row.dtype != layout.dtype:
+            raise WeightsError(
+                "W010",
+                f"the state of {name} differs from the model's layout",
+                place=_PLACE,
+                value=f"{row.dtype} {row.shape}",
+                allowed=f"{layout.dtype} ({num_elements},)",
+            )
+        if not np.isfinite(row).all():
+            raise WeightsError("W020", f"the state of {name} has non-finite values", place=_PLACE)
         state[k] = row
     return state
 
 
-def merge_nodes(parts: Sequence[bytes], round_number: int) -> bytes:
-    """One checkpoint of the nodes of several hosts."""
-    if len(parts) == 1:
-        return parts[0]
-    return pack_nodes({index: row for part in parts for index, row in _load(part, round_number).items()}, round_number)
+def merge_rows(parts: Sequence[bytes], round_number: int) -> bytes:
+    """One checkpoint of the keepers of several hosts; empty parts are those of hosts that keep nothing."""
+    parts = [part for part in parts if part]
+    if len(parts) < 2:
+        return parts[0] if parts else b""
+    return pack_rows({name: row for part in parts for name, row in _load(part, round_number).items()}, round_number)
 
 
-def split_nodes(data: bytes, round_number: int, groups: Sequence[Sequence[int]]) -> list[bytes]:
-    """One checkpoint per group of nodes.
+def split_rows(data: bytes, round_number: int, groups: Sequence[Sequence[str]]) -> list[bytes]:
+    """One checkpoint per group of keepers; empty for an empty group.
 
     Raises:
-        WeightsError: W010 if a node is missing or it is no checkpoint of that round.
+        WeightsError: W010 if a keeper is missing or it is no checkpoint of that round.
     """
+    if not any(groups):
+        return [b""] * len(groups)
     rows = _load(data, round_number)
-    return [pack_nodes({index: _row(rows, index) for index in group}, round_number) for group in groups]
+    return [pack_rows({name: _row(rows, name) for name in group}, round_number) if group else b"" for group in groups]
 
 
-def _row(rows: Mapping[int, Array], index: int) -> Array:
-    if index not in rows:
-        raise WeightsError("W010", f"the state of node {index} is missing", place=_PLACE)
-    return rows[index]
+def _row(rows: Mapping[str, Array], name: str) -> Array:
+    if name not in rows:
+        raise WeightsError("W010", f"the state of {name} is missing", place=_PLACE)
+    return rows[name]
 
 
-def _load(data: bytes, round_number: int) -> dict[int, Array]:
+def _load(data: bytes, round_number: int) -> dict[str, Array]:
     _require_round(data, round_number)
     try:
-        return {int(name): row for name, row in safetensors.numpy.load(data).items()}
+        rows = dict(safetensors.numpy.load(data))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise WeightsError("W010", f"not a checkpoint of nodes: {error}", place=_PLACE) from error
+        raise WeightsError("W010", f"not a checkpoint: {error}", place=_PLACE) from error
+    strange = [name for name in rows if name != SERVER and not name.isdecimal()]
+    if strange:
+        raise WeightsError("W010", "a checkpoint of somebody unknown", place=_PLACE, value=strange[0][:40])
+    return rows
 
 
 def _require_round(data: bytes, round_number: int) -> None:
@@ -103,8 +102,3 @@ def _require_round(data: bytes, round_number: int) -> None:
         raise WeightsError(
             "W010", "a checkpoint of another round", place=_PLACE, value=found, allowed=str(round_number)
         )
-
-
-def _require_finite(layout: Layout, flat: Array, whose: str) -> None:
-    if bad := layout.first_nonfinite(flat):
-        raise WeightsError("W020", f"{whose} has non-finite values in {bad}", place=_PLACE)

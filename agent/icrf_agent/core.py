@@ -34,6 +34,7 @@ from icrf.protocol import (
     SendMessage,
     StartRound,
     StoreModel,
+    nodes_of,
 )
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.round_machine import REPORT, RoundMachine, Step
@@ -223,7 +224,7 @@ class AgentCore:
     def _compile(self, activation: Activate) -> _Run:
         adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
         roles = [node.role for node in activation.nodes]
-        plan = compile_exchange(activation.flow, adjacency, roles, activation.assignment)
+        plan = compile_exchange(activation.flow, adjacency, roles, activation.assignment, activation.rows)
         return _Run(activation, plan, activation.clusters.index(self.cluster))
 
     def _start(self, start: StartRound, now_s: float) -> list[Action]:
@@ -235,7 +236,8 @@ class AgentCore:
             return [Say(run.report)] if run.report else []
         if position < run.position:
             return []
-        run.machine = RoundMachine(run.plan, run.cluster, start, run.activation.graph.num_nodes)
+        plan = run.plan.of_round(nodes_of(start.participants)) if start.participants else run.plan
+        run.machine = RoundMachine(plan, run.cluster, start, run.activation.graph.num_nodes)
         run.report, run.aborted = None, False
         actions = self._actions(run, run.machine.begin(now_s))
         early, run.early = run.early, []

@@ -1,392 +1,323 @@
-"""What a host does in each phase of a round, for the two flows.
+"""What a host does in each phase of a round with a server.
 
-Centralized: every host trains its nodes from the one global model and publishes an exact partial sum; the host of
-the aggregator merges all partials into the next global model. Decentralized: every host keeps its nodes' states,
-publishes their updates, and mixes what their neighbours sent.
+Every host trains its nodes from what the server sent and publishes their contributions: as one exact partial sum, or
+one by one where the aggregation rule has to see each of them. The host of the aggregator makes the next server state
+out of them. The rule itself is an :class:`icrf.learning.Aggregator`; FedAvg is one like the others.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from icrf.errors import InternalError, NodeError, WeightsError
-from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE
-from icrf.federation.node import FederatedNode
-from icrf.learning.layout import Layout
+from icrf.errors import ConfigError, IcrfError, InternalError, NodeError, WeightsError
+from icrf.exchange import MODEL, PARTIAL, UPDATE
+from icrf.learning.aggregation import (
+    ClientUpdate,
+    RoundFacts,
+    UpdateAggregator,
+    build_aggregator,
+    clip_update,
+)
 from icrf.ports import PhaseReport
-from icrf.protocol import Activate, Activated, StartRound
-from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf.topology.mixing import MIXINGS, mixing_row
-from icrf.update import ExactSum, exact_metric, weighted_mix
-from icrf_agent.checkpoint import pack_model, pack_nodes, unpack_model, unpack_nodes
-from icrf_agent.host_nodes import HostNodes
+from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
+from icrf_agent.checkpoint import SERVER, pack_rows, unpack_rows
 from icrf_agent.host_state import VersionedState
-from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
+from icrf_agent.host_tools import HostTools, MetricSums
+from icrf_agent.topology_manager import Posting
 
 Array = np.ndarray[Any, Any]
-MetricSums = dict[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class HostTools:
-    """What both flows work with.
-
-    Attributes:
-        kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
-    """
-
-    activation: Activate
-    nodes: HostNodes
-    layout: Layout
-    manager: HybridTopologyManager
-    references: References
-    kept: dict[str, Any] = field(default_factory=dict)
-
-    def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
-        """Put an array into the object store and describe it."""
-        return Posting(
-            start.run_id,
-            start.generation,
-            start.round,
-            start.attempt,
-            kind,
-            tuple(senders),
-            self.references.put(array),
-            **more,
-        )
-
-    def collect(self, start: StartRound, kind: str) -> list[Posting]:
-        """What was posted in this attempt."""
-        return self.manager.collect(start.run_id, start.round, start.attempt, kind)
-
-    def foreign_bytes(self, postings: Sequence[Posting], row_bytes: int) -> int:
-        """Bytes of rows that hosts of the same cluster made elsewhere."""
-        mine, here = set(self.nodes.indices), self.activation.assignment
-        cluster = here[self.nodes.indices[0]]
-        rows = 0
-        for posting in postings:
-            local = [n for n in posting.senders if here[n] == cluster]
-            if local and not mine.issuperset(local):
-                rows += 1 if posting.kind in (MODEL, PARTIAL, CONSENSUS) else len(local)
-        return rows * row_bytes
-
-    def exact_sum(self, start: StartRound) -> ExactSum:
-        """The host's one sum, emptied, on the attempt's grid; its last use is over."""
-        total: ExactSum | None = self.kept.get("sum")
-        if total is None:
-            total = self.kept["sum"] = ExactSum(self.layout.sizes, start.grid, start.total_weight, self.layout.names)
-        total.reset(start.grid, start.total_weight)
-        return total
-
-    @property
-    def has_last_word(self) -> bool:
-        """Whether any node of this host looks at new states itself."""
-        return any(type(self.nodes.get(i)).aggregate is not FederatedNode.aggregate for i in self.nodes.indices)
-
-    def merge(self, start: StartRound, postings: Sequence[Posting], expected_weight: int) -> ExactSum:
-        """Merge partials; every participant must be in, once."""
-        total = self.exact_sum(start)
-        for posting in postings:
-            array = self.references.get(posting.reference)
-            total.merge(
-                ExactSum.from_array(
-                    array, posting.weight, self.layout.sizes, start.grid, start.total_weight, self.layout.names
-                )
-            )
-        if total.weight != expected_weight:
-            raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
-        return total
-
-    def train_node(self, index: int, sums: MetricSums) -> Array:
-        """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
-        metrics = self.nodes.measure(index, "train")
-        weight = self.nodes.weight(index)
-        for name, value in metrics.items():
-            old = sums.get(f"train_{name}", (0, 0))
-            with self.nodes.blamed(index):
-                part = exact_metric(value, weight)
-            sums[f"train_{name}"] = (old[0] + part, old[1] + weight)
-        return self.nodes.model.flat
-
-    def last_word(self, index: int, state: Array) -> Array:
-        """Let a node's own `aggregate` see its new state, where its class has one."""
-        node = self.nodes.get(index)
-        if type(node).aggregate is FederatedNode.aggregate:
-            return state
-        self.nodes.model.load(state)
-        changed = self.nodes.call(index, "aggregate", state)
-        place = f"{node.id} on {self.nodes.cluster}, aggregate"
-        if not isinstance(changed, np.ndarray):
-            kind = type(changed).__name__
-            raise NodeError("U002", f"{node.id}.aggregate returned {kind}", place=place, allowed="a NumPy array")
-        with self.nodes.blamed(index):
-            self.layout.check(changed)
-        bad = self.layout.first_nonfinite(changed)
-        if bad:
-            raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
-        return changed
 
 
 class CentralizedFlow:
-    """FedAvg through one aggregator; see the module's docstring."""
+    """One aggregator and its participants; see the module's docstring.
+
+    Args:
+        restored: this host's part of the state of the round to start from, see ``checkpoint.py``; empty: the initial.
+
+    Raises:
+        ConfigError: C008 if the aggregation rule is not the one that was submitted, or does not work with so many
+            participants; see also :func:`icrf.learning.build_aggregator`.
+        WeightsError: W010, W020 for a state that does not fit.
+    """
 
     def __init__(self, tools: HostTools, restored: bytes = b"") -> None:
-        self._t = tools
-        roles = [n.role.split("-") for n in tools.activation.nodes]
+        self._t = t = tools
+        roles = [n.role.split("-") for n in t.activation.nodes]
         self._aggregator = next(i for i, words in enumerate(roles) if "aggregate" in words)
         self._all_participants = tuple(i for i, words in enumerate(roles) if "train" in words)
-        self._participants = tuple(i for i in tools.nodes.indices if i in set(self._all_participants))
-        self._holds_model = self._aggregator in tools.nodes.indices
-        flat, number = tools.nodes.initial, tools.activation.restore_round
-        if self._holds_model and number:
-            flat = unpack_model(tools.layout, restored, number)
-        recycle = not tools.has_last_word
-        self._state = VersionedState(flat, number, recycle=recycle) if self._holds_model else None
-        self._seen: Array = flat
+        training = frozenset(self._all_participants)
+        self._participants = tuple(i for i in t.nodes.indices if i in training)
+        # Where a participant's rows are among those that this host keeps.
+        self._row_of = {index: k for k, index in enumerate(self._participants)}
+        self._rule = build_aggregator(t.nodes.config.aggregation_strategy, t.nodes.config.model_dump())
+        self._private = t.layout.row_size - t.layout.num_parameters
+        if self._rule.rows.with_private(t.layout.tensors) != replace(t.activation.rows, nodes_keep=False):
+            raise ConfigError(
+                "C008",
+                "the aggregation rule here is not the one that was submitted",
+                place="aggregation_strategy",
+                value=str(self._rule.rows),
+                allowed=str(t.activation.rows),
+                hint="install the same version of its code on every cluster",
+            )
+        self._size = t.layout.num_parameters
+        # What a model counts or averages by itself, such as batch norm: always the plain mean of the nodes'.
+        self._buffers = [part for tensor, part in t.layout.places if tensor.rule in (MEAN, ROUNDED)]
+        self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
+        self._seen: Array = t.nodes.initial
+        self._server, self._clients = self._states(restored)
+
+    def _states(self, restored: bytes) -> tuple[VersionedState | None, VersionedState | None]:
+        """What this host keeps between rounds: the server's rows, its participants' rows."""
+        t, rows, number = self._t, self._rule.rows, self._t.activation.restore_round
+        server = clients = None
+        if self._aggregator in t.nodes.indices:
+            state = self._rule.first_state(t.nodes.initial)
+            if number:
+                state = unpack_rows(t.layout, restored, number, [SERVER], rows.server * self._size)[0]
+                self._seen = state[: self._size]
+            server = VersionedState(state, number, recycle=not t.has_last_word)
+        own = rows.client * self._size + rows.client_scalars
+        kept = own + self._private
+        if kept and self._participants:
+            state = np.zeros((len(self._participants), kept), t.layout.dtype)
+            t.nodes.model.load(t.nodes.initial)
+            state[:, own:] = t.nodes.model.row[self._size :]
+            if number:
+                names = [str(i) for i in self._participants]
+                state = unpack_rows(t.layout, restored, number, names, kept)
+            clients = VersionedState(state, number, recycle=True)
+        return server, clients
 
     def initial(self) -> Activated:
         """The state to start from, as far as this host holds it."""
         t = self._t
-        if self._state is None:
+        if self._server is None:
             return Activated(t.activation.run_id, t.activation.generation)
-        flat = self._state.committed
+        model = self._server.committed[: self._size]
         return Activated(
             t.activation.run_id,
             t.activation.generation,
-            absmax=t.layout.absmax(flat),
-            model_hash=t.layout.model_sha256(flat),
+            absmax=self._rule.expected(t.layout.absmax(model)),
+            model_hash=t.layout.model_sha256(model),
         )
 
     def publish_model(self, start: StartRound) -> None:
-        """Aggregator: publish the committed global model to all participants."""
-        assert self._state is not None
-        model = self._state.rebase(start)
-        recipients = tuple(i for i in self._all_participants if i != self._aggregator)
-        posting = self._t.posting(start, MODEL, (self._aggregator,), model, recipients=recipients)
+        """Aggregator: publish the committed global model, and what its rule sends with it, to all participants."""
+        assert self._server is not None
+        sent = self._server.rebase(start)[: self._rule.rows.down * self._size]
+        recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
+        posting = self._t.posting(start, MODEL, (self._aggregator,), sent, recipients=recipients)
         self._t.manager.publish_many(posting)
 
+    # ------------------------------------------------------------ participants
+
     def train(self, start: StartRound) -> PhaseReport:
-        """Train this host's participants from the global model and publish their exact partial."""
+        """Train this host's participants from the global model and publish what they contribute."""
         t = self._t
-        if not self._participants:
+        participants = t.taking_part(start, self._participants)
+        kept, next_kept = self._client_states(start)
+        if not participants:
             return PhaseReport()
         postings = t.collect(start, MODEL)
         if len(postings) != 1:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
-        self._seen = t.references.get(postings[0].reference)
-        total = t.exact_sum(start)
+        received = t.references.get(postings[0].reference)
+        self._seen = received[: self._size]
         sums: MetricSums = {}
         overflow: set[int] = set()
-        for index in self._participants:
-            t.nodes.get(index).context.model.load(self._seen)
-            flat = t.train_node(index, sums)
-            with t.nodes.blamed(index):
-                overflow.update(total.add(flat, t.nodes.weight(index)))
-        if not overflow:
-            posting = t.posting(
-                start, PARTIAL, self._participants, total.sums, recipients=(self._aggregator,), weight=total.weight
-            )
-            t.manager.publish_many(posting)
+        every_update = self._rule.rows.every_update
+        updates = t.buffer("updates", (len(self._participants), self._size)) if every_update else None
+        total = None if every_update else t.exact_sum(start)
+        for k, index in enumerate(participants):
+            own = self._row_of[index]
+            flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
+            if total is not None:
+                with t.nodes.blamed(index):
+                    overflow.update(total.add(flat, t.weight(index)))
+            elif updates is not None:
+                self._require_finite(index, flat)
+                updates[k] = flat
+        if total is None and updates is not None:
+            self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
+        elif total is not None and not overflow:
+            self._publish(start, PARTIAL, participants, total.sums, total.weight)
         return PhaseReport(
-            nodes=self._participants,
+            nodes=participants,
             overflow=tuple(sorted(overflow)),
             metric_sums=sums,
-            bytes_intra_cluster=t.foreign_bytes(postings, self._seen.nbytes),
+            node_metrics=t.by_node.take(start),
+            bytes_intra_cluster=t.foreign_bytes(postings, received.nbytes),
         )
 
+    def _client_states(self, start: StartRound) -> tuple[Array, Array]:
+        """What this host's nodes keep, and what they will have kept after the attempt, a copy so far; empty rows where
+        the rule keeps nothing.
+
+        The copy is staged at once: whoever does not take part keeps what it has. A later attempt replaces it.
+        """
+        if self._clients is None:
+            nothing = np.empty((len(self._participants), 0), self._t.layout.dtype)
+            return nothing, nothing
+        kept = self._clients.rebase(start)
+        next_kept = self._clients.spare()
+        np.copyto(next_kept, kept)
+        self._clients.stage(start, next_kept)
+        return kept, next_kept
+
+    def _contribution(
+        self, start: StartRound, index: int, received: Array, kept: Array, next_kept: Array, sums: MetricSums
+    ) -> Array:
+        """Train one participant; what it contributes, valid until the next one trains."""
+        t, rule = self._t, self._rule
+        own = len(kept) - self._private
+        self._load(kept[own:])
+        t.evaluate_node(start, index, sums)
+        with self._blaming_the_rule():
+            t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
+        trained = t.train_node(start, index, sums)
+        steps = t.nodes.trainer.steps
+        t.nodes.trainer.begin()
+        next_kept[own:] = t.nodes.model.row[self._size :]
+        t.evaluate_own(start, index, sums)
+        clip_norm = t.nodes.config.clip_norm
+        if clip_norm is not None:
+            self._require_finite(index, trained)
+            clip_update(self._seen, trained, clip_norm, self._learned)
+        out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
+        with self._blaming_the_rule():
+            sent = rule.contribution(ClientUpdate(received, trained, steps, kept[:own], next_kept[:own], out))
+        return self._with_buffers(sent, trained)
+
+    def _load(self, private: Array) -> None:
+        """The global model, with what is a node's own."""
+        row = self._t.buffer("row", (self._size + self._private,))
+        row[: self._size], row[self._size :] = self._seen, private
+        self._t.nodes.model.load(row if self._private else self._seen)
+
+    def _with_buffers(self, sent: Array, trained: Array) -> Array:
+        """A contribution whose first row has the node's own buffers, and whose other rows have none."""
+        if sent is not trained:
+            for part in self._buffers:
+                sent[part] = trained[part]
+                for k in range(1, self._rule.rows.up):
+                    sent[k * self._size + part.start : k * self._size + part.stop] = 0.0
+        return sent
+
+    def _publish(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, weight: int) -> None:
+        posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
+        self._t.manager.publish_many(posting)
+
+    def _require_finite(self, index: int, flat: Array) -> None:
+        with self._t.nodes.blamed(index):
+            bad = self._t.layout.first_nonfinite(flat)
+            if bad:
+                raise WeightsError("W020", f"non-finite values in {bad}", hint="lower the learning rate")
+
+    # ------------------------------------------------------------ the aggregator
+
     def aggregate(self, start: StartRound) -> PhaseReport:
-        """Aggregator: merge all partials into the new global model, and evaluate it when due."""
-        if self._state is None:
+        """Aggregator: make the next server state out of all contributions, and evaluate its model when due."""
+        if self._server is None:
             return PhaseReport()
         t = self._t
-        postings = t.collect(start, PARTIAL)
-        total = t.merge(start, postings, start.total_weight)
-        self._state.rebase(start)
-        model = t.last_word(self._aggregator, total.mean(t.layout.dtype, out=self._state.spare()))
-        self._state.stage(start, model)
+        previous = self._server.rebase(start)
+        state = self._server.spare()
+        postings = self._combine(start, previous, state)
+        model = state[: self._size]
+        t.last_word(self._aggregator, model)
+        self._server.stage(start, state)
         self._seen = model
         metrics: dict[str, float] = {}
-        if start.evaluate:
+        if start.evaluate and not self._private:
             t.nodes.model.load(model)
             metrics = t.nodes.measure(self._aggregator, "evaluate", "test")
         return PhaseReport(
-            absmax=t.layout.absmax(model),
+            absmax=self._rule.expected(t.layout.absmax(model)),
             metrics=metrics,
             model_hash=t.layout.model_sha256(model),
-            bytes_intra_cluster=t.foreign_bytes(postings, 8 * t.layout.num_parameters),
+            bytes_intra_cluster=t.foreign_bytes(postings, self._contribution_bytes),
         )
+
+    @property
+    def _contribution_bytes(self) -> int:
+        rows = self._rule.rows
+        if rows.every_update:
+            return self._size * self._t.layout.dtype.itemsize
+        return 8 * (rows.up * self._size + rows.scalars)
+
+    def _combine(self, start: StartRound, previous: Array, state: Array) -> Sequence[Posting]:
+        """Write the next server state; the postings that it was made of."""
+        t, rule = self._t, self._rule
+        participants = t.taking_part(start, self._all_participants)
+        facts = RoundFacts(start.round, participants=len(participants), clients=len(self._all_participants))
+        if isinstance(rule, UpdateAggregator):
+            postings = t.collect(start, UPDATE)
+            rows = t.rows_of(postings, participants)
+            with self._blaming_the_rule():
+                rule.combine([rows[i] for i in participants], previous, state, facts)
+            return postings
+        postings = t.collect(start, PARTIAL)
+        total = t.merge(start, postings, start.total_weight)
+        with self._blaming_the_rule():
+            rule.finish(total, previous, state, facts)
+        for part in self._buffers:
+            state[part] = total.mean_part(part.start, part.stop, np.empty(part.stop - part.start))
+        return postings
+
+    @contextmanager
+    def _blaming_the_rule(self) -> Iterator[None]:
+        """Rules may be the user's own code: what they raise becomes U001, naming the rule."""
+        try:
+            yield
+        except IcrfError:
+            raise
+        except Exception as error:
+            name = self._t.nodes.config.aggregation_strategy
+            place = f"aggregation_strategy {name} on {self._t.nodes.cluster}"
+            raise NodeError("U001", f"{type(error).__name__}: {error}", place=place) from error
 
     def evaluate(self, start: StartRound) -> PhaseReport:
         """Nothing: the aggregator has evaluated already."""
         return PhaseReport()
 
+    # ------------------------------------------------------------ between rounds
+
     def model_at(self, round_number: int) -> Array | None:
         """The committed global model of a round, where this host holds it."""
-        return self._state.at(round_number) if self._state else None
+        state = self._server.at(round_number) if self._server else None
+        return None if state is None else state[: self._size]
 
     def checkpoint(self, round_number: int) -> bytes | None:
-        """The model of a committed round as a checkpoint, where this host holds it."""
-        flat = self.model_at(round_number)
-        return None if flat is None else pack_model(self._t.layout, flat, round_number)
+        """What this host keeps after a committed round, while it is still here."""
+        rows: dict[str, Array] = {}
+        if self._server is not None:
+            state = self._server.at(round_number)
+            if state is None:
+                return None
+            rows[SERVER] = state
+        if self._clients is not None:
+            kept = self._clients.at(round_number)
+            if kept is None:
+                return None
+            rows.update((str(i), kept[k]) for k, i in enumerate(self._participants))
+        return pack_rows(rows, round_number) if rows else None
 
     @property
     def rounds(self) -> tuple[int, ...]:
         """The rounds that can be started from here; empty if this host keeps no state."""
-        return self._state.rounds if self._state else ()
+        found = [set(state.rounds) for state in (self._server, self._clients) if state is not None]
+        return tuple(sorted(set.intersection(*found))) if found else ()
 
     def state_of(self, index: int) -> Array:
-        """What a node sees between rounds: the newest global model this host has."""
-        return self._state.latest if self._state and index == self._aggregator else self._seen
-
-
-class DecentralizedFlow:
-    """D-PSGD (Lian et al. 2017): local steps, then x_i = sum_j W_ij y_j over the neighbours and itself."""
-
-    def __init__(self, tools: HostTools, restored: bytes = b"") -> None:
-        self._t = tools
-        t = tools
-        self._rows = {index: k for k, index in enumerate(t.nodes.indices)}
-        number = t.activation.restore_round
-        if number:
-            initial = unpack_nodes(t.layout, restored, number, t.nodes.indices)
-        else:
-            initial = np.tile(t.nodes.initial, (len(self._rows), 1))
-        self._state = VersionedState(initial, number, recycle=not t.has_last_word)
-        self._updates = np.empty_like(initial)
-        adjacency = HybridAdjacencyMatrix.from_graph(t.activation.graph)
-        weights = MIXINGS.get(t.nodes.config.mixing)(adjacency)
-        self._mixing = {i: mixing_row(weights, i) for i in t.nodes.indices}
-        self._consensus: tuple[int, int, Array] | None = None
-
-    def initial(self) -> Activated:
-        t = self._t
-        state = self._state.committed
-        return Activated(
-            t.activation.run_id,
-            t.activation.generation,
-            absmax=self._absmax(state),
-            state_hashes=b"".join(self._digest(row) for row in state),
-        )
-
-    def publish_model(self, start: StartRound) -> None:
-        """Nothing: there is no global model."""
-
-    def train(self, start: StartRound) -> PhaseReport:
-        """Train this host's nodes from their own states and publish their updates to their neighbours."""
-        t = self._t
-        state = self._state.rebase(start)
-        updates = self._updates
-        sums: MetricSums = {}
-        trained = []
-        for index, k in self._rows.items():
-            node = t.nodes.get(index)
-            t.nodes.model.load(state[k])
-            if node.is_train_node:
-                t.train_node(index, sums)
-                trained.append(index)
-            updates[k] = t.nodes.model.flat
-            bad = t.layout.first_nonfinite(updates[k])
-            if bad:
-                place = f"{node.id} on {t.nodes.cluster}"
-                raise WeightsError(
-                    "W020", f"{node.id} has non-finite values in {bad}", place=place, hint="lower the learning rate"
-                )
-        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), updates))
-        return PhaseReport(nodes=tuple(trained), metric_sums=sums)
-
-    def aggregate(self, start: StartRound) -> PhaseReport:
-        """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
-        t = self._t
-        postings = t.collect(start, UPDATE)
-        rows = self._neighbour_rows(postings)
-        self._state.rebase(start)
-        state = self._state.spare()
-        for index, k in self._rows.items():
-            neighbours, weights = self._mixing[index]
-            weighted_mix([rows[int(j)] for j in neighbours], [float(w) for w in weights], state[k])
-            word = t.last_word(index, state[k])
-            if word is not state[k]:
-                state[k] = word
-        overflow: set[int] = set()
-        if start.evaluate:
-            overflow = self._publish_consensus(start, state)
-        self._state.stage(start, state)
-        needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours} - set(self._rows)
-        local = t.activation.assignment[t.nodes.indices[0]]
-        crossing = sum(1 for j in needed if t.activation.assignment[j] == local)
-        return PhaseReport(
-            overflow=tuple(sorted(overflow)),
-            absmax=self._absmax(state),
-            state_hashes=b"".join(self._digest(row) for row in state),
-            bytes_intra_cluster=crossing * state[0].nbytes,
-        )
-
-    def _neighbour_rows(self, postings: Sequence[Posting]) -> dict[int, Array]:
-        needed = {int(j) for neighbours, _ in self._mixing.values() for j in neighbours}
-        rows: dict[int, Array] = {}
-        for posting in postings:
-            if needed.isdisjoint(posting.senders):
-                continue
-            array = self._t.references.get(posting.reference).reshape(len(posting.senders), -1)
-            rows.update({sender: array[k] for k, sender in enumerate(posting.senders) if sender in needed})
-        missing = [self._t.activation.nodes[j].id for j in sorted(needed - set(rows))]
-        if missing:
-            raise InternalError("X001", f"updates of {', '.join(missing[:5])} did not arrive")
-        return rows
-
-    def _publish_consensus(self, start: StartRound, state: Array) -> set[int]:
-        total = self._t.exact_sum(start)
-        overflow = {t for row in state for t in total.add(row, 1)}
-        if not overflow:
-            posting = self._t.posting(start, CONSENSUS, tuple(self._rows), total.sums, weight=total.weight)
-            self._t.manager.publish_many(posting)
-        return overflow
-
-    def evaluate(self, start: StartRound) -> PhaseReport:
-        """Merge the consensus partials of all clusters and evaluate the mean of all nodes."""
-        t = self._t
-        postings = t.collect(start, CONSENSUS)
-        model = t.merge(start, postings, len(t.activation.nodes)).mean(t.layout.dtype)
-        self._consensus = (start.round, start.attempt, model)
-        t.nodes.model.load(model)
-        metrics = t.nodes.measure(t.nodes.indices[0], "evaluate", "test")
-        return PhaseReport(
-            metrics=metrics,
-            model_hash=t.layout.model_sha256(model),
-            bytes_intra_cluster=t.foreign_bytes(postings, 8 * t.layout.num_parameters),
-        )
-
-    def model_at(self, round_number: int) -> Array | None:
-        """The consensus model of a round, where this host made one."""
-        return self._consensus[2] if self._consensus and self._consensus[0] == round_number else None
-
-    def checkpoint(self, round_number: int) -> bytes | None:
-        """The states of this host's nodes after a committed round, where they are still here."""
-        state = self._state.at(round_number)
-        return None if state is None else pack_nodes({i: state[k] for i, k in self._rows.items()}, round_number)
-
-    @property
-    def rounds(self) -> tuple[int, ...]:
-        """The rounds that can be started from here."""
-        return self._state.rounds
-
-    def state_of(self, index: int) -> Array:
-        """The node's own newest state."""
-        state: Array = self._state.latest[self._rows[index]]
-        return state
-
-    def _absmax(self, state: Array) -> tuple[float, ...]:
-        rows = [self._t.layout.absmax(row) for row in state]
-        return tuple(max(column) for column in zip(*rows, strict=True))
-
-    @staticmethod
-    def _digest(row: Array) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(row).data).digest()
-
-
-Flow = CentralizedFlow | DecentralizedFlow
+        """What a node sees between rounds: the newest global model this host has, with what is the node's own."""
+        if self._server and index == self._aggregator:
+            return self._server.latest[: self._size]
+        if not self._private or self._clients is None or index not in self._row_of:
+            return self._seen
+        return np.concatenate([self._seen, self._clients.latest[self._row_of[index], -self._private :]])

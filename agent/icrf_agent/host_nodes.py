@@ -9,26 +9,26 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-import icrf
 import icrf_agent
+from icrf import errors
 from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError, WeightsError, make_error
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
-from icrf.learning.datasets import Dataset, load_dataset
+from icrf.learning.datasets import Dataset, configured_dataset
 from icrf.learning.layout import FlatModule, Layout
-from icrf.learning.models import build_model
-from icrf.learning.partition import partition
-from icrf.learning.rng import derive_seed
+from icrf.learning.metrics import METRICS
+from icrf.learning.models import MODELS, build_model
+from icrf.learning.partition import configured_partition
+from icrf.learning.rng import derive_seed, global_randomness
 from icrf.learning.training import LocalTrainer, to_tensor
 from icrf.protocol import Activate, StartRound
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.host_notes import HostNotes
+from icrf_agent.node_state import ByNode, NodeStates
 from icrf_agent.topology_manager import HybridTopologyManager
 
 LOCAL_TEMPLATE = "local:"
@@ -37,7 +37,7 @@ _WAIT_SLICE_S = 0.2
 # Where files lie that no user of this package has written.
 _NOT_THE_USERS = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-    *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (icrf, icrf_agent)),
+    *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (errors, icrf_agent)),
     "<frozen",
 )
 
@@ -52,6 +52,7 @@ class HostSetup:
         allow: user code that may run here; None allows everything (the code is the submitter's own machine's).
         notes: where the host notes what it is about to run, see :class:`icrf_agent.host_notes.HostNotes`.
         state: this host's part of the state of ``activation.restore_round``, see ``checkpoint.py``; empty: the initial.
+        node_states: the durable states of its nodes after that round, see ``node_state.py``.
     """
 
     activation: Activate
@@ -61,6 +62,7 @@ class HostSetup:
     allow: tuple[str, ...] | None
     notes: str = ""
     state: bytes = b""
+    node_states: ByNode = field(default_factory=dict)
 
 
 class HostMailbox:
@@ -123,18 +125,28 @@ class HostNodes:
         if setup.allow is None and activation.code_path and activation.code_path not in sys.path:
             # Only where the submitter's machine is this one: elsewhere the path would be somebody else's choice.
             sys.path.insert(0, activation.code_path)
-        dataset = load_dataset(self.config.dataset_type, self.config.data_dir or "")
+        dataset = configured_dataset(self.config)
         module = build_model(
             self.config.model_type,
             dataset.input_shape,
             dataset.num_classes,
             derive_seed(self.config.seed, 0, 0, "model"),
         )
+        named = [MODELS.get(self.config.model_type), *map(METRICS.get, self.config.metrics)]
+        self._own_code = not all(map(_is_ours, named))
         self.layout = Layout(activation.layout)
         self.model = FlatModule(module, self.layout)
         self.initial = self.model.snapshot()
+        self.trainer = LocalTrainer()
         self._nodes: dict[int, FederatedNode] = {}
         self._build(dataset)
+        self.states = NodeStates(
+            self._nodes,
+            setup.cluster,
+            activation.restore_round,
+            setup.node_states,
+            all_rounds=self.config.min_nodes is None,
+        )
         self._num_samples = dict(self.sample_counts())
         self._entered = (0, 0)
         self.mailbox.open = True
@@ -144,17 +156,28 @@ class HostNodes:
         self.mailbox.position = (start.round, start.attempt)
         if self._entered != self.mailbox.position:
             self._entered = self.mailbox.position
-            for node in self._nodes.values():
+            self.states.enter(start)
+            for index, node in self._nodes.items():
                 node.enter_round(start.round)
+                if type(node).sync is not FederatedNode.sync:
+                    self.call(index, "sync")
 
     def get(self, index: int) -> FederatedNode:
         return self._nodes[index]
 
     def call(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
-        """Call user code; whatever it raises becomes U001 with node, cluster, file and line."""
+        """Call user code; whatever it raises becomes U001 with node, cluster, file and line.
+
+        What it draws from the global generators of torch, NumPy and ``random`` depends on the federation's seed, the
+        node, the round and the method alone.
+        """
         node = self._nodes[index]
         self._notes.enter(index)
         try:
+            if self._own_code or type(node) is not FederatedNode:
+                seed = derive_seed(self.config.seed, index, node.context.round, f"global {method}")
+                with global_randomness(seed):
+                    return getattr(node, method)(*arguments, **keywords)
             return getattr(node, method)(*arguments, **keywords)
         except IcrfError:
             raise
@@ -212,21 +235,17 @@ class HostNodes:
 
     def _build(self, dataset: Dataset) -> None:
         trains = [i for i, spec in enumerate(self._specs) if "train" in spec.role.split("-")]
-        parts: list[Any] = []
-        if any(i in set(trains) for i in self.indices):
-            c = self.config
-            seed = derive_seed(c.seed, 0, 0, "partition")
-            labels = np.asarray(dataset.train_y)
-            parts = partition(c.data_distribution_kind, labels, len(trains), seed, c.dirichlet_beta)
         position = {index: k for k, index in enumerate(trains)}
-        features, labels = to_tensor(dataset.train_x), to_tensor(dataset.train_y)
-        test = (to_tensor(dataset.test_x), to_tensor(dataset.test_y))
-        trainer = LocalTrainer()
+        # Every host makes the same split and takes out what is its nodes' own.
+        parts = None
+        if not position.keys().isdisjoint(self.indices):
+            parts = configured_partition(self.config, dataset, len(trains))
+        test = tuple(to_tensor(part) for part in dataset.test_part())
         for index in self.indices:
             data = None
-            if index in position:
-                rows = parts[position[index]]
-                data = (to_tensor(features[rows]), to_tensor(labels[rows]))
+            if parts is not None and index in position:
+                features, labels = dataset.train_part(parts[position[index]])
+                data = (to_tensor(features), to_tensor(labels))
             spec = self._specs[index]
             node = self._template(spec.role)(node_id=spec.id, role=spec.role, config=self.config)
             if not isinstance(node, FederatedNode):
@@ -243,13 +262,28 @@ class HostNodes:
                 train_data=data,
                 test_data=test,
                 model=self.model,
-                trainer=trainer,
+                trainer=self.trainer,
                 mailbox=self.mailbox,
             )
             self._nodes[index] = node
             self.model.load(self.initial)
             if type(node).build is not FederatedNode.build:
                 self.call(index, "build", **node.build_arguments)
+            if data is not None and self.config.mixing == "sample_weighted":
+                self._require_samples(node, len(data[1]))
+            if type(node).setup is not FederatedNode.setup:
+                self.call(index, "setup")
+
+    def _require_samples(self, node: FederatedNode, dealt: int) -> None:
+        """The weights that all nodes mix by were made, before the run, from what the partition deals."""
+        if node.num_samples != dealt:
+            raise WeightsError(
+                "W030",
+                f"{node.id} has other samples than it was dealt",
+                place=f"{node.id} on {self.cluster}, build",
+                value=node.num_samples,
+                allowed=f"{dealt} with mixing sample_weighted",
+            )
 
     def _template(self, role: str) -> type[FederatedNode]:
         name = self.config.server_template if "aggregate" in role.split("-") else self.config.client_template
@@ -270,7 +304,8 @@ class HostNodes:
             "model_type": c.model_type,
             "dataset_type": c.dataset_type,
             "data_distribution_kind": c.data_distribution_kind,
-            "mixing": c.mixing,
+            "aggregation_strategy": c.aggregation_strategy,
+            **{f"metrics[{k}]": name for k, name in enumerate(c.metrics)},
         }
         for key, name in wanted.items():
             if name and ":" in name and name not in self._setup.allow:
@@ -295,3 +330,8 @@ class HostNodes:
             place=f"{node_id} on {self.cluster}, {method}",
             hint="the traceback is in the log of the node's host",
         )
+
+
+def _is_ours(code: Any) -> bool:
+    """Whether a function or class comes with this package."""
+    return str(getattr(code, "__module__", "")).startswith("icrf.")

@@ -22,12 +22,14 @@ class HostHeld:
         generation: of the activation that is set up; 0 if there is none.
         nodes: node indices that are set up.
         rounds: the rounds whose states it can start from; empty if it keeps no state.
+        node_states: whether nodes of it have a durable state of their own.
     """
 
     life: str
     generation: int = 0
     nodes: tuple[int, ...] = ()
     rounds: tuple[int, ...] = ()
+    node_states: bool = False
 
 
 class VersionedState:

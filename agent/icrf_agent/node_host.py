@@ -6,6 +6,7 @@ A plain class; ``ray_substrate.py`` makes an actor of it, ``inline_substrate.py`
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +16,19 @@ from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import CENTRALIZED, Activated, StartRound
-from icrf_agent.host_flows import CentralizedFlow, DecentralizedFlow, Flow, HostTools
+from icrf_agent.host_flows import CentralizedFlow
 from icrf_agent.host_nodes import HostNodes, HostSetup
 from icrf_agent.host_notes import HostNotes
+from icrf_agent.host_peers import DecentralizedFlow
 from icrf_agent.host_state import HostHeld
+from icrf_agent.host_tools import HostTools
+from icrf_agent.node_metrics import NodeMetrics
+from icrf_agent.node_state import wrap
 from icrf_agent.topology_manager import HybridTopologyManager, References
 
 NUM_THREADS = 1
+
+Flow = CentralizedFlow | DecentralizedFlow
 
 
 class NodeHost:
@@ -49,7 +56,8 @@ class NodeHost:
         torch.set_num_threads(NUM_THREADS)
         self._generation = 0
         nodes = HostNodes(setup, self._manager, self._notes)
-        tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references)
+        by_node = NodeMetrics(setup.activation.nodes)
+        tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references, by_node)
         kind = CentralizedFlow if setup.activation.flow == CENTRALIZED else DecentralizedFlow
         flow: Flow = kind(tools, setup.state)
         self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation
@@ -59,7 +67,7 @@ class NodeHost:
             found.generation,
             num_samples=nodes.sample_counts(),
             absmax=found.absmax,
-            state_hashes=found.state_hashes,
+            state_hashes=nodes.states.hashed(found.state_hashes),
             model_hash=found.model_hash,
         )
 
@@ -68,15 +76,17 @@ class NodeHost:
         nodes, flow, generation = self._nodes, self._flow, self._generation
         if nodes is None or flow is None or not generation:
             return HostHeld(self._life)
-        return HostHeld(self._life, generation, tuple(nodes.indices), flow.rounds)
+        rounds = flow.rounds or (nodes.states.rounds if nodes.states.used else ())
+        return HostHeld(self._life, generation, tuple(nodes.indices), rounds, nodes.states.used)
 
     def host_checkpoint(self, round_number: int) -> bytes:
         """This host's part of the committed state of a round; F006 if it is not here."""
         nodes, flow = self._ready()
-        packed = flow.checkpoint(round_number)
-        if packed is None:
+        packed = flow.checkpoint(round_number) if flow.rounds else b""
+        states = nodes.states.at(round_number) if nodes.states.used else {}
+        if packed is None or states is None:
             raise RunError("F006", f"no state of round {round_number} on {nodes.cluster}")
-        return packed
+        return wrap(packed, states, round_number)
 
     def host_publish_model(self, start: StartRound) -> None:
         """See ``CentralizedFlow.publish_model``."""
@@ -84,15 +94,15 @@ class NodeHost:
 
     def host_train(self, start: StartRound) -> PhaseReport:
         """Train this host's nodes."""
-        return self._at(start).train(start)
+        return self._staged(start, self._at(start).train(start))
 
     def host_aggregate(self, start: StartRound) -> PhaseReport:
         """Merge or mix, as the flow has it."""
-        return self._at(start).aggregate(start)
+        return self._staged(start, self._at(start).aggregate(start))
 
     def host_evaluate(self, start: StartRound) -> PhaseReport:
         """Make and evaluate the consensus model (first host of the coordinator)."""
-        return self._at(start).evaluate(start)
+        return self._staged(start, self._at(start).evaluate(start))
 
     def host_model(self, round_number: int) -> ModelFile:
         """The global or consensus model of a committed round; F006 where this host has none."""
@@ -123,6 +133,14 @@ class NodeHost:
         nodes.enter(start)
         return flow
 
+    def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:
+        """Stage the nodes' own states after a phase, and have their hashes cover them."""
+        states = self._ready()[0].states
+        if not states.used:
+            return report
+        states.stage(start)
+        return replace(report, node_states=True, state_hashes=states.hashed(report.state_hashes))
+
     def _ready(self) -> tuple[HostNodes, Flow]:
         if self._nodes is None or self._flow is None:
             raise NodeError("U003", "this host was restarted and holds no nodes", place="host")
@@ -133,6 +151,7 @@ class NodeHost:
         nodes, flow = self._ready()
         nodes.get(index).context.model.load(flow.state_of(index))
         nodes.mailbox.position = None
+        nodes.states.forget_changes()
         return nodes
 
 

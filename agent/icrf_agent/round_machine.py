@@ -7,6 +7,9 @@ Centralized (the coordinator holds the global model)::
                                        partials of all remote clusters ─────────┘
     other:        model arrives ─> train ─> send one partial ─> report
 
+Where the aggregation rule has to see every update, they travel one by one in the place of the partials. Where it has
+nodes keep something, a cluster trains also if none of its nodes takes part: its hosts carry over what they keep.
+
 Decentralized::
 
     train ─> send one update per (node, remote cluster) ─┐
@@ -21,7 +24,7 @@ from dataclasses import dataclass, field
 
 from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
 from icrf.ports import Arrival, PhaseReport
-from icrf.protocol import CENTRALIZED, MetricSum, RoundReport, StartRound
+from icrf.protocol import CENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
 
@@ -50,7 +53,7 @@ class RoundMachine:
     """Drives one attempt. Call `begin` once, then feed `done` and `arrived`; each returns the next steps.
 
     Args:
-        plan: the compiled exchange plan of the run.
+        plan: the compiled exchange plan of the round.
         cluster: index of this cluster in the plan.
         start: the attempt.
         num_nodes: nodes of the whole federation, for the participants' bitmap.
@@ -85,6 +88,8 @@ class RoundMachine:
         if self._waits_for(MODEL):
             self._seconds.exchange_from = now_s
             return []
+        if self.plan.rows.anybody_keeps:
+            return [Step(TRAIN)]
         return self._maybe_report(now_s)
 
     def arrived(self, arrival: Arrival, source: int, now_s: float) -> list[Step]:
@@ -110,7 +115,7 @@ class RoundMachine:
         if step.kind == PUBLISH:
             sends = [Step(SEND, t) for t in self.plan.outbound(self.cluster, MODEL)]
             self._sending += len(sends)
-            if self.plan.local_participants(self.cluster):
+            if self.plan.local_participants(self.cluster) or self.plan.rows.anybody_keeps:
                 return [*sends, Step(TRAIN)]
             self._trained = True
             self._seconds.exchange_from = now_s
@@ -144,10 +149,7 @@ class RoundMachine:
         return any(key[0] == kind for key in self._expected)
 
     def _send_after_training(self) -> list[Step]:
-        if self.plan.flow == CENTRALIZED:
-            transfers: Sequence[Transfer] = self.plan.outbound(self.cluster, PARTIAL)
-        else:
-            transfers = self.plan.outbound(self.cluster, UPDATE)
+        transfers = (*self.plan.outbound(self.cluster, PARTIAL), *self.plan.outbound(self.cluster, UPDATE))
         self._sending += len(transfers)
         return [Step(SEND, t) for t in transfers]
 
@@ -210,6 +212,7 @@ class RoundMachine:
             overflow=self._overflow,
             metric_sums={k: MetricSum(str(n), w) for k, (n, w) in sums.items()},
             metrics=metrics,
+            node_metrics=_by_node(self._merged),
             bytes_inter_cluster=self._wire_bytes,
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,
@@ -222,6 +225,15 @@ class RoundMachine:
         return [Step(REPORT, report=report)]
 
 
+def _by_node(phases: Sequence[PhaseReport]) -> dict[str, dict[str, float]]:
+    """What each node reported in any of the phases."""
+    found: dict[str, dict[str, float]] = {}
+    for phase in phases:
+        for node, values in phase.node_metrics.items():
+            found.setdefault(node, {}).update(values)
+    return found
+
+
 def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:
     """What the phases say about the new state; a later phase overrides an earlier one where it says something."""
     found = PhaseReport()
@@ -232,11 +244,3 @@ def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:
             state_hashes=phase.state_hashes or found.state_hashes,
         )
     return found
-
-
-def bitmap(nodes: Sequence[int], num_nodes: int) -> bytes:
-    """Bit i % 8 of byte i // 8 is set for every node i given."""
-    out = bytearray((num_nodes + 7) // 8)
-    for node in nodes:
-        out[node // 8] |= 1 << (node % 8)
-    return bytes(out)

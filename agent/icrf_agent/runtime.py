@@ -17,10 +17,18 @@ from typing import Any
 from urllib.parse import quote
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
-from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer
+from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer, num_elements
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
-from icrf.protocol import Activate, Activated, HeldRun, PeerAddress, Reserve, StartRound
-from icrf_agent.checkpoint import merge_nodes
+from icrf.protocol import (
+    Activate,
+    Activated,
+    HeldRun,
+    PeerAddress,
+    Reserve,
+    StartRound,
+    element_type,
+    shared_size,
+)
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
@@ -106,7 +114,7 @@ class HostedRuntime:
         run_id = request.run_id
         setups = self._setups(request)
         run = Hosted(request, [s.nodes for s in setups], setups)
-        states = await asyncio.to_thread(run.states_from, checkpoint)
+        loaded = await asyncio.to_thread(run.setups_from, checkpoint)
         async with self._healing:
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
             await self._manager.call("link", request)
@@ -123,13 +131,12 @@ class HostedRuntime:
         )
         if self._runs.get(run_id) is not run:
             raise NodeError("U003", f"the cluster was lost while run {run_id[:8]} was activated", place=self._cluster)
-        run.setting_up = asyncio.ensure_future(self._set_up(run, states))
+        run.setting_up = asyncio.ensure_future(self._set_up(run, loaded))
         return run
 
-    async def _set_up(self, run: Hosted, states: Sequence[bytes]) -> Activated:
+    async def _set_up(self, run: Hosted, loaded: Sequence[HostSetup]) -> Activated:
         request = run.activation
         run.lives = [held.life for held in await self._healer.lives(run.hosts)]
-        loaded = [replace(setup, state=state) for setup, state in zip(run.setups, states, strict=True)]
         parts = await asyncio.gather(*(h.call("host_setup", s) for h, s in zip(run.hosts, loaded, strict=True)))
         run.active = True
         return Activated(
@@ -160,6 +167,7 @@ class HostedRuntime:
         if any((held.generation, held.nodes) != (generation, s.nodes) for held, s in zip(found, setups, strict=True)):
             return None
         run.lives = [held.life for held in found]
+        run.stateful = {slot for slot, held in enumerate(found) if held.node_states}
         self._runs[run_id] = run
         return HeldRun(run_id, generation, *run.position)
 
@@ -169,9 +177,7 @@ class HostedRuntime:
         run = self._run(run_id)
         keepers = [host for slot, host in enumerate(run.hosts) if run.keeps_state(slot)]
         parts = await asyncio.gather(*(host.call("host_checkpoint", round_number) for host in keepers))
-        if run.centralized:
-            return b"".join(parts)
-        return await asyncio.to_thread(merge_nodes, parts, round_number)
+        return await asyncio.to_thread(run.checkpoint_from, parts, round_number)
 
     async def recover(self, run_id: str, error: IcrfError) -> str:
         """See the port; concurrent calls heal one after the other, later ones find it done.
@@ -245,8 +251,8 @@ class HostedRuntime:
             transfer.kind,
             transfer.target,
             sender=transfer.sender,
-            dtype="float64" if partial else layout[0].dtype,
-            num_elements=sum(_size(t.shape) for t in layout),
+            dtype="float64" if partial else element_type(layout),
+            num_elements=num_elements(transfer.kind, shared_size(layout), run.activation.rows),
             weight=posting.weight,
             recipients=transfer.recipients if partial else (),
         )
@@ -404,7 +410,9 @@ class HostedRuntime:
         return run
 
     async def _on_all(self, run: Hosted, method: str, start: StartRound) -> PhaseReport:
-        return merge_reports(await asyncio.gather(*(host.call(method, start) for host in run.hosts)))
+        reports = await asyncio.gather(*(host.call(method, start) for host in run.hosts))
+        run.stateful.update(slot for slot, report in enumerate(reports) if report.node_states)
+        return merge_reports(reports)
 
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
         """The posting that a transfer sends, and which row of it (-1: all)."""
@@ -468,6 +476,7 @@ def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
         absmax=_elementwise_max([r.absmax for r in reports]),
         metric_sums=sums,
         metrics={k: v for r in reports for k, v in r.metrics.items()},
+        node_metrics={k: v for r in reports for k, v in r.node_metrics.items()},
         model_hash="".join(r.model_hash for r in reports),
         state_hashes=b"".join(r.state_hashes for r in reports),
         bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),
@@ -484,10 +493,3 @@ def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:
     sizes = [base + (k < more) for k in range(parts)]
     ends = [sum(sizes[: k + 1]) for k in range(parts)]
     return [tuple(nodes[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _size(shape: Sequence[int]) -> int:
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total

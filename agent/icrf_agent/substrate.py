@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
 from icrf.protocol import CENTRALIZED, Activate, Activated, Reserve
-from icrf_agent.checkpoint import split_nodes
+from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
+from icrf_agent.node_state import merge, unwrap, wrap
 
 
 class Actor(Protocol):
@@ -79,6 +80,7 @@ class Hosted:
         setups: what each host was set up with, without states.
         lives: the life of each host that was set up.
         position: the newest round and attempt that were begun here.
+        stateful: slots whose nodes have durable states of their own.
         active: whether all hosts have been set up.
         quarantine: why a node may not run any more.
         setting_up: what setting up the hosts will have led to; None before it has begun, and for adopted runs.
@@ -90,6 +92,7 @@ class Hosted:
     hosts: list[Actor] = field(default_factory=list)
     lives: list[str] = field(default_factory=list)
     position: tuple[int, int] = (0, 0)
+    stateful: set[int] = field(default_factory=set)
     active: bool = False
     quarantine: NodeError | None = None
     setting_up: asyncio.Future[Activated] | None = None
@@ -136,11 +139,36 @@ class Hosted:
 
     def keeps_state(self, slot: int) -> bool:
         """Whether a host keeps what rounds start from."""
-        return not self.centralized or self.aggregator in self.nodes[slot]
+        return slot in self.stateful or bool(self._keepers(slot))
+
+    def _keepers(self, slot: int) -> list[str]:
+        """Whose state the flow keeps on a host, as checkpoints name it."""
+        nodes = self.nodes[slot]
+        if not self.centralized:
+            return [str(node) for node in nodes]
+        trains = {i for i in nodes if "train" in self.activation.nodes[i].role.split("-")}
+        clients = sorted(trains) if self.activation.rows.clients_keep else []
+        return [*([SERVER] if self.aggregator in nodes else []), *(str(node) for node in clients)]
 
     def states_from(self, checkpoint: bytes) -> list[bytes]:
-        """Each host's part of the state to restore; W010 if it is not there."""
+        """Each host's part of what the flow keeps; W010 if it is not there."""
+        number, slots = self.activation.restore_round, range(len(self.nodes))
+        return split_rows(checkpoint, number, [self._keepers(slot) if number else [] for slot in slots])
+
+    def setups_from(self, checkpoint: bytes) -> list[HostSetup]:
+        """Each host's setup with its part of the state to restore; W010 if that is not there."""
         number = self.activation.restore_round
-        if number and not self.centralized:
-            return split_nodes(checkpoint, number, self.nodes)
-        return [checkpoint if number and self.keeps_state(slot) else b"" for slot in range(len(self.nodes))]
+        flow_part, by_node = unwrap(checkpoint, number)
+        loaded = []
+        for slot, state in enumerate(self.states_from(flow_part)):
+            own = {index: by_node[index] for index in self.nodes[slot] if index in by_node}
+            if own:
+                self.stateful.add(slot)
+            loaded.append(replace(self.setups[slot], state=state, node_states=own))
+        return loaded
+
+    def checkpoint_from(self, parts: Sequence[bytes], round_number: int) -> bytes:
+        """This cluster's checkpoint from those of its hosts that keep state."""
+        found = [unwrap(part, round_number) for part in parts]
+        merged = merge_rows([flow_part for flow_part, _ in found], round_number)
+        return wrap(merged, merge(states for _, states in found), round_number)

@@ -6,7 +6,6 @@ posted for the open attempt, and the merged partial that leaves for another clus
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -17,10 +16,10 @@ import numpy as np
 
 from icrf import values
 from icrf.errors import ProtocolError, RoutingError, WeightsError
-from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE
+from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
-from icrf.protocol import Activate
+from icrf.protocol import Activate, element_type, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.object_store import GlobalObjectStore, object_key
 from icrf_agent.room import Letter, TopologyManager, decode_letters
@@ -82,7 +81,7 @@ class _Room:
             owned.setdefault(cluster, []).append(node)
         self.members = {cluster: tuple(nodes) for cluster, nodes in owned.items()}
         self.participants = {c: tuple(n for n in nodes if "train" in roles[n]) for c, nodes in owned.items()}
-        self.num_parameters = sum(math.prod(t.shape) for t in self.activation.layout)
+        self.num_parameters = shared_size(self.activation.layout)
 
     def local(self, nodes: Collection[int]) -> list[int]:
         return [n for n in nodes if self.activation.assignment[n] == self.cluster]
@@ -391,7 +390,8 @@ class HybridTopologyManager:
 
     def _require_shape(self, room: _Room, header: PayloadHeader) -> None:
         whole = header.kind in (MODEL, UPDATE)
-        wanted = (room.activation.layout[0].dtype if whole else "float64", room.num_parameters)
+        elements = num_elements(header.kind, room.num_parameters, room.activation.rows)
+        wanted = (element_type(room.activation.layout) if whole else "float64", elements)
         if (header.dtype, header.num_elements) != wanted:
             raise WeightsError(
                 "W010",

@@ -24,22 +24,25 @@ CONFIG = FederationConfig.from_mapping(
 
 
 class Eager(FederatedNode):
-    """Trains a second time in rounds in which its neighbours did better in the round before."""
+    """Trains a second time in rounds in which its neighbours did better in the round before.
 
-    def build(self, **kwargs: Any) -> None:
-        self.extra = 0
+    What it counts is in ``state``: committed with the round, in the checkpoints, undone when a round is run again.
+    """
+
+    def setup(self) -> None:
+        self.state["extra"] = 0
 
     def train(self, **kwargs: Any) -> dict[str, float]:
         heard = [message.body["loss"] for message in self.sync()]
         metrics = super().train(**kwargs)
         if heard and metrics["loss"] > sum(heard) / len(heard):
             metrics = super().train(**kwargs)
-            self.extra += 1
+            self.state["extra"] += 1
         self.send("my loss", {"loss": metrics["loss"]})  # to all neighbours; they read it in the next round
         return metrics
 
     def extra_trainings(self) -> int:
-        return self.extra
+        return int(self.state["extra"])
 
 
 def main() -> None:

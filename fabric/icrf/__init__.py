@@ -22,26 +22,33 @@ if TYPE_CHECKING:
     from icrf.client import Fabric, Result, Run
     from icrf.errors import IcrfError
     from icrf.federation.base import FederatedBase
+    from icrf.federation.contribution import contributions
     from icrf.federation.message import Message
     from icrf.federation.node import FederatedNode
+    from icrf.federation.resources import get_resources_split
     from icrf.federation.schemas import (
         MeshFederatedLearningSchema,
         RingFederatedLearningSchema,
         StarFederatedLearningSchema,
         schema_factory,
     )
+    from icrf.federation.supervisor import FederationSupervisor
     from icrf.federation.virtual_node import VirtualNode
-    from icrf.learning import register_model
+    from icrf.learning import Dataset, register_aggregator, register_model
+    from icrf.participation import register_sampler
+    from icrf.registry import register
     from icrf.spec import FederationConfig
-    from icrf.topology import register_topology
+    from icrf.topology import register_mixing, register_network_builder, register_topology
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Dataset",
     "Fabric",
     "FederatedBase",
     "FederatedNode",
     "FederationConfig",
+    "FederationSupervisor",
     "IcrfError",
     "MeshFederatedLearningSchema",
     "Message",
@@ -52,7 +59,14 @@ __all__ = [
     "VirtualNode",
     "__version__",
     "connect",
+    "contributions",
+    "get_resources_split",
+    "register",
+    "register_aggregator",
+    "register_mixing",
     "register_model",
+    "register_network_builder",
+    "register_sampler",
     "register_topology",
     "schema_factory",
 ]
@@ -70,9 +84,18 @@ _HOME = {
     "RingFederatedLearningSchema": "icrf.federation.schemas",
     "MeshFederatedLearningSchema": "icrf.federation.schemas",
     "schema_factory": "icrf.federation.schemas",
+    "FederationSupervisor": "icrf.federation.supervisor",
     "FederationConfig": "icrf.spec",
+    "contributions": "icrf.federation.contribution",
+    "get_resources_split": "icrf.federation.resources",
+    "register": "icrf.registry",
+    "register_mixing": "icrf.topology",
+    "register_network_builder": "icrf.topology",
     "register_topology": "icrf.topology",
+    "Dataset": "icrf.learning",
+    "register_aggregator": "icrf.learning",
     "register_model": "icrf.learning",
+    "register_sampler": "icrf.participation",
 }
 
 # Federations open a fabric of their own unless they are given one; this facade hands them the factory.

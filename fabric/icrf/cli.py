@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from icrf.client import Fabric, LocalHandle
     from icrf.ports import MediatorPort
     from icrf.protocol import Plan, Submission
+    from icrf.sinks import MetricsSink
     from icrf.spec import FederationConfig
 
 DEFAULT_MEDIATOR = "127.0.0.1:7443"
@@ -49,6 +50,14 @@ Plain = Annotated[bool, typer.Option("--plain", help="No colour, nothing redrawn
 Overrides = Annotated[
     list[str] | None,
     typer.Option("-o", "--override", metavar="KEY=VALUE", help="Replace a value of the file; may be repeated."),
+]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="KIND:TARGET",
+        help="Send metrics on: tensorboard:DIR, csv:FILE, jsonl:FILE, sqlite:FILE or module:attr; may be repeated.",
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/ID")]
 Clusters = Annotated[int, typer.Option("--clusters", min=1, max=64, metavar="N", help="How many local Ray clusters.")]
@@ -137,6 +146,10 @@ def run(
             "--resume", metavar="DIR", help="Go on with the run that was started with --out DIR.", show_default=False
         ),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify-determinism", help="Run it twice and compare the hashes of all rounds.")
+    ] = False,
+    log: Log = None,
     override: Overrides = None,
     json: Json = False,
     plain: Plain = False,
@@ -145,19 +158,21 @@ def run(
     session: Session = context.obj
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import resume_here, run_here
+    from icrf.console.verify import run_twice
 
     if resume is not None:
-        if override or out not in (None, resume):
-            place = "--override" if override else "--out"
+        if override or verify or out not in (None, resume):
+            place = "--override" if override else "--verify-determinism" if verify else "--out"
             raise LocalError("L009", f"--resume goes on with what was started; {place} changes it", place=place)
-        summary, status = resume_here(terminal, session.doors, resume, clusters)
+        summary, status = resume_here(terminal, session.doors, resume, clusters, _sinks(log))
     elif file is None:
         raise LocalError(
             "L009", "a federation is needed", place="FED.yaml", hint="or --resume DIR for one that was begun"
         )
     else:
         submission = _submission(_load(file, override), file)
-        summary, status = run_here(terminal, session.doors, submission, clusters or 1, out)
+        begin = run_twice if verify else run_here
+        summary, status = begin(terminal, session.doors, submission, clusters or 1, out, _sinks(log))
     _finish(terminal, summary, status, json)
 
 
@@ -186,13 +201,10 @@ def validate(context: typer.Context, file: FedFile, override: Overrides = None, 
     terminal = context.obj.open(json=json)
     from icrf.console.config_view import show_sources
     from icrf.spec import explain_sources
+    from icrf.submission import check_configuration
 
     config = _load(file, override)
-    if config.federated_learning_topology not in ("star", "ring", "mesh"):
-        # A matrix or a builder of the user's own may be wrong; it is loaded only where there is one.
-        from icrf.submission import check_graph
-
-        check_graph(config, code_path=str(file.resolve().parent))
+    check_configuration(config, code_path=str(file.resolve().parent))
     show_sources(terminal, file, config, explain_sources(file, override or []))
     if json:
         terminal.json(config.model_dump())
@@ -251,6 +263,7 @@ def submit(
     mediator: Mediator = DEFAULT_MEDIATOR,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run and write its folder.")] = False,
     out: Out = None,
+    log: Log = None,
     override: Overrides = None,
     json: Json = False,
     plain: Plain = False,
@@ -260,9 +273,11 @@ def submit(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import submit_there
 
+    if log and not (watch or out):
+        raise LocalError("L009", "--log needs somebody who follows the run", place="--log", hint="add --watch")
     submission = _submission(_load(file, override), file)
     with _open(session, mediator) as fabric:
-        summary, status = submit_there(terminal, fabric, submission, watch or out is not None, out)
+        summary, status = submit_there(terminal, fabric, submission, watch or out is not None, out, _sinks(log))
     _finish(terminal, summary, status, json)
 
 
@@ -374,6 +389,12 @@ def _submission(config: FederationConfig, file: Path) -> Submission:
     from icrf.submission import build_submission
 
     return build_submission(config, code_path=str(file.resolve().parent))
+
+
+def _sinks(specs: list[str] | None) -> list[MetricsSink]:
+    from icrf.sinks import open_sink
+
+    return [open_sink(spec) for spec in specs or ()]
 
 
 def _open(session: Session, address: str) -> Fabric:

@@ -21,6 +21,7 @@ from icrf.ports import MediatorPort
 from icrf.protocol import (
     CANCELLED,
     FAILED,
+    STOP,
     TERMINAL,
     ClusterInfo,
     Plan,
@@ -31,6 +32,7 @@ from icrf.protocol import (
 )
 from icrf.report import curve_svg, summary_table
 from icrf.run_folder import RunFolder, default_folder, plan_from_dict, summarize
+from icrf.sinks import MetricsSink, Sinks, opened
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission, on_path
 
@@ -130,15 +132,19 @@ class Fabric:
     ) -> None:
         self.close()
 
-    def submit(self, federation: FederationConfig | Submission, **options: Any) -> Run:
+    def submit(
+        self, federation: FederationConfig | Submission, *, sinks: Sequence[MetricsSink | str] = (), **options: Any
+    ) -> Run:
         """Submit a federation; it starts as soon as its clusters have room.
 
         Args:
             federation: a configuration, or a submission that was built before.
+            sinks: where its metrics go while it is followed, objects or descriptions, see :mod:`icrf.sinks`.
             options: those of :func:`icrf.submission.build_submission`, for a configuration.
         """
         submission = self._resolved(federation, options)
-        return Run(self._port, self._port.submit(submission).run_id, submission)
+        chosen = opened(sinks)
+        return Run(self._port, self._port.submit(submission).run_id, submission, chosen)
 
     def plan(self, federation: FederationConfig | Submission, **options: Any) -> Plan:
         """Dry run on the clusters registered now: where nodes would go and what would cross. Changes nothing."""
@@ -155,9 +161,9 @@ class Fabric:
         """All runs the mediator knows, newest first."""
         return [Run(self._port, info.run_id) for info in self._port.list_runs()]
 
-    def run(self, id_prefix: str) -> Run:
+    def run(self, id_prefix: str, *, sinks: Sequence[MetricsSink | str] = ()) -> Run:
         """The run whose id begins with `id_prefix`; F001 if there is none, F004 if there are several."""
-        return Run(self._port, self._port.get(id_prefix).run_id)
+        return Run(self._port, self._port.get(id_prefix).run_id, sinks=opened(sinks))
 
     def clusters(self) -> list[ClusterInfo]:
         """The registered clusters by name."""
@@ -201,9 +207,16 @@ class Run:
         id: the full run id; any unique prefix of it finds the run again.
     """
 
-    def __init__(self, port: MediatorPort, run_id: str, submission: Submission | None = None) -> None:
+    def __init__(
+        self,
+        port: MediatorPort,
+        run_id: str,
+        submission: Submission | None = None,
+        sinks: Sequence[MetricsSink] = (),
+    ) -> None:
         self._port = port
         self._submission = submission
+        self._sinks = Sinks(sinks)
         self.id = run_id
 
     def __repr__(self) -> str:
@@ -213,9 +226,27 @@ class Run:
         """Where the run stands now, and what it waits for."""
         return self._port.get(self.id)
 
+    @property
+    def submission(self) -> Submission | None:
+        """What was submitted, where that was done with this object."""
+        return self._submission
+
+    def clusters(self) -> list[ClusterInfo]:
+        """The clusters that are registered now, by name."""
+        return self._port.clusters()
+
     def events(self, after_seq: int = 0) -> Iterator[RunEvent]:
         """Every event with a larger number than `after_seq`, past ones first, then live, until the run has ended."""
-        return self._port.watch(self.id, after_seq)
+        if not self._sinks:
+            return self._port.watch(self.id, after_seq)
+        return self._events_told(after_seq)
+
+    def _events_told(self, after_seq: int) -> Iterator[RunEvent]:
+        """The events, each told to the sinks before it is handed out."""
+        for event in self._port.watch(self.id, min(after_seq, self._sinks.seen)):
+            self._sinks.show(event, self.info)
+            if event.seq > after_seq:
+                yield event
 
     def rounds(self) -> Iterator[RoundResult]:
         """Committed rounds, past ones first, then live; ends with the run, however it ends (see :meth:`result`)."""
@@ -259,6 +290,8 @@ class Run:
             if left_s <= 0:
                 break
             time.sleep(min(_POLL_S, left_s))
+        if info.status in TERMINAL and self._sinks:
+            return self.wait()  # which tells the sinks what was not read yet
         return info
 
     def result(self, timeout_s: float | None = None) -> Result:
@@ -288,6 +321,18 @@ class Run:
     def cancel(self) -> RunInfo:
         """Ask for the end; a run that has ended stays as it is."""
         return self._port.cancel(self.id)
+
+    def add_nodes(self, *node_ids: str) -> RunInfo:
+        """Let nodes that were taken out take part again, from the next round on."""
+        return self._port.change_nodes(self.id, add=node_ids)
+
+    def remove_nodes(self, *node_ids: str) -> RunInfo:
+        """Take nodes out: from the next round on they take part in none. They stay where they are."""
+        return self._port.change_nodes(self.id, remove=node_ids)
+
+    def stop(self) -> RunInfo:
+        """End in order and soon: after the open round the model is stored; whoever is away is not waited for."""
+        return self._port.advance(self.id, STOP)
 
     def finish(self) -> RunInfo:
         """End a run that was submitted with ``keep=True``: store its model, release its resources."""
@@ -374,13 +419,14 @@ class Result:
         Args:
             code_path: folder of the user's own modules, if the configuration names ``module:attr``.
         """
-        from icrf.learning import build_model, load_dataset  # noqa: PLC0415 - torch takes seconds to load
+        from icrf.learning import build_model, configured_dataset  # noqa: PLC0415 - torch takes seconds to load
 
         config = self.config
         with on_path(code_path):
-            dataset = load_dataset(config.dataset_type, config.data_dir or "")
+            dataset = configured_dataset(config)
             module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
-        module.load_state_dict(self.state_dict())
+        # The file does not have what stayed with the nodes.
+        module.load_state_dict(self.state_dict(), strict=not config.private_keys)
         return module.eval()
 
     def __repr__(self) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
 from icrf.errors import ConfigError, RoutingError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Rows
 from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 
 MODEL, UPDATE, PARTIAL, CONSENSUS = "model", "update", "partial", "consensus"
@@ -62,6 +62,7 @@ class ExchangePlan:
         participants: the nodes that train, ascending.
         transfers: payloads of a round without evaluation.
         evaluation: consensus partials that an evaluated round of a decentralized flow adds.
+        rows: what the aggregation rule moves.
     """
 
     flow: str
@@ -71,6 +72,29 @@ class ExchangePlan:
     participants: tuple[int, ...]
     transfers: tuple[Transfer, ...]
     evaluation: tuple[Transfer, ...]
+    rows: Rows = field(default_factory=Rows)
+
+    def of_round(self, chosen: Sequence[int]) -> ExchangePlan:
+        """The plan of a round in which only the `chosen` nodes train.
+
+        A cluster without any neither receives the global model nor sends a partial or an update. Peers mix whether they
+        train or not, so between them nothing changes.
+        """
+        if self.flow != CENTRALIZED:
+            return self
+        training = frozenset(chosen)
+        busy = {self.assignment[node] for node in training}
+        transfers = []
+        for transfer in self.transfers:
+            if transfer.kind == MODEL and transfer.target in busy:
+                recipients = tuple(node for node in transfer.recipients if node in training)
+                transfers.append(replace(transfer, recipients=recipients))
+            elif transfer.kind == UPDATE and transfer.sender in training:  # noqa: SIM114 - three kinds, three rules
+                transfers.append(transfer)
+            elif transfer.kind == PARTIAL and transfer.source in busy:
+                transfers.append(transfer)
+        participants = tuple(node for node in self.participants if node in training)
+        return replace(self, participants=participants, transfers=tuple(transfers))
 
     def outbound(self, cluster: int, kind: str) -> tuple[Transfer, ...]:
         """The payloads of `kind` that leave `cluster`, in plan order."""
@@ -95,7 +119,12 @@ class ExchangePlan:
             num_parameters: elements of the flat model.
             itemsize: bytes of one element of a model or update; partials always take 8.
         """
-        return sum(_bytes(t.kind, num_parameters, itemsize) for t in self.transfers)
+        return sum(self.transfer_bytes(t, num_parameters, itemsize) for t in self.transfers)
+
+    def transfer_bytes(self, transfer: Transfer, num_parameters: int, itemsize: int = 4) -> int:
+        """Payload bytes of one transfer."""
+        exact = transfer.kind in (PARTIAL, CONSENSUS)
+        return num_elements(transfer.kind, num_parameters, self.rows) * (PARTIAL_ITEMSIZE if exact else itemsize)
 
     def evaluation_bytes(self, num_parameters: int) -> int:
         """Payload bytes that an evaluation adds."""
@@ -105,7 +134,7 @@ class ExchangePlan:
         """(source cluster, target cluster) -> payload bytes of one round without evaluation, ordered by link."""
         totals: Counter[tuple[int, int]] = Counter()
         for transfer in self.transfers:
-            totals[transfer.source, transfer.target] += _bytes(transfer.kind, num_parameters, itemsize)
+            totals[transfer.source, transfer.target] += self.transfer_bytes(transfer, num_parameters, itemsize)
         return dict(sorted(totals.items()))
 
     @cached_property
@@ -125,8 +154,19 @@ class ExchangePlan:
         return _grouped((self.assignment[node], node) for node in self.participants)
 
 
+def num_elements(kind: str, num_parameters: int, rows: Rows) -> int:
+    """Elements of a payload of this kind."""
+    if kind == MODEL:
+        return rows.down * num_parameters
+    return rows.up * num_parameters + rows.scalars if kind == PARTIAL else num_parameters
+
+
 def compile_exchange(
-    flow: str, adjacency: HybridAdjacencyMatrix, roles: Sequence[str], assignment: Sequence[int]
+    flow: str,
+    adjacency: HybridAdjacencyMatrix,
+    roles: Sequence[str],
+    assignment: Sequence[int],
+    rows: Rows = Rows(),
 ) -> ExchangePlan:
     """Compile the exchange plan of a federation.
 
@@ -134,6 +174,7 @@ def compile_exchange(
         flow: ``centralized`` or ``decentralized``.
         roles: dash-separated words per node; ``train`` makes a participant, ``aggregate`` the one aggregator.
         assignment: cluster index per node.
+        rows: what the aggregation rule of a centralized flow moves.
 
     Raises:
         ConfigError: C008 not exactly one aggregator, or lists of different length; C010 unknown flow.
@@ -154,7 +195,7 @@ def compile_exchange(
         aggregator = _aggregator(words)
         _require_star_edges(adjacency, aggregator, participants)
         coordinator = int(clusters[aggregator])
-        transfers = _centralized(aggregator, participants, clusters)
+        transfers = _centralized(aggregator, participants, clusters, rows.every_update)
     elif flow == DECENTRALIZED:
         coordinator = int(clusters[0]) if len(clusters) else 0
         transfers = _updates(adjacency, clusters)
@@ -173,6 +214,7 @@ def compile_exchange(
         participants=tuple(participants.tolist()),
         transfers=transfers,
         evaluation=evaluation,
+        rows=rows,
     )
 
 
@@ -210,10 +252,13 @@ def _centralized(
     aggregator: int,
     participants: np.ndarray[Any, np.dtype[np.int64]],
     clusters: np.ndarray[Any, np.dtype[np.int64]],
+    every_update: bool,
 ) -> tuple[Transfer, ...]:
     coordinator = int(clusters[aggregator])
     remote = participants[clusters[participants] != coordinator]
     models = _fan_out(MODEL, np.full_like(remote, aggregator), remote, clusters)
+    if every_update:
+        return (*models, *_fan_out(UPDATE, remote, np.full_like(remote, aggregator), clusters))
     partials = [Transfer(PARTIAL, CLUSTER_SENDER, model.target, coordinator, (aggregator,)) for model in models]
     return (*models, *partials)
 
@@ -245,10 +290,6 @@ def _fan_out(
         strict=True,
     )
     return tuple(Transfer(kind, node, source, to, tuple(names[start:end])) for node, source, to, start, end in heads)
-
-
-def _bytes(kind: str, num_parameters: int, itemsize: int) -> int:
-    return num_parameters * (PARTIAL_ITEMSIZE if kind in (PARTIAL, CONSENSUS) else itemsize)
 
 
 def _grouped(pairs: Iterator[tuple[K, V]]) -> dict[K, tuple[V, ...]]:

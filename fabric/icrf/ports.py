@@ -46,7 +46,8 @@ class MediatorPort(Protocol):
 
     Every method raises :class:`icrf.errors.IcrfError` subclasses only. An unknown run id raises F001; a run id may be
     abbreviated to any unique prefix (F004 when ambiguous). Calls are safe to repeat: `submit` by its
-    ``client_request_id``, `cancel`, `advance` and `finish` because asking twice for a state reached is no error.
+    ``client_request_id``, `cancel`, `advance`, `change_nodes` and `finish` because asking twice for a state reached is
+    no error.
     """
 
     def submit(self, submission: Submission) -> RunInfo:
@@ -71,7 +72,11 @@ class MediatorPort(Protocol):
 
     def advance(self, run_id: str, stage: str, rounds: int = 0) -> RunInfo:
         """Let a held run go on: to ``reserve`` or ``activate``, or ``run`` until `rounds` rounds are committed in
-        total (0: as configured). Returns at once; follow with `watch` or `get`."""
+        total (0: as configured). ``stop`` ends it in order and soon: after the open round its model is stored, and
+        nobody who is away is waited for. Returns at once; follow with `watch` or `get`."""
+
+    def change_nodes(self, run_id: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> RunInfo:
+        """From the next round on, other nodes of the specification may take part. Repeating is harmless."""
 
     def finish(self, run_id: str) -> RunInfo:
         """End a kept run: store its model and release its resources. Returns at once."""
@@ -163,16 +168,22 @@ class Arrival:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """What one host says after a phase; see ``RoundReport`` for the fields."""
+    """What one host says after a phase; see ``RoundReport`` for the fields.
+
+    Attributes:
+        node_states: whether nodes of the host have a durable state of their own.
+    """
 
     nodes: tuple[int, ...] = ()
     overflow: tuple[int, ...] = ()
     absmax: tuple[float, ...] = ()
     metric_sums: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    node_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     model_hash: str = ""
     state_hashes: bytes = b""
     bytes_intra_cluster: int = 0
+    node_states: bool = False
 
 
 @dataclass(frozen=True)

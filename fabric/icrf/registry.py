@@ -18,6 +18,23 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 # Lets the specification know which names exist without importing the packages that own the registries (they load
 # NumPy and torch). Weak, so that a registry made by a test leaves no trace.
 _REGISTRIES: weakref.WeakSet[Registry[Any]] = weakref.WeakSet()
+# What was registered before the package that owns the registry was imported.
+_EARLY: dict[str, dict[str, Any]] = {}
+
+KINDS = (
+    "topology",
+    "mixing",
+    "adapter",
+    "model",
+    "dataset",
+    "partitioner",
+    "aggregator",
+    "assignment",
+    "metric",
+    "schema",
+    "sampler",
+    "sink",
+)
 
 
 class Registry(Generic[T]):
@@ -31,6 +48,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self._objects: dict[str, T] = {}
         _REGISTRIES.add(self)
+        for name, obj in _EARLY.pop(kind, {}).items():
+            self.add(name, obj)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator form of :meth:`add`; returns the decorated object unchanged."""
@@ -87,9 +106,37 @@ class Registry(Generic[T]):
         return entry_points(group=self._group)
 
 
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Decorator that makes a plug-in known in this process, whatever its kind; it loads nothing.
+
+    Another process knows the name only if it imports the code too. Hosts of real clusters are such processes: name
+    what they need as ``module:attr``, or as an entry point of an installed package.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        name: what a configuration calls it.
+
+    Raises:
+        ConfigError: C010 for an unknown kind, C008 if another object has the name.
+    """
+    if kind not in KINDS:
+        raise unknown_name("kind of plug-in", kind, KINDS)
+
+    def decorate(obj: T) -> T:
+        owners = [registry for registry in list(_REGISTRIES) if registry.kind == kind]
+        for registry in owners:
+            registry.add(name, obj)
+        if not owners:
+            _EARLY.setdefault(kind, {})[name] = obj
+        return obj
+
+    return decorate
+
+
 def registered_names(kind: str) -> frozenset[str]:
     """Names that registries of this kind know at the moment, plus installed entry points of ``icrf.<kind>``."""
     known = {name for registry in list(_REGISTRIES) if registry.kind == kind for name in registry._objects}
+    known |= _EARLY.get(kind, {}).keys()
     return frozenset(known | {point.name for point in entry_points(group=f"icrf.{kind}")})
 
 

@@ -1,7 +1,7 @@
 """The folder that a run leaves: configuration, plan, rounds, model, summary, report.
 
-``rounds.jsonl`` grows while the run goes on, one flushed line per round, so that what was reached is there even if the
-process that watches dies. The other files are replaced in one step each.
+``rounds.jsonl`` and ``nodes.jsonl`` grow while the run goes on, one flushed line per round, so that what was reached is
+there even if the process that watches dies. The other files are replaced in one step each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -19,12 +19,12 @@ from typing import Any, TextIO
 from icrf.console.format import clean_json, short_id
 from icrf.errors import LocalError
 from icrf.model_file import ARTIFACT, write_file
-from icrf.protocol import LinkBytes, Plan, RoundResult, RunInfo
+from icrf.protocol import LinkBytes, MixingReport, Plan, RoundResult, RunInfo
 from icrf.report import ReportData, render
 from icrf.spec import FederationConfig
 from icrf.spec.documents import dump_yaml
 
-_FILES = ("config.yaml", "plan.json", "rounds.jsonl", ARTIFACT, "summary.json", "report.html")
+_FILES = ("config.yaml", "plan.json", "rounds.jsonl", "nodes.jsonl", ARTIFACT, "summary.json", "report.html")
 
 
 def default_folder(run_id: str) -> Path:
@@ -76,14 +76,19 @@ class RunFolder:
     def write_plan(self, plan: Plan) -> None:
         """``plan.json``."""
         self._plan = plan
-        self._replace("plan.json", _json_bytes(plan_to_dict(plan)))
+        self._replace("plan.json", json_bytes(plan_to_dict(plan)))
 
     def add_round(self, result: RoundResult) -> None:
-        """Append one line to ``rounds.jsonl``; it is with the operating system when this returns."""
-        self._rounds.append(result)
+        """Append a line to ``rounds.jsonl``, and to ``nodes.jsonl`` if it has values of single nodes.
+
+        They are with the operating system when this returns.
+        """
+        self._rounds.append(replace(result, node_metrics={}))
         with _writing(self.path):
-            self._lines.write(json.dumps(round_line(result), allow_nan=False) + "\n")
-            self._lines.flush()
+            _append(self._lines, round_line(result))
+            if result.node_metrics:
+                with (self.path / "nodes.jsonl").open("a", encoding="utf-8") as nodes:
+                    _append(nodes, nodes_line(result))
 
     def write_model(self, data: bytes) -> None:
         """``model.safetensors``, already verified."""
@@ -93,7 +98,7 @@ class RunFolder:
         """Write ``summary.json`` and ``report.html``; returns the summary."""
         config = in_order(json.loads(info.config_json)) if info.config_json else {}
         summary = summarize(info, self._rounds)
-        self._replace("summary.json", _json_bytes(summary))
+        self._replace("summary.json", json_bytes(summary))
         page = render(ReportData(summary, self._rounds, config, self._plan))
         self._replace("report.html", page.encode())
         return summary
@@ -141,9 +146,21 @@ def round_line(result: RoundResult) -> dict[str, Any]:
     """A line of ``rounds.jsonl``: the fields of the round, its number under ``round``."""
     fields = asdict(result)
     number = fields.pop("number")
+    fields.pop("node_metrics")  # has a file of its own
     # Off the wire a mapping comes in any order; the same round shall always be the same line.
     fields |= {name: dict(sorted(value.items())) for name, value in fields.items() if isinstance(value, dict)}
     line: dict[str, Any] = clean_json({"round": number, **fields})
+    return line
+
+
+def nodes_line(result: RoundResult) -> dict[str, Any]:
+    """A line of ``nodes.jsonl``: under ``nodes`` what each node reported in the round, in the order of their numbers.
+
+    ``rounds.jsonl`` has the means.
+    """
+    found = result.node_metrics
+    ordered = {node: dict(sorted(found[node].items())) for node in sorted(found, key=lambda n: (len(n), n))}
+    line: dict[str, Any] = clean_json({"round": result.number, "nodes": ordered})
     return line
 
 
@@ -194,12 +211,19 @@ def plan_from_dict(values: Mapping[str, Any]) -> Plan:
         "clusters": tuple(values["clusters"]),
         "problems": tuple(values["problems"]),
         "links": tuple(LinkBytes(**link) for link in values["links"]),
+        "mixing": MixingReport(**values["mixing"]) if values.get("mixing") else None,
     }
     return Plan(**fields)
 
 
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """A mapping as the folder's JSON files hold it."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _append(file: TextIO, line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(line, allow_nan=False) + "\n")
+    file.flush()
 
 
 def _require_own(path: Path) -> None:

@@ -6,19 +6,41 @@ a model that does not take the data, is refused here too, before anything was st
 
 from __future__ import annotations
 
+import inspect
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from icrf.errors import ConfigError, TopologyError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, STAGES, Graph, NodeSpec, Submission, TensorSpec
+from icrf.participation import UNIFORM, schedule
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    STAGES,
+    Graph,
+    NodeSpec,
+    Rows,
+    Submission,
+    TensorSpec,
+    nodes_of,
+    sample_size,
+)
 from icrf.spec import FederationConfig
 from icrf.spec.choices import TRADITIONAL
-from icrf.topology import HybridAdjacencyMatrix, build_topology, require_connected
+from icrf.topology import (
+    MIXINGS,
+    HybridAdjacencyMatrix,
+    build_topology,
+    mixing_matrix,
+    require_connected,
+    require_consensus,
+    weigh,
+)
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
@@ -47,7 +69,7 @@ def build_submission(
 
     Raises:
         ConfigError: C008 for roles that the flow cannot use, C010 or C017 for names that cannot be loaded, C018 if the
-            model does not take the data.
+            model does not take the data, or for a sampler's answer that cannot be used.
         TopologyError: T0xx for a graph that cannot be used.
         WeightsError: W011 for a model with tensors that have no aggregation rule.
     """
@@ -57,8 +79,9 @@ def build_submission(
     chosen = tuple(nodes) if nodes is not None else default_nodes(config, flow)
     check_roles(chosen, flow)
     with on_path(code_path):
-        graph = _graph(config, chosen, adjacency)
-        layout = resolve_layout(config)
+        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in chosen))
+        graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
+        rows = resolve_rows(config, chosen, layout, turns := _schedule(config, chosen))
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -69,6 +92,8 @@ def build_submission(
         keep=keep,
         stage=stage,
         code_path=code_path,
+        rows=rows,
+        schedule=turns,
     )
 
 
@@ -114,8 +139,8 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
         )
 
 
-def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
-    """Refuse a configuration whose roles or topology cannot work; no model and no data are loaded.
+def check_configuration(config: FederationConfig, *, code_path: str = "") -> None:
+    """Refuse a configuration whose roles, topology, model or data cannot work, as a submission would.
 
     Raises:
         ConfigError, TopologyError: see :func:`build_submission`.
@@ -124,15 +149,19 @@ def check_graph(config: FederationConfig, *, code_path: str = "") -> None:
     nodes = default_nodes(config, flow)
     check_roles(nodes, flow)
     with on_path(code_path):
-        _graph(config, nodes, None)
+        matrix = _graph(config, nodes, None)
+        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in nodes))
+        _weighted(config, nodes, matrix, flow)
+        resolve_rows(config, nodes, layout, _schedule(config, nodes))
 
 
 def _graph(
     config: FederationConfig, nodes: Sequence[NodeSpec], adjacency: HybridAdjacencyMatrix | np.ndarray[Any, Any] | None
-) -> Graph:
+) -> HybridAdjacencyMatrix:
+    together = not config.allow_no_consensus
     if adjacency is None:
         parameters: Mapping[str, Any] = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
-        matrix = build_topology(config.federated_learning_topology, len(nodes), parameters)
+        matrix = build_topology(config.federated_learning_topology, len(nodes), parameters, connected=together)
     elif isinstance(adjacency, HybridAdjacencyMatrix):
         matrix = adjacency
     else:
@@ -141,18 +170,118 @@ def _graph(
         raise TopologyError(
             "T010", f"matrix {matrix.num_nodes}×{matrix.num_nodes} for {len(nodes)} nodes", place="adjacency"
         )
-    require_connected(matrix, place="adjacency")
-    return matrix.to_graph()
+    if together:
+        require_connected(matrix, place="adjacency")
+    return matrix
 
 
-def resolve_layout(config: FederationConfig) -> tuple[TensorSpec, ...]:
-    """Build model and data once, refuse them with C018 if they do not fit, and return the model's tensors."""
-    from icrf.learning import Layout, build_model, check_fit, load_dataset  # noqa: PLC0415 - torch takes seconds
+def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: HybridAdjacencyMatrix, flow: str) -> Graph:
+    """The graph with what its nodes mix by; T012 where they could never agree."""
+    if flow == CENTRALIZED:
+        return matrix.to_graph()
+    parameters = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
+    if _wants_samples(config):
+        parameters["num_samples"] = _sample_counts(config, nodes)
+    graph = weigh(matrix, config.mixing, parameters)
+    place = config.mixing_matrix_file_name if config.mixing == "custom" else f"mixing {config.mixing!r}"
+    weights = mixing_matrix(graph, config.mixing)
+    require_consensus(weights, allow_no_consensus=config.allow_no_consensus, place=place or "mixing")
+    return graph
 
-    dataset = load_dataset(config.dataset_type, config.data_dir or "")
+
+def _wants_samples(config: FederationConfig) -> bool:
+    return (
+        flow_of(config) == DECENTRALIZED and "num_samples" in inspect.signature(MIXINGS.get(config.mixing)).parameters
+    )
+
+
+def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Training samples per node, as the hosts deal them; 0 for a node that does not train."""
+    from icrf.learning import configured_dataset, configured_partition  # noqa: PLC0415 - torch takes seconds
+
+    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    parts = configured_partition(config, configured_dataset(config), len(trains))
+    counts = np.zeros(len(nodes), dtype=np.int64)
+    counts[trains] = [len(parts[k]) for k in range(len(trains))]
+    return counts
+
+
+def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str, ...]:
+    """What the user's own sampler chooses; empty where the mediator draws."""
+    if config.client_sampler == UNIFORM:
+        return ()
+    clients = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    count = sample_size(len(clients), config.client_fraction, config.sampled_clients)
+    ids = [node.id for node in nodes]
+    return schedule(config.client_sampler, ids, clients, count, config.federated_learning_rounds, config.seed)
+
+
+def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec, ...]:
+    """Build model and data once, deal the data out to `num_parts` nodes, and return the model's tensors.
+
+    Raises:
+        ConfigError: C010 or C017 for names that cannot be loaded, C008 for a split that does not exist, C015 for files
+            that are missing or broken, C018 for a model that does not take the data.
+        WeightsError: W010, W011 for a model with tensors that have no aggregation rule.
+    """
+    from icrf.learning import (  # noqa: PLC0415 - torch takes seconds
+        Layout,
+        build_model,
+        check_fit,
+        configured_dataset,
+        configured_partition,
+        require_metrics,
+    )
+
+    require_metrics(config.metrics)
+    dataset = configured_dataset(config)
     module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
     check_fit(module, dataset)
-    return Layout.of_module(module).tensors
+    configured_partition(config, dataset, num_parts)
+    return Layout.of_module(module, config.private_keys).tensors
+
+
+def resolve_rows(
+    config: FederationConfig, nodes: Sequence[NodeSpec], layout: Sequence[TensorSpec], turns: Sequence[str] = ()
+) -> Rows:
+    """What the aggregation rule moves, and what it and the nodes keep.
+
+    Args:
+        layout: the model's tensors.
+        turns: who takes part in which round, see :class:`icrf.protocol.Submission`.
+
+    Raises:
+        ConfigError: C008 if the rule does not work with as few participants as a round may have, or has nodes keep what
+            the rounds that a cluster misses would change.
+    """
+    from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
+
+    nodes_keep = config.client_template is not None
+    if flow_of(config) != CENTRALIZED:
+        return Rows(nodes_keep=nodes_keep)
+    rule = build_aggregator(config.aggregation_strategy, config.model_dump())
+    rule.require(_fewest_participants(config, nodes, turns))
+    rows = rule.rows.with_private(layout)
+    if rows.clients_keep and config.min_nodes is not None:
+        other = f"aggregation_strategy {config.aggregation_strategy}" if rule.rows.clients_keep else "private_keys"
+        raise ConfigError(
+            "C008",
+            f"min_nodes {config.min_nodes} contradicts {other}",
+            place="min_nodes",
+            allowed="null",
+            hint="its nodes keep what each round changes, so that no round can do without a cluster",
+        )
+    return replace(rows, nodes_keep=nodes_keep)
+
+
+def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:
+    """How few nodes may contribute to a round."""
+    if config.min_nodes is not None:
+        return config.min_nodes
+    if turns:
+        return min(len(nodes_of(bytes.fromhex(turn))) for turn in turns)
+    clients = sum("train" in node.role.split("-") for node in nodes)
+    return sample_size(clients, config.client_fraction, config.sampled_clients)
 
 
 @contextmanager

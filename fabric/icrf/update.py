@@ -290,18 +290,23 @@ class ExactSum:
         Raises:
             WeightsError: W021 when the sum is void, W030 when nothing was added.
         """
+        result = np.empty(self.num_parameters, dtype) if out is None else out
+        for start in range(0, self.num_parameters, CHUNK):
+            stop = min(start + CHUNK, self.num_parameters)
+            result[start:stop] = self.mean_part(start, stop, self._scratch[: stop - start])
+        return result
+
+    def mean_part(self, start: int, stop: int, out: FloatArray) -> FloatArray:
+        """The weighted mean of the elements `start` to `stop`, written to the float64 array `out`.
+
+        Raises:
+            WeightsError: W021 when the sum is void, W030 when nothing was added.
+        """
         if self.void:
             raise WeightsError("W021", "the sum is void: values left the exact grid")
         if self.weight < 1:
             raise WeightsError("W030", "mean of no contribution")
-        result = np.empty(self.num_parameters, dtype) if out is None else out
-        sums = self.sums
-        for start in range(0, self.num_parameters, CHUNK):
-            part = sums[start : start + CHUNK]
-            quotient = self._scratch[: len(part)]
-            np.divide(part, self.weight, out=quotient)
-            result[start : start + CHUNK] = quotient
-        return result
+        return np.divide(self.sums[start:stop], self.weight, out=out)
 
     def _allocate(self) -> None:
         if self._sums.size != self.num_parameters:

@@ -23,7 +23,7 @@ class ReportChecks:
 
     Args:
         flow: ``centralized`` or ``decentralized``.
-        num_tensors: tensors of the model's layout.
+        num_tensors: tensors that are summed, see :meth:`icrf.protocol.Rows.num_summed`.
         members: node indices per cluster.
         coordinator: the cluster that makes the global or consensus model.
     """
@@ -61,6 +61,9 @@ class ReportChecks:
         for name, part in report.metric_sums.items():
             if part.weight < 1 or not _NUMERATOR.fullmatch(part.numerator):
                 raise _malformed(cluster, f"metric_sums[{name}]", "no exact sum")
+        for node, found in report.node_metrics.items():
+            if not all(math.isfinite(value) for value in found.values()):
+                raise _malformed(cluster, f"node_metrics[{node}]", "a value that is not finite")
 
     def _state(self, cluster: str, report: Activated | RoundReport) -> None:
         """The hashes and maxima of a new state."""

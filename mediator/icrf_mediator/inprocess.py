@@ -159,6 +159,9 @@ class InProcessMediator:
     def advance(self, run_id: str, stage: str, rounds: int = 0) -> RunInfo:
         return self._wait(self._service.advance(run_id, stage, rounds))
 
+    def change_nodes(self, run_id: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> RunInfo:
+        return self._wait(self._service.change_nodes(run_id, add, remove))
+
     def finish(self, run_id: str) -> RunInfo:
         return self._wait(self._service.finish(run_id))
 

@@ -13,6 +13,7 @@ from icrf.errors import IcrfError, ResourceError, RunError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
     QUEUED,
+    STOP,
     TERMINAL,
     Activated,
     CallDone,
@@ -177,8 +178,17 @@ class FederationMediator:
 
     def advance(self, run_id: str, stage: str, rounds: int, now: Now) -> tuple[RunInfo, Effects]:
         effects = Effects()
+        if stage == STOP and isinstance(self._find(run_id), Archived):
+            return self.get(run_id), effects
         run = self._live(run_id)
         run.advance(effects, now, stage, rounds)
+        self._happened(effects, now, run)
+        return run.info, effects
+
+    def change_nodes(self, run_id: str, add: Sequence[str], remove: Sequence[str], now: Now) -> tuple[RunInfo, Effects]:
+        effects = Effects()
+        run = self._live(run_id)
+        run.change_nodes(effects, now, add, remove)
         return run.info, effects
 
     def finish(self, run_id: str, now: Now) -> tuple[RunInfo, Effects]:

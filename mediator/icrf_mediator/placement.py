@@ -61,8 +61,8 @@ class Placement:
         return self.assignment[0]
 
     def stateful(self, submission: Submission) -> tuple[str, ...]:
-        """The clusters that hold committed state: the coordinator, or all of a decentralized run."""
-        if submission.flow == CENTRALIZED:
+        """The clusters that hold committed state: the coordinator; all where every node keeps some, or may."""
+        if submission.flow == CENTRALIZED and not submission.rows.anybody_keeps:
             return (self.clusters[self.coordinator(submission)],)
         return self.clusters
 
@@ -96,6 +96,7 @@ class Placement:
                 nodes=submission.nodes,
                 graph=submission.graph,
                 layout=submission.layout,
+                rows=submission.rows,
                 clusters=self.clusters,
                 assignment=self.assignment,
                 coordinator=self.coordinator(submission),

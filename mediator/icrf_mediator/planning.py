@@ -17,8 +17,21 @@ import numpy as np
 
 from icrf.errors import ConfigError
 from icrf.exchange import ExchangePlan, compile_exchange
-from icrf.protocol import CENTRALIZED, STAGES, ClusterInfo, Fingerprint, LinkBytes, Plan, Resources, Submission
-from icrf.topology import MIXINGS, HybridAdjacencyMatrix, rounds_to_consensus, spectrum
+from icrf.participation import Participation
+from icrf.protocol import (
+    CENTRALIZED,
+    STAGES,
+    ClusterInfo,
+    Fingerprint,
+    LinkBytes,
+    Plan,
+    Resources,
+    Submission,
+    element_type,
+    nodes_of,
+    shared_size,
+)
+from icrf.topology import HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, assign, resolve_pins
 
 # A host with torch imported and one optimizer step made (measured), before any model.
@@ -28,6 +41,9 @@ HOST_BYTES = 360 * 1_000_000
 _RAY_UNITS = 10_000
 
 _FLOAT32, _FLOAT64 = 4, 8
+
+# Of so many rounds a plan looks at the participants, where they change; of fewer in large federations.
+_SAMPLED_ROUNDS, _SAMPLED_NODES = 256, 2_000_000
 
 # What the mediator itself reads of a configuration, beside what only a plan depends on.
 _NEEDED: dict[str, tuple[type, ...]] = {
@@ -84,7 +100,8 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         ConfigErrors: C014 for every pin that names no node or no cluster.
         ConfigError: C001 unreadable configuration, C008 not one aggregator, C010 unknown strategy or mixing rule.
         RoutingError: P011 a participant without edges to the aggregator.
-        TopologyError: T004 a decentralized graph that is directed, T0xx a malformed graph.
+        TopologyError: T004 a directed graph that the mixing rule does not take, T007 a mixing matrix that is not
+            stochastic, T0xx a malformed graph.
     """
     config = _parse(submission.config_json)
     settings = _Settings.from_config(config)
@@ -97,13 +114,15 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
     owners = assignment.clusters or (0,) * adjacency.num_nodes
-    exchange = compile_exchange(submission.flow, adjacency, [node.role for node in submission.nodes], owners)
+    roles = [node.role for node in submission.nodes]
+    exchange = compile_exchange(submission.flow, adjacency, roles, owners, submission.rows)
     slots = _slots(assignment, clusters)
-    num_parameters = sum(math.prod(tensor.shape) for tensor in submission.layout)
+    num_parameters = shared_size(submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
-    links = exchange.links(num_parameters, _itemsize(submission))
+    links = _links(exchange, Participation(submission, config), settings.rounds, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
-    slem, slem_kind = (-1.0, "none") if submission.flow == CENTRALIZED else spectrum(_mix(settings, adjacency))
+    centralized = submission.flow == CENTRALIZED
+    mixing = None if centralized else check_mixing(mixing_matrix(submission.graph, settings.mixing))
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -116,9 +135,9 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         bytes_inter_cluster_per_round=per_round,
         bytes_inter_cluster_per_evaluation=per_evaluation,
         bytes_inter_cluster_total=per_round * settings.rounds + per_evaluation * settings.num_evaluations,
-        slem=slem,
-        slem_kind=slem_kind,
-        rounds_to_consensus=rounds_to_consensus(slem),
+        slem=mixing.slem if mixing else -1.0,
+        slem_kind=mixing.slem_kind if mixing else "none",
+        rounds_to_consensus=mixing.rounds_to_consensus if mixing else -1,
         peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters),
         slots=slots,
         feasible=not problems,
@@ -126,6 +145,8 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
+        mixing=mixing,
+        tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
     )
     return plan, assignment
 
@@ -192,6 +213,20 @@ def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: i
 # ---------------------------------------------------------------- parts of the plan
 
 
+def _links(
+    exchange: ExchangePlan, participation: Participation, rounds: int, num_parameters: int, itemsize: int
+) -> dict[tuple[int, int], int]:
+    """Payload bytes per round over each link: the mean over the rounds, whose participants are known beforehand."""
+    if participation.is_constant or exchange.flow != CENTRALIZED:
+        return exchange.links(num_parameters, itemsize)
+    looked_at = max(1, min(rounds, _SAMPLED_ROUNDS, _SAMPLED_NODES // len(participation.clients)))
+    totals: Counter[tuple[int, int]] = Counter(dict.fromkeys(exchange.links(num_parameters, itemsize), 0))
+    for number in range(1, looked_at + 1):
+        chosen = nodes_of(participation.of_round(number)) or participation.clients
+        totals.update(exchange.of_round(chosen).links(num_parameters, itemsize))
+    return {link: round(size / looked_at) for link, size in totals.items()}
+
+
 def _parse(config_json: str) -> Mapping[str, Any]:
     try:
         config = json.loads(config_json)
@@ -202,12 +237,8 @@ def _parse(config_json: str) -> Mapping[str, Any]:
     return config
 
 
-def _mix(settings: _Settings, adjacency: HybridAdjacencyMatrix) -> Any:
-    return MIXINGS.get(settings.mixing)(adjacency)
-
-
 def _itemsize(submission: Submission) -> int:
-    return max((np.dtype(tensor.dtype).itemsize for tensor in submission.layout), default=_FLOAT32)
+    return np.dtype(element_type(submission.layout)).itemsize if submission.layout else _FLOAT32
 
 
 def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str, int]:
@@ -222,21 +253,23 @@ def _peak_memory_bytes(
     """An estimate of the largest memory that one cluster needs, Ray itself and the data sets not counted.
 
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
-    copy, plus its partial sum (8 bytes). Centralized adds on the coordinator the global model, the sum and one
-    partial of each other cluster. Decentralized adds the committed and the next state of every local node and the
-    payloads that arrive from other clusters in a round.
+    rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum, and where
+    nodes keep rows the committed and the next ones. Decentralized adds the committed and the next state of every local
+    node. Both add the payloads that arrive from other clusters in a round.
     """
-    model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters
+    rows = exchange.rows
+    model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
     arriving: Counter[int] = Counter()
     for transfer in exchange.transfers + exchange.evaluation:
-        arriving[transfer.target] += partial if transfer.sender < 0 else model
+        arriving[transfer.target] += exchange.transfer_bytes(transfer, num_parameters)
     peak = 0
     for index, cluster in enumerate(clusters):
         if cluster.name not in slots:
             continue
-        needed = slots[cluster.name] * (HOST_BYTES + 3 * model + partial) + arriving[index]
+        needed = slots[cluster.name] * (HOST_BYTES + (2 + rows.down) * model + partial) + arriving[index]
         if exchange.flow == CENTRALIZED:
-            needed += model + partial if index == exchange.coordinator else 0
+            needed += rows.server * model + partial if index == exchange.coordinator else 0
+            needed += 2 * rows.client * model * len(exchange.local_participants(index))
         else:
             needed += 2 * model * len(exchange.local_nodes(index))
         peak = max(peak, needed)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError, InternalError
-from icrf.protocol import CENTRALIZED, RoundReport, RoundResult, StartRound
+from icrf.protocol import CENTRALIZED, RoundReport, RoundResult, StartRound, nodes_of
 from icrf.update import choose_grid, merkle_root, metric_mean
 
 MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
@@ -30,6 +30,7 @@ class Commit:
     bytes_by_cluster: dict[str, int]
     train_s: float
     exchange_s: float
+    node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def result(self, generation: int, wall_s: float) -> RoundResult:
         """The round as users see it."""
@@ -49,6 +50,8 @@ class Commit:
             parent_sha256=self.parent_hash,
             consensus_sha256=self.consensus_hash,
             bytes_by_cluster=self.bytes_by_cluster,
+            participants_bitmap=self.participants.hex(),
+            node_metrics=self.node_metrics,
         )
 
 
@@ -74,10 +77,17 @@ class RoundLedger:
         clusters: names of the clusters that take part, in assignment order.
         members: node indices per cluster, ascending, in the order of the cluster's state hashes.
         coordinator: the cluster that makes the global or consensus model.
+        by_samples: whether a node weighs as much as it has samples; else all weigh one.
     """
 
     def __init__(
-        self, flow: str, clusters: tuple[str, ...], members: dict[str, tuple[int, ...]], coordinator: str
+        self,
+        flow: str,
+        clusters: tuple[str, ...],
+        members: dict[str, tuple[int, ...]],
+        coordinator: str,
+        *,
+        by_samples: bool = True,
     ) -> None:
         self.flow = flow
         self.clusters = clusters
@@ -87,6 +97,8 @@ class RoundLedger:
         self.head_hash = ""
         self.absmax: tuple[float, ...] = ()
         self.total_weight = 0
+        self.samples: dict[int, int] = {}
+        self._by_samples = by_samples
         self.open: Attempt | None = None
         self._escalation: list[int] = []
         self._history: dict[int, tuple[str, tuple[float, ...]]] = {}
@@ -114,26 +126,48 @@ class RoundLedger:
         """The hash that a round was committed with before; empty for a round that is new."""
         return self._history[number][0] if number in self._history else ""
 
-    def open_round(self, run_id: str, generation: int, evaluate: bool, now_s: float, attempt: int = 1) -> StartRound:
-        """Open the next round; `attempt` is larger than any that clusters have seen of it."""
-        self._escalation = [0] * len(self.absmax)
-        return self._open(run_id, generation, self.round + 1, attempt, evaluate, now_s)
-
-    def _open(
-        self, run_id: str, generation: int, number: int, attempt: int, evaluate: bool, now_s: float
+    def open_round(
+        self,
+        run_id: str,
+        generation: int,
+        evaluate: bool,
+        now_s: float,
+        attempt: int = 1,
+        participants: bytes = b"",
+        without: Collection[str] = (),
     ) -> StartRound:
+        """Open the next round.
+
+        Args:
+            attempt: larger than any that clusters have seen of it.
+            participants: bitmap of the nodes that train; empty: all that have the role.
+            without: clusters that are not asked.
+        """
+        self._escalation = [0] * len(self.absmax)
+        weight = self._weight(participants)
         start = StartRound(
             run_id=run_id,
             generation=generation,
-            round=number,
+            round=self.round + 1,
             attempt=attempt,
             parent_hash=self.head_hash,
-            grid=choose_grid(self.absmax, self.total_weight, self._escalation),
-            total_weight=self.total_weight,
+            grid=choose_grid(self.absmax, weight, self._escalation),
+            total_weight=weight,
             evaluate=evaluate,
+            participants=participants,
         )
-        self.open = Attempt(start, self.clusters, now_s)
+        self.open = Attempt(start, tuple(c for c in self.clusters if c not in without), now_s)
         return start
+
+    def _weight(self, participants: bytes) -> int:
+        """What the weights of a round add up to: n_k over all participants. Peers all mix, whoever trains."""
+        if not participants or self.flow != CENTRALIZED:
+            return self.total_weight
+        return self.weight_of(nodes_of(participants))
+
+    def weight_of(self, nodes: Iterable[int]) -> int:
+        """What the weights of these nodes add up to."""
+        return sum(self.samples[node] if self._by_samples else 1 for node in nodes)
 
     def accepts(self, report: RoundReport) -> bool:
         """Whether a report belongs to the open attempt; everything else is stale and dropped."""
@@ -154,7 +188,10 @@ class RoundLedger:
             if self._escalation[tensor] > MAX_ESCALATION:
                 return None
         old = self.open.start
-        return self._open(old.run_id, old.generation, old.round, old.attempt + 1, old.evaluate, now_s)
+        grid = choose_grid(self.absmax, old.total_weight, self._escalation)
+        start = replace(old, attempt=old.attempt + 1, grid=grid)
+        self.open = Attempt(start, self.open.clusters, now_s)
+        return start
 
     def collect(self, cluster: str, report: RoundReport) -> Commit | None:
         """Take one cluster's report; the commit once all are there."""
@@ -183,9 +220,10 @@ class RoundLedger:
             absmax=absmax,
             bytes_inter_cluster=sum(r.bytes_inter_cluster for r in reports.values()),
             bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports.values()),
-            bytes_by_cluster={c: reports[c].bytes_inter_cluster for c in self.clusters},
+            bytes_by_cluster={c: reports[c].bytes_inter_cluster for c in attempt.clusters},
             train_s=max(r.train_s for r in reports.values()),
             exchange_s=max(r.exchange_s for r in reports.values()),
+            node_metrics={node: found for r in reports.values() for node, found in r.node_metrics.items()},
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
         self._history.setdefault(commit.round, (model_hash, absmax))

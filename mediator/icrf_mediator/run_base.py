@@ -18,11 +18,13 @@ from icrf.protocol import (
     RunEvent,
     RunInfo,
     Submission,
+    shared_tensors,
 )
 from icrf_mediator.checkpoints import Checkpoints
 from icrf_mediator.checks import ReportChecks
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
+from icrf_mediator.quorum import Quorum
 from icrf_mediator.rounds import RoundLedger
 from icrf_mediator.run_record import RunRecord
 
@@ -63,12 +65,19 @@ class RunBase:
         self._ledger: RoundLedger | None = None
         self._stage = submission.stage
         self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
-        self._finishing = not submission.keep
+        self._finishing, self._stopping = not submission.keep, False
         self._storing = False
         # What is asked of each cluster and not answered yet.
         self._pending: dict[str, Instruction] = {}
         self._held: set[str] = set()
         self._away: set[str] = set()
+        # Away, and the run does not wait for them; they may be back and wait for the state to be durable.
+        self._excluded: set[str] = set()
+        self._returning: set[str] = set()
+        # Not away, but too late for the open round.
+        self._late: set[str] = set()
+        # The clusters whose absence was told last.
+        self._told_gone: set[str] = set()
         self._lost_state = False
         self._recoveries = 0
         self._attempt_floor = 0
@@ -130,15 +139,24 @@ class RunBase:
 
     # ------------------------------------------------------------ small things
 
+    def _summed_name(self, number: int) -> str:
+        """What a summed tensor is called: its name in the model, in whichever row."""
+        layout, rows = shared_tensors(self.submission.layout), self.submission.rows
+        return "scalars" if number >= rows.up * len(layout) else layout[number % len(layout)].name
+
     def _place(self, placement: Placement) -> None:
         self.placement = placement
         flow, members = self.submission.flow, placement.members()
         coordinator = placement.clusters[placement.coordinator(self.submission)]
-        self._ledger = RoundLedger(flow, placement.clusters, members, coordinator)
-        self._checks = ReportChecks(flow, len(self.submission.layout), members, coordinator)
+        by_samples = bool(self.config.get("aggregation_sample_scaling", True))
+        self._ledger = RoundLedger(flow, placement.clusters, members, coordinator, by_samples=by_samples)
+        self._quorum = Quorum(self.submission, self.config, placement.cluster_of, coordinator)
+        num_summed = self.submission.rows.num_summed(len(shared_tensors(self.submission.layout)))
+        self._checks = ReportChecks(flow, num_summed, members, coordinator)
 
     def _save_goal(self, effects: Effects) -> None:
         goal = {"stage": self._stage, "rounds_wanted": self._rounds_wanted, "finishing": self._finishing}
+        goal["stopping"] = self._stopping
         effects.writes.append(Write("goals", (self.run_id,), goal))
 
     def _ask(self, effects: Effects, now: Now, orders: Mapping[str, Instruction], within_s: float) -> None:

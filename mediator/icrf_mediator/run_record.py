@@ -76,7 +76,8 @@ class RunRecord:
 
     def committed(self, effects: Effects, now: Now, commit: Commit, result: RoundResult, reached: bool) -> None:
         """Journal a round's one commit row, and show it."""
-        row = {**asdict(result), "participants_bitmap": commit.participants.hex(), "absmax": list(commit.absmax)}
+        row = {**asdict(result), "absmax": list(commit.absmax)}
+        del row["node_metrics"]  # what decides nothing is in the event
         if self._fingerprints:
             row["fingerprints"] = self._fingerprints
         effects.writes.append(Write("commits", (self.info.run_id, commit.round), row))

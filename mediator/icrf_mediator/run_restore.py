@@ -12,6 +12,7 @@ from icrf.protocol import (
     Graph,
     NodeSpec,
     RoundResult,
+    Rows,
     RunEvent,
     RunInfo,
     Submission,
@@ -40,10 +41,12 @@ def run_event(row: Mapping[str, Any]) -> RunEvent:
 def submission_of(row: Mapping[str, Any]) -> Submission:
     """A row of ``submissions``."""
     parts = dict(row)
+    parts["schedule"] = tuple(parts.get("schedule", ()))
     parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
-    graph = parts["graph"]
-    parts["graph"] = Graph(graph["num_nodes"], tuple(graph["indptr"]), tuple(graph["indices"]))
-    parts["layout"] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in parts["layout"])
+    graph = dict(parts["graph"])
+    parts["graph"] = Graph(graph.pop("num_nodes"), **{name: tuple(values) for name, values in graph.items()})
+    parts["layout"] = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in parts["layout"])
+    parts["rows"] = Rows(**parts["rows"])
     return Submission(**parts)
 
 
@@ -76,6 +79,10 @@ def restore_run(
         [a.row for a in activations],
         [(int(c.key[1]), str(c.row["model_sha256"]), tuple(c.row["absmax"])) for c in commits],
     )
+    for row in _rows(tables, "members", run_id):
+        run.load_members(int(row.key[1]), str(row.row["nodes"]))
+    for row in _rows(tables, "participants", run_id):
+        run.load_participants(int(row.key[1]), str(row.row["participants"]))
     for row in _rows(tables, "checkpoints", run_id):
         run.checkpoints.load(int(row.key[1]), row.row["artifacts"])
     run.rejoin(effects, now)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from icrf.errors import AgentError, IcrfError, InternalError, RunError, make_error
 from icrf.ports import Write
@@ -34,6 +33,7 @@ from icrf.protocol import (
     RESERVING,
     RUNNING,
     STAGES,
+    STOP,
     AbortAttempt,
     Activated,
     Checkpointed,
@@ -43,20 +43,19 @@ from icrf.protocol import (
     PeerAddress,
     Reserved,
     RoundReport,
-    SaveCheckpoint,
-    StartRound,
     StoreModel,
 )
 from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
 from icrf_mediator.rounds import Commit, differs
-from icrf_mediator.run_base import LIVE, RunBase
+from icrf_mediator.run_base import LIVE, NEVER
+from icrf_mediator.run_rounds import RunRounds
 
 MAX_RECOVERIES = 12
 
 
-class RunMachine(RunBase):
+class RunMachine(RunRounds):
     """One run from submission to its end; see the module's docstring."""
 
     # ------------------------------------------------------------ events from the SDK
@@ -80,6 +79,8 @@ class RunMachine(RunBase):
 
     def advance(self, effects: Effects, now: Now, stage: str, rounds: int) -> None:
         """Go on to `stage`; for ``run``, `rounds` is the total to reach (0: as configured). Repeating is harmless."""
+        if stage == STOP:
+            return self._stop(effects, now)
         if stage not in STAGES:
             raise RunError("F005", f"unknown stage '{stage}'", allowed=", ".join(STAGES))
         if self.terminal:
@@ -107,6 +108,20 @@ class RunMachine(RunBase):
             self._go_on(effects, now)
         elif self.info.status not in (RUNNING, RECOVERING):
             self._end(effects, now, CANCELLED, RunError("F003", "finished before its first round"))
+
+    def _stop(self, effects: Effects, now: Now) -> None:
+        """End in order and soon: after the open round, without waiting for clusters that are away."""
+        if self.terminal or self._stopping:
+            return
+        ledger, done = self._ledger, self.info.rounds_done
+        self._rounds_wanted = max(done, ledger.round + 1) if ledger and ledger.open else done
+        if not self._rounds_wanted:
+            return self._end(effects, now, CANCELLED, RunError("F003", "stopped before its first round"))
+        self._stopping = self._finishing = True
+        self._excluded |= self._away
+        self._save_goal(effects)
+        if self.info.status in (RECOVERING, IDLE):
+            self._go_on(effects, now)
 
     def cancel(self, effects: Effects, now: Now) -> None:
         """End the run whatever it is doing; nothing of it is accepted afterwards."""
@@ -141,7 +156,9 @@ class RunMachine(RunBase):
         ledger = self._ledger
         if self.info.status != RUNNING or ledger is None or report.generation != self.generation:
             return
-        if not ledger.accepts(report) or cluster not in ledger.clusters:
+        if ledger.open is None or not ledger.accepts(report) or cluster not in ledger.open.clusters:
+            if cluster in self._late and report.round == ledger.round + 1:
+                self.warned(effects, now, f"{cluster}: round {report.round} came late and is dropped")
             return
         if report.error_json:
             error = error_of(cluster, report.error_json)
@@ -170,7 +187,7 @@ class RunMachine(RunBase):
             artifacts = self.checkpoints.durable[report.round]
             effects.writes.append(Write("checkpoints", (self.run_id, report.round), {"artifacts": artifacts}))
             effects.deletes += [(self.run_id, artifact) for artifact in self.checkpoints.outdated()]
-        if self.leaving and self.info.status in LIVE and not (self._ledger and self._ledger.open):
+        if (self.leaving or self._returning) and self.info.status in LIVE and not (self._ledger and self._ledger.open):
             self._go_on(effects, now)
 
     def model_stored(self, effects: Effects, now: Now, cluster: str, report: ModelStored) -> None:
@@ -204,9 +221,13 @@ class RunMachine(RunBase):
         )
         left_in_order = cluster in self.leaving
         self._away.add(cluster)
+        self._returning.discard(cluster)
         if self.config.get("on_cluster_loss") == "fail" and not left_in_order:
             return self.fail(effects, now, error)
-        self.recover(effects, now, f"{cluster} is away", lost_state=self._lost_state or left_in_order)
+        if self._excludes:
+            self._excluded.add(cluster)
+        lost_state = left_in_order and not self._excludes
+        self.recover(effects, now, f"{cluster} is away", lost_state=self._lost_state or lost_state)
 
     def cluster_joined(self, effects: Effects, now: Now, cluster: str, held: HeldRun | None) -> None:
         """The agent of a cluster has registered, again or for the first time since this mediator lives."""
@@ -214,9 +235,18 @@ class RunMachine(RunBase):
             return
         self.leaving.discard(cluster)
         self._held.add(cluster)
+        still_set_up = held is not None and held.generation == self.generation
+        if cluster in self._excluded and not still_set_up and self.info.status in LIVE:
+            # The others need not fall back to the last checkpoint for it: it comes in when there is a new one.
+            if not self._storing:
+                self._returning.add(cluster)
+            if not (self._ledger and self._ledger.open):
+                self._go_on(effects, now)
+            return
         was_away = cluster in self._away
-        self._away.discard(cluster)
-        if held is not None and held.generation == self.generation:
+        for waiting in (self._away, self._excluded, self._late):
+            waiting.discard(cluster)
+        if held is not None and still_set_up:
             self._attempt_floor = max(self._attempt_floor, held.attempt)
         elif self.info.status not in (QUEUED,):
             self._lost_state = True
@@ -237,12 +267,17 @@ class RunMachine(RunBase):
             self._go_on(effects, now)
         elif self.info.status not in LIVE:
             self._away.add(cluster)
-            self.recover(effects, now, f"{cluster} leaves", lost_state=True)
+            if self._excludes:
+                self._excluded.add(cluster)
+            self.recover(effects, now, f"{cluster} leaves", lost_state=not self._excludes)
 
     def tick(self, effects: Effects, now: Now) -> None:
         """Check the deadline of what the run waits for."""
-        if self.terminal or now.monotonic_s < self._deadline_s:
+        if self.terminal or now.monotonic_s < self._deadline_s or self._drop_late(effects, now):
             return
+        if self.info.status == RECOVERING and self._away and self._may_go_on(self._away):
+            self._excluded |= self._away
+            return self._go_on(effects, now)
         late = ", ".join(sorted(self._away or self._pending))
         in_round = bool(self._ledger and self._ledger.open) or self.info.status == RECOVERING
         hint = "raise round_deadline_s" if in_round else "see the log of the late agents"
@@ -253,33 +288,10 @@ class RunMachine(RunBase):
         """End the run with an error."""
         self._end(effects, now, FAILED, error)
 
-    # ------------------------------------------------------------ out of the journal
-
-    def load_goal(self, row: Mapping[str, Any]) -> None:
-        """How far the run was to go."""
-        self._stage, self._rounds_wanted = str(row["stage"]), int(row["rounds_wanted"])
-        self._finishing = bool(row["finishing"])
-
-    def load_placement(self, generation: int, placement: Placement) -> None:
-        """Where it lived."""
-        self.generation = generation
-        self._place(placement)
-
-    def load_progress(
-        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...]]]
-    ) -> None:
-        """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
-        assert self._ledger is not None
-        for row in activations:
-            if int(row["round"]) == 0:
-                self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
-        for number, model_hash, absmax in commits:
-            self._ledger.remember(number, model_hash, absmax)
-
     def rejoin(self, effects: Effects, now: Now) -> None:
         """After a restart of the mediator: wait for all clusters, which tell what they still hold."""
         self._away = set(self.clusters)
-        self._held = set()
+        self._excluded, self._held = set(), set()
         self.recover(effects, now, "the mediator was restarted", lost_state=False)
 
     # ------------------------------------------------------------ recovery
@@ -289,16 +301,15 @@ class RunMachine(RunBase):
         if self.info.status == QUEUED or self.placement is None:
             return
         unfinished = self.info.status in (RESERVING, RESERVED, ACTIVATING)
-        self._lost_state = self._lost_state or lost_state or unfinished
+        self._lost_state = self._lost_state or lost_state or unfinished or bool(self._returning)
+        self._away -= self._returning
+        self._excluded &= self._away
+        self._late, self._returning = set(), set()
         self._recoveries += self.info.status != RECOVERING
         if self._recoveries > MAX_RECOVERIES:
             error = RunError("F002", f"{MAX_RECOVERIES} recoveries without a new round, the last after: {reason}")
             return self.fail(effects, now, error)
-        if self._ledger and self._ledger.open:
-            start, self._ledger.open = self._ledger.open.start, None
-            self._attempt_floor = max(self._attempt_floor, start.attempt)
-            for cluster in self.clusters:
-                effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
+        self._abort_open(effects)
         self.checkpoints.give_up()
         self._pending, self._storing = {}, False
         self._deadline_s = now.monotonic_s + float(self.config["round_deadline_s"])
@@ -316,8 +327,10 @@ class RunMachine(RunBase):
 
     def _comes_back(self, effects: Effects, now: Now) -> None:
         assert self.placement is not None
-        if self._away:
+        if self._away and not (self._away <= self._excluded and self._may_go_on(self._away)):
             return
+        # Whatever is asked next sets its own; an idle run may rest as long as it likes.
+        self._deadline_s = NEVER
         if self._lost_state or self._ledger is None or not self._ledger.total_weight:
             self._reserve(effects, now)
             return
@@ -326,6 +339,17 @@ class RunMachine(RunBase):
             status = READY
         self.record.status(effects, now, status)
         self._go_on(effects, now)
+
+    @property
+    def _excludes(self) -> bool:
+        """Whether a lost cluster is done without at once."""
+        return bool(self.config.get("on_cluster_loss") == "exclude")
+
+    def _may_go_on(self, gone: set[str]) -> bool:
+        """Whether the run can leave RECOVERING without these clusters: no state was lost, and enough nodes are left."""
+        if self._lost_state or self._ledger is None or not self._ledger.total_weight:
+            return False
+        return self._can_do_without(gone)
 
     def _reserve(self, effects: Effects, now: Now) -> None:
         """Start under a new generation."""
@@ -369,12 +393,19 @@ class RunMachine(RunBase):
         known = ledger.recorded(self._restored_round)
         if known and known != head:
             return self.fail(effects, now, differs(self._restored_round, known, head))
-        total = sum(samples[i] for i in trains)
+        ledger.samples = samples
+        total = ledger.weight_of(trains)
         if self._restored_round == 0:
             ledger.begin([part.absmax for part in self._parts.values()], head, total)
         ledger.total_weight = total
         ledger.rewind(self._restored_round)
-        row = {"total_weight": total, "head_hash": head, "absmax": list(ledger.absmax), "round": ledger.round}
+        row = {
+            "total_weight": total,
+            "samples": sorted(samples.items()),
+            "head_hash": head,
+            "absmax": list(ledger.absmax),
+            "round": ledger.round,
+        }
         effects.writes.append(Write("activations", (self.run_id, self.generation), row))
         self.record.status(effects, now, READY)
         self._go_on(effects, now)
@@ -385,7 +416,7 @@ class RunMachine(RunBase):
         assert self._ledger is not None and self._ledger.open is not None
         old = self._ledger.open.start
         start = self._ledger.retry_coarser(overflow, now.monotonic_s)
-        names = ", ".join(self.submission.layout[t].name for t in overflow[:4])
+        names = ", ".join(self._summed_name(t) for t in overflow[:4])
         if start is None:
             return self.fail(effects, now, make_error("W021", f"round {old.round}: values of {names} keep growing"))
         text = f"round {old.round}: values of {names} left the exact grid; attempt {start.attempt} uses a coarser one"
@@ -399,7 +430,7 @@ class RunMachine(RunBase):
         known = self._ledger.recorded(commit.round)
         if known != commit.model_hash:
             return self.fail(effects, now, differs(commit.round, known, commit.model_hash))
-        self._attempt_floor = 0
+        self._attempt_floor, self._late = 0, set()
         if commit.round > self.info.rounds_done:
             self._recoveries = 0
             target = self.config.get("target_accuracy")
@@ -415,13 +446,6 @@ class RunMachine(RunBase):
             self._checkpoint(effects)
         self._go_on(effects, now)
 
-    def _checkpoint(self, effects: Effects) -> None:
-        assert self._ledger is not None and self.placement is not None
-        clusters = self.placement.stateful(self.submission)
-        self.checkpoints.begin(self._ledger.round, clusters)
-        for cluster in clusters:
-            effects.send(cluster, SaveCheckpoint(self.run_id, self.generation, self._ledger.round))
-
     def _go_on(self, effects: Effects, now: Now) -> None:
         """Take the next step towards what is wanted."""
         status, wanted = self.info.status, STAGES.index(self._stage)
@@ -430,7 +454,7 @@ class RunMachine(RunBase):
             self._comes_back(effects, now)
         elif status == RESERVED and wanted >= STAGES.index("activate"):
             self._activate(effects, now)
-        elif status in LIVE and self.leaving:
+        elif status in LIVE and (self.leaving - self._away or self._returning):
             self._let_go(effects, now)
         elif status == READY and wanted >= STAGES.index("run"):
             self.record.status(effects, now, RUNNING)
@@ -438,41 +462,23 @@ class RunMachine(RunBase):
         elif status in (RUNNING, IDLE) and done < self._rounds_wanted:
             if status == IDLE:
                 self.record.status(effects, now, RUNNING)
-            self._next_round(effects, now)
+            if not self._next_round(effects, now):
+                self.recover(effects, now, f"round {done + 1} has too few nodes", lost_state=False)
         elif status in (RUNNING, IDLE) and self._finishing:
             self._store(effects, now)
         elif status == RUNNING:
             self.record.status(effects, now, IDLE)
 
     def _let_go(self, effects: Effects, now: Now) -> None:
-        """Clusters want to leave between two rounds: first the state must be durable."""
+        """Clusters want to leave or to come back between two rounds: first the state must be durable."""
         done = self._ledger.round if self._ledger else 0
         if done and done not in self.checkpoints.durable:
             if self.checkpoints.open_round != done:
                 self._checkpoint(effects)
             return
+        texts = [f"{c} left in order" for c in sorted(self.leaving - self._away)]
+        texts += [f"{c} is back" for c in sorted(self._returning)]
         self._away |= self.leaving
-        self.recover(effects, now, f"{', '.join(sorted(self.leaving))} left in order", lost_state=True)
-
-    def _next_round(self, effects: Effects, now: Now) -> None:
-        assert self._ledger is not None
-        number = self._ledger.round + 1
-        every = int(self.config["evaluate_every"])
-        evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
-        attempt = self._attempt_floor + 1
-        start = self._ledger.open_round(self.run_id, self.generation, evaluate, now.monotonic_s, attempt)
-        self._opened_wall_s = now.wall_s
-        self._ask_round(effects, now, start)
-
-    def _ask_round(self, effects: Effects, now: Now, start: StartRound) -> None:
-        self._ask(effects, now, dict.fromkeys(self.clusters, start), float(self.config["round_deadline_s"]))
-
-    def _store(self, effects: Effects, now: Now) -> None:
-        assert self._ledger is not None
-        if self._storing:
-            return
-        self._storing = True
-        coordinator = self._ledger.coordinator
-        self.record.waits(effects, now, f"the model from {coordinator}", quiet=True)
-        order = StoreModel(self.run_id, self.generation, self._ledger.round)
-        self._ask(effects, now, {coordinator: order}, self._activate_s)
+        if self._excludes:
+            self._excluded |= self.leaving
+        self.recover(effects, now, ", ".join(texts), lost_state=not self._excludes)

@@ -41,7 +41,16 @@ log = logging.getLogger("icrf.mediator")
 TICK_S = 0.5
 CALL_TIMEOUT_S = 600.0
 PLAN_ARTIFACT = "plan.json"
-_OF_UNFINISHED_RUNS = ("goals", "assignments", "activations", "commits", "checkpoints", "events")
+_OF_UNFINISHED_RUNS = (
+    "goals",
+    "assignments",
+    "activations",
+    "members",
+    "participants",
+    "commits",
+    "checkpoints",
+    "events",
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,9 @@ class MediatorService:
 
     async def advance(self, run_id: str, stage: str, rounds: int) -> RunInfo:
         return self._outcome(*self._core.advance(run_id, stage, rounds, self._now()))
+
+    async def change_nodes(self, run_id: str, add: Sequence[str], remove: Sequence[str]) -> RunInfo:
+        return self._outcome(*self._core.change_nodes(run_id, add, remove, self._now()))
 
     async def finish(self, run_id: str) -> RunInfo:
         return self._outcome(*self._core.finish(run_id, self._now()))

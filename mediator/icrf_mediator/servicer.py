@@ -67,6 +67,8 @@ class MediatorService(Protocol):
 
     async def advance(self, run_id: str, stage: str, rounds: int) -> RunInfo: ...
 
+    async def change_nodes(self, run_id: str, add: Sequence[str], remove: Sequence[str]) -> RunInfo: ...
+
     async def finish(self, run_id: str) -> RunInfo: ...
 
     async def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes: ...
@@ -144,6 +146,11 @@ class FederationServicer:
         """Let a held run go on."""
         advanced = self._service.advance(request.run_id, request.stage, request.rounds)
         return to_proto(await self._carry_through(advanced))
+
+    async def change_nodes(self, request: Any, context: Any) -> Any:
+        """Other nodes may take part from the next round on."""
+        changed = self._service.change_nodes(request.run_id, tuple(request.add), tuple(request.remove))
+        return to_proto(await self._carry_through(changed))
 
     async def finish(self, request: Any, context: Any) -> Any:
         """End a kept run."""

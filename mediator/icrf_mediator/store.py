@@ -17,6 +17,8 @@ TABLES = (
     "goals",
     "assignments",
     "activations",
+    "members",
+    "participants",
     "attempts",
     "commits",
     "checkpoints",

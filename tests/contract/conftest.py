@@ -147,6 +147,10 @@ class FakeService:
         self.known(run_id)
         return self.note("advance", run_id, stage, rounds)
 
+    async def change_nodes(self, run_id: str, add: Sequence[str], remove: Sequence[str]) -> RunInfo:
+        self.known(run_id)
+        return self.note("change_nodes", run_id, tuple(add), tuple(remove))
+
     async def finish(self, run_id: str) -> RunInfo:
         self.known(run_id)
         return self.note("finish", run_id)

@@ -310,6 +310,7 @@ def test_an_unknown_run_is_f001_everywhere(port: MediatorPort, run_id: str) -> N
         lambda: next(iter(port.watch(run_id))),
         lambda: port.cancel(run_id),
         lambda: port.advance(run_id, "run"),
+        lambda: port.change_nodes(run_id, add=["client_0"]),
         lambda: port.finish(run_id),
         lambda: port.call_node(run_id, "client_0", "echo", b""),
         lambda: port.send_message(run_id, ["client_0"], b""),

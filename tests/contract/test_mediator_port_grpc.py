@@ -54,6 +54,7 @@ def test_calls_and_their_values_cross_the_wire(mediator: Any, client: GrpcMediat
     assert client.clusters() == [mediator.service.cluster]
     assert client.cancel("run-1") == mediator.service.run
     assert client.advance("run-1", "run", 3) == mediator.service.run
+    assert client.change_nodes("run-1", ["a"], ["b", "c"]) == mediator.service.run
     assert client.finish("run-1") == mediator.service.run
     assert client.call_node("run-1", "client_1", "predict", b"abc" * MIB) == b"abc" * (3 * MIB)
     client.send_message("run-1", ["client_1", "server"], b"hello")
@@ -61,6 +62,7 @@ def test_calls_and_their_values_cross_the_wire(mediator: Any, client: GrpcMediat
         ("submit", SUBMISSION),
         ("cancel", "run-1"),
         ("advance", "run-1", "run", 3),
+        ("change_nodes", "run-1", ("a",), ("b", "c")),
         ("finish", "run-1"),
         ("call_node", "run-1", "client_1", "predict"),
         ("send_message", "run-1", ("client_1", "server"), b"hello"),
@@ -73,13 +75,14 @@ def test_calls_and_their_values_cross_the_wire(mediator: Any, client: GrpcMediat
         lambda c: c.get("run-9"),
         lambda c: c.cancel("run-9"),
         lambda c: c.advance("run-9", "run"),
+        lambda c: c.change_nodes("run-9", ["a"]),
         lambda c: c.finish("run-9"),
         lambda c: c.call_node("run-9", "n", "m", b""),
         lambda c: c.send_message("run-9", ["n"], b""),
         lambda c: c.fetch("run-9", "model.safetensors"),
         lambda c: next(c.watch("run-9")),
     ],
-    ids=["get", "cancel", "advance", "finish", "call_node", "send_message", "fetch", "watch"],
+    ids=["get", "cancel", "advance", "change_nodes", "finish", "call_node", "send_message", "fetch", "watch"],
 )
 def test_an_unknown_run_is_f001(client: GrpcMediator, call: Callable[[GrpcMediator], Any]) -> None:
     with pytest.raises(RunError) as caught:

@@ -19,7 +19,8 @@ from icrf.testing.inline import InlineFabric
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 CONFIGURATIONS = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
-PROGRAMS = ["custom_node.py", "federated_base.py", "sdk.py"]
+PROGRAMS = ["custom_node.py", "federated_base.py", "plain_script.py", "sdk.py"]
+MOST_LINES = 25
 LEAST_ACCURACY = {"digits-star.yaml": 0.95}
 
 
@@ -64,6 +65,14 @@ def test_a_configuration_learns(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.info.accuracy >= LEAST_ACCURACY.get(name, 0.93)
 
 
+def test_federating_a_script_takes_few_lines_and_none_in_the_script() -> None:
+    lines = [
+        line for name in ("own_script.py", "own_script.yaml") for line in (EXAMPLES / name).read_text().splitlines()
+    ]
+    assert len([line for line in lines if line.strip() and not line.startswith("#")]) <= MOST_LINES
+    assert "icrf" not in (EXAMPLES / "plain_script.py").read_text()
+
+
 @pytest.mark.parametrize("program", PROGRAMS, indirect=True)
 def test_a_program_runs(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
     program.main()
@@ -82,6 +91,16 @@ def test_the_readme_runs(folder: Path) -> None:
         exec(compile(text, f"README.md, program {number}", "exec"), found)
     assert (folder / "model.safetensors").exists()
     assert [model["id"] for model in found["models"]] == ["client_7"]
+
+
+def test_a_federated_script_has_equal_bits_on_one_and_on_three_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    config = load_config(EXAMPLES / "own_script.yaml", ["federated_learning_rounds=2"], environment={})
+    found = set()
+    for clusters in (1, 3):
+        with InlineFabric(clusters) as inline:
+            found.add(Fabric(inline.port).submit(config, code_path=str(EXAMPLES)).result().model_sha256)
+    assert len(found) == 1
 
 
 def test_the_page_names_every_example() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch import nn
 
 from icrf.errors import IcrfError, NodeError
 from icrf.exchange import MODEL, Transfer
@@ -117,6 +118,56 @@ def test_lost_state_is_restored_from_a_checkpoint_on_any_number_of_slots(
         assert driver.hashes == {n: undisturbed[flow][n] for n in (1, 2, 3)}
 
     drive(work, activation(flow))
+
+
+def test_push_sum_goes_on_with_the_masses_of_its_round_after_a_restore() -> None:
+    request = activation(DECENTRALIZED, federated_learning_topology="tree", mixing="push_sum")
+    expected: dict[int, str] = {}
+
+    async def whole(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        for number in (1, 2, 3, 4):
+            await driver.round(number)
+        expected.update(driver.hashes)
+
+    async def interrupted(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        await driver.round(1)
+        await driver.round(2)
+        checkpoint = await driver.runtime.checkpoint(RUN, 2)
+        substrate.kill_host(RUN, 0)
+        assert await driver.runtime.recover(RUN, await driver.fails(3)) == "restore"
+        await driver.activate(restored(driver.request, 2), checkpoint)
+        await driver.round(3)
+        await driver.round(4)
+        assert driver.hashes == expected
+
+    drive(whole, request)
+    drive(interrupted, request)
+
+
+@pytest.mark.parametrize("flow", [CENTRALIZED, DECENTRALIZED])
+@pytest.mark.parametrize("private", [[], ["1.*"]])
+def test_running_statistics_counters_and_private_keys_are_in_the_checkpoint(flow: str, private: list[str]) -> None:
+    model = f"{__name__}:batch_norm"
+    request = activation(flow, model_type=model, private_keys=private, learning_rate=0.01)
+
+    async def work(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        for number in (1, 2, 3):
+            await driver.round(number)
+            if number == 1:
+                checkpoint = await driver.runtime.checkpoint(RUN, 1)
+        undisturbed = dict(driver.hashes)
+        substrate.kill_host(RUN, 0)
+        assert await driver.runtime.recover(RUN, await driver.fails(4)) == "restore"
+        await driver.activate(replace(restored(driver.request, 1), num_slots=1), checkpoint)
+        for number in (2, 3):
+            await driver.round(number)
+        assert {n: driver.hashes[n] for n in (1, 2, 3)} == {n: undisturbed[n] for n in (1, 2, 3)}
+
+    drive(work, request)
+
+
+def batch_norm(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
 
 
 @pytest.mark.parametrize("flow", SCHEMAS)

@@ -21,6 +21,7 @@ from icrf.testing.simulation import FAULTS, SimulationFailed, simulate
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager
 from icrf_mediator.membership import Membership
+from icrf_mediator.quorum import Quorum
 from icrf_mediator.rounds import RoundLedger
 from icrf_mediator.run_record import RunRecord
 from icrf_mediator.runs import RunMachine
@@ -160,3 +161,11 @@ def test_a_cluster_that_is_given_to_two_agents_is_caught(monkeypatch: pytest.Mon
 def test_reports_of_an_agent_that_lost_its_cluster_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Membership, "owns", lambda self, cluster, incarnation: cluster in self._members)
     assert "I4" in caught()
+
+
+def test_runs_that_do_without_lost_clusters_count_whom_they_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[int] = []
+    wrap(monkeypatch, Quorum, "decide", lambda decide, self, *row: (decided.append(row[0]), decide(self, *row)))
+    for seed in range(40):
+        simulate(seed, kinds=("agent drains", "line is cut"), quorum=True)
+    assert len(decided) > 3

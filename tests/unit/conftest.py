@@ -20,6 +20,7 @@ from icrf.protocol import (
     Activated,
     CallDone,
     Capacity,
+    Checkpointed,
     Fingerprint,
     Instruction,
     Lease,
@@ -36,15 +37,17 @@ from icrf.protocol import (
     RoundReport,
     RunEvent,
     RunInfo,
+    SaveCheckpoint,
     StartRound,
     StoreModel,
     Submission,
     TensorSpec,
+    nodes_of,
 )
 from icrf.topology import build_topology
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.mediator import FederationMediator, Policy
-from icrf_mediator.store import MemoryStore
+from icrf_mediator.store import TABLES, MemoryStore
 
 AVX2 = Fingerprint("2.13", "AVX2", "on", 1, "cpu")
 LAYOUT = (TensorSpec("b", (10,), "float32"), TensorSpec("w", (9, 10), "float32"))
@@ -105,7 +108,7 @@ class Core:
 
     def submission(self, num_nodes: int = 4, flow: str = DECENTRALIZED, **parts: Any) -> Submission:
         """A ring, or a star with the server at index 0; what is no field of a submission goes to the configuration."""
-        own = {k: parts.pop(k) for k in ("keep", "stage", "client_request_id") if k in parts}
+        own = {k: parts.pop(k) for k in ("keep", "stage", "client_request_id", "schedule") if k in parts}
         ids, roles = [f"client_{i}" for i in range(num_nodes)], ["train-eval"] * num_nodes
         if flow == CENTRALIZED:
             ids, roles = ["server", *ids[:-1]], ["aggregate-test", *roles[1:]]
@@ -223,6 +226,8 @@ class Core:
             return self.round_report(cluster, order)
         if isinstance(order, StoreModel):
             return ModelStored(order.run_id, order.generation, order.round, "model.safetensors", "ab" * 32)
+        if isinstance(order, SaveCheckpoint):
+            return Checkpointed(order.run_id, order.generation, order.round, f"checkpoint/{order.round}/{cluster}")
         if isinstance(order, Release):
             return Released(order.run_id, order.generation)
         assert isinstance(order, AbortAttempt | Lease | Reject)
@@ -250,6 +255,10 @@ class Core:
         order = self.orders[start.run_id, cluster]
         nodes = self.nodes_on(start.run_id, cluster)
         trains = [n for n in nodes if "train" in order.nodes[n].role]
+        chosen: tuple[object, ...] = ()
+        if start.participants:
+            trains = [n for n in trains if n in nodes_of(start.participants)]
+            chosen = (start.participants,)
         is_coordinator = order.clusters[order.coordinator] == cluster
         decentralized = order.flow == DECENTRALIZED
         usual: dict[str, Any] = {
@@ -257,7 +266,7 @@ class Core:
             "absmax": (1.0, 2.0) if decentralized or is_coordinator else (),
             "metric_sums": {"train_loss": MetricSum(str(len(trains) << 40), len(trains))} if trains else {},
             "metrics": {"accuracy": self.accuracy} if is_coordinator and start.evaluate else {},
-            "model_hash": digest("model", start.round).hex() if is_coordinator else "",
+            "model_hash": digest("model", start.round, *chosen).hex() if is_coordinator else "",
             "state_hashes": b"".join(digest(start.round, n) for n in nodes) if decentralized else b"",
             "bytes_inter_cluster": 100,
         }
@@ -269,7 +278,7 @@ class Core:
     def restarted(self) -> Core:
         """A new core over the same journal, as after a restart of the mediator."""
         core = Core(self.policy, self.store, self.time_s)
-        names = ("submissions", "runs", "goals", "assignments", "activations", "commits", "checkpoints", "events")
+        names = [name for name in TABLES if name not in ("attempts", "meta")]
         tables = {name: self.store.rows(name) for name in names}
         core.carry_out(core.mediator.restore(tables, self.now))
         return core

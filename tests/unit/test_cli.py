@@ -116,6 +116,23 @@ def test_overrides_reach_the_run(fabric: Command) -> None:
     assert (last_json(result)["rounds"], last_json(result)["seed"]) == (2, 7)
 
 
+def test_metrics_are_sent_on(fabric: Command) -> None:
+    result = fabric("run", "fed.yaml", "--log", "csv:metrics.csv", "--log", "jsonl:rounds.jsonl")
+    assert result.exit_code == 0, result.output
+    assert len((fabric.folder / "metrics.csv").read_text().splitlines()) == 10
+    assert len((fabric.folder / "rounds.jsonl").read_text().splitlines()) == 3
+
+
+def test_metrics_cannot_go_where_nothing_is_known_and_nobody_follows(fabric: Command) -> None:
+    result = fabric("run", "fed.yaml", "--log", "tensorbord:x/y")
+    assert result.exit_code == 78 and "Did you mean 'tensorboard'?" in result.stderr
+    assert fabric.asked == []
+    result = fabric("submit", "fed.yaml", "--log", "csv:metrics.csv")
+    assert result.exit_code == 2 and "L009 --log" in result.stderr
+    result = fabric("submit", "fed.yaml", "--watch", "--log", "csv:metrics.csv")
+    assert result.exit_code == 0 and (fabric.folder / "metrics.csv").exists()
+
+
 def test_a_failed_run_exits_with_the_code_of_its_error(fabric: Command) -> None:
     error = ResourceError("R003", "slots were not ready within 60 s", place="us-east")
     failing = scripted(fabric, Script(num_rounds=1, error=error))
@@ -445,7 +462,7 @@ def test_the_version_is_one_line(fabric: Command) -> None:
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "fed.yaml"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"]])
 def test_light_commands_load_nothing_heavy(fabric: Command, arguments: list[str]) -> None:
     code = (
         "import sys, icrf.cli\n"

@@ -101,6 +101,39 @@ def test_an_own_matrix_is_the_graph_and_must_have_the_size_of_the_nodes(ring: Fe
     assert caught.value.code == "T010"
 
 
+def test_graphs_and_mixing_that_never_agree_are_refused_unless_told_otherwise(
+    ring: FederationConfig, tmp_path: Path
+) -> None:
+    pairs = np.kron(np.eye(2, dtype=int), 1 - np.eye(2, dtype=int))
+    (tmp_path / "swap.csv").write_text("0,0.5,0,0.5\n0.5,0,0.5,0\n0,0.5,0,0.5\n0.5,0,0.5,0\n")
+    keys = {**ring.model_dump(), "mixing": "custom", "mixing_matrix_file_name": str(tmp_path / "swap.csv")}
+    swapping = FederationConfig.from_mapping(keys)
+    for config, adjacency, code in ((ring, pairs, "T006"), (swapping, None, "T012")):
+        with pytest.raises(TopologyError) as caught:
+            build_submission(config, adjacency=adjacency)
+        assert caught.value.code == code
+        allowed = FederationConfig.from_mapping({**config.model_dump(), "allow_no_consensus": True})
+        assert build_submission(allowed, adjacency=adjacency).graph.num_nodes == 4
+
+
+def test_a_directed_graph_needs_a_rule_that_takes_it(ring: FederationConfig) -> None:
+    cycle = np.roll(np.eye(4, dtype=int), 1, axis=1)
+    with pytest.raises(TopologyError) as caught:
+        build_submission(ring, adjacency=cycle)
+    assert caught.value.code == "T004" and "push_sum" in caught.value.hint
+    pushing = FederationConfig.from_mapping({**ring.model_dump(), "mixing": "push_sum"})
+    assert build_submission(pushing, adjacency=cycle).graph.indices == (1, 2, 3, 0)
+    leaf = np.array([[0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    with pytest.raises(TopologyError, match="3 nodes send their mass away") as caught:
+        build_submission(pushing, adjacency=leaf)
+    assert caught.value.code == "T012"
+
+
+def test_sample_weights_are_made_from_the_partition(ring: FederationConfig) -> None:
+    graph = build_submission(FederationConfig.from_mapping({**ring.model_dump(), "mixing": "sample_weighted"})).graph
+    assert len(graph.weights) == 8 and len(graph.self_weights) == 4
+
+
 def test_a_model_that_does_not_take_the_data_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "misfit_module.py").write_text(
         "import torch\n\n\ndef build(input_shape, num_classes):\n    return torch.nn.Linear(7, num_classes)\n"

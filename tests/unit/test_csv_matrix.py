@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from icrf.errors import ConfigErrors, IcrfError
-from icrf.topology import HybridAdjacencyMatrix, build_topology, read_adjacency_csv
+from icrf.errors import ConfigErrors, IcrfError, TopologyError
+from icrf.topology import HybridAdjacencyMatrix, build_topology, read_adjacency_csv, read_weights_csv
 
 IDS = ["a", "b", "c"]
 RING = "0,1,1\n1,0,1\n1,1,0\n"
@@ -139,3 +140,35 @@ def test_no_input_gets_anything_but_a_matrix_or_an_error_with_a_code(tmp_path: P
         assert read(tmp_path, content).num_nodes == 3
     except IcrfError as error:
         assert error.code[0] in "TC"
+
+
+# ---------------------------------------------------------------- weights
+
+
+def read_weights(folder: Path, content: str, ids: list[str] | None = None) -> Any:
+    (folder / "weights.csv").write_text(content)
+    return read_weights_csv(folder / "weights.csv", ids or ["a", "b"])
+
+
+@pytest.mark.parametrize("content", ["0.25,0.75\n1e0,0\n", ",a,b\na,0.25,.75\nb,1,0\n", "a,b\n0.25,0.75\n1,0.0\n"])
+def test_weights_are_read(tmp_path: Path, content: str) -> None:
+    assert read_weights(tmp_path, content).toarray().tolist() == [[0.25, 0.75], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [("0.5,-0.5\n0,1\n", "T002"), ("nan,1\n0,1\n", "T002"), ("1,0\n0\n", "T001"), ("1\n", "T010"), ("", "T008")],
+)
+def test_weights_that_are_none_are_refused(tmp_path: Path, content: str, code: str) -> None:
+    with pytest.raises(IcrfError) as caught:
+        read_weights(tmp_path, content)
+    assert caught.value.code == code
+
+
+def test_edges_in_one_direction_need_to_be_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "adj.csv").write_text("0,1,0\n0,0,1\n1,0,0\n")
+    with pytest.raises(TopologyError) as caught:
+        read_adjacency_csv(tmp_path / "adj.csv", ["a", "b", "c"])
+    assert caught.value.code == "T004" and "directed: true" in caught.value.hint
+    ring = build_topology("ring", 3, {"directed": True})
+    assert read_adjacency_csv(tmp_path / "adj.csv", ["a", "b", "c"], symmetric=False) == ring

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from icrf.errors import ConfigError, ConfigErrors, RoutingError
+from icrf.console.plan_view import limit_text
+from icrf.errors import ConfigError, ConfigErrors, RoutingError, TopologyError
 from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
@@ -72,6 +74,35 @@ def test_a_star_over_three_clusters() -> None:
     assert plan.bytes_inter_cluster_per_round == 3 * 2 * 400
     assert plan.bytes_inter_cluster_per_evaluation == 0 and plan.bytes_inter_cluster_total == 24_000
     assert (plan.slem, plan.slem_kind, plan.rounds_to_consensus) == (-1.0, "none", -1)
+
+
+def test_a_plan_tells_what_mixing_leads_to() -> None:
+    plan, _ = make_plan(submission("ring", 8), [cluster("a")])
+    assert plan.mixing is not None and plan.mixing.doubly_stochastic and plan.mixing.aperiodic
+    assert (plan.mixing.limit, plan.mixing.slem) == ("mean", plan.slem)
+    assert "approaches the mean" in limit_text(plan)
+    plan, _ = make_plan(submission("line", 8, mixing="uniform"), [cluster("a")])
+    assert plan.mixing is not None and not plan.mixing.column_stochastic and plan.mixing.limit == "weighted mean"
+    assert "columns do not" in limit_text(plan)
+    plan, _ = make_plan(submission("line", 8, mixing="push_sum"), [cluster("a")])
+    assert plan.mixing is not None and plan.mixing.push_sum and "push-sum" in limit_text(plan)
+    plan, _ = make_plan(submission("star", 8, CENTRALIZED), [cluster("a")])
+    assert plan.mixing is None and limit_text(plan) == ""
+
+
+def test_a_mediator_mixes_by_the_weights_that_came_and_loads_no_code() -> None:
+    sent = submission("line", 2, mixing="somewhere:rule")
+    swapping = replace(sent, graph=replace(sent.graph, weights=(1.0, 1.0), self_weights=(0.0, 0.0)))
+    plan, _ = make_plan(swapping, [cluster("a")])
+    assert plan.mixing is not None and not plan.mixing.aperiodic and plan.rounds_to_consensus == -1
+    assert "no agreement: the mixing matrix is periodic" in limit_text(plan)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(sent, [cluster("a")])
+    assert caught.value.code == "C010"
+    for weights, code in (((1.0,), "T010"), ((1.0, -1.0), "T013")):
+        with pytest.raises(TopologyError) as refused:
+            make_plan(replace(sent, graph=replace(sent.graph, weights=weights, self_weights=(0.0, 0.0))), [])
+        assert refused.value.code == code
 
 
 @pytest.mark.parametrize(("rounds", "every", "evaluations"), [(10, 1, 10), (10, 5, 2), (10, 99, 1), (0, 1, 0)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from icrf.errors import ConfigError
-from icrf.registry import Registry, did_you_mean, is_import_path, load_attr, nearest, registered_names
+from icrf.registry import Registry, did_you_mean, is_import_path, load_attr, nearest, register, registered_names
 
 
 @pytest.fixture
@@ -128,3 +128,20 @@ def test_suggestions(name: str, best: str) -> None:
     assert nearest(name, keys)[:1] == (best,)
     assert f"'{best}'" in did_you_mean(name, keys)
     assert did_you_mean("xyzzy", keys) == ""
+
+
+def test_a_plug_in_is_known_to_the_registry_of_its_kind_whichever_was_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icrf.registry.KINDS", ("flavour",))
+    early, late = object(), object()
+    register("flavour", "early")(early)
+    assert "early" in registered_names("flavour")
+    registry: Registry[object] = Registry("flavour")
+    register("flavour", "late")(late)
+    assert (registry.get("early"), registry.get("late")) == (early, late)
+    with pytest.raises(ConfigError, match="C008 flavour 'late' is registered already"):
+        register("flavour", "late")(early)
+
+
+def test_an_unknown_kind_of_plug_in_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"C010 kind of plug-in 'data set' unknown.*Did you mean 'dataset'"):
+        register("data set", "mine")

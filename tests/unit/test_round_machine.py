@@ -11,19 +11,20 @@ from hypothesis import strategies as st
 
 from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer, compile_exchange
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, MetricSum, RoundReport, StartRound
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, MetricSum, RoundReport, Rows, StartRound, bitmap
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, REPORT, SEND, TRAIN, RoundMachine, Step, bitmap
+from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, REPORT, SEND, TRAIN, RoundMachine, Step
 
 WIRE_BYTES = 100
 
 
-def star_plan(assignment: Sequence[int], roles: Sequence[str] | None = None) -> ExchangePlan:
+def star_plan(assignment: Sequence[int], roles: Sequence[str] | None = None, rows: Rows | None = None) -> ExchangePlan:
     """Node 0 aggregates, all others train (unless `roles` says otherwise)."""
     num_nodes = len(assignment)
     edges = [pair for i in range(1, num_nodes) for pair in ((0, i), (i, 0))]
     roles = roles or ["aggregate", *["train"] * (num_nodes - 1)]
-    return compile_exchange(CENTRALIZED, HybridAdjacencyMatrix.from_edges(num_nodes, edges), roles, assignment)
+    adjacency = HybridAdjacencyMatrix.from_edges(num_nodes, edges)
+    return compile_exchange(CENTRALIZED, adjacency, roles, assignment, rows or Rows())
 
 
 def ring_plan(assignment: Sequence[int]) -> ExchangePlan:
@@ -88,6 +89,36 @@ def test_the_coordinator_trains_while_the_model_is_on_its_way() -> None:
     play.finish(PUBLISH)
     assert sorted(play.kinds()) == [SEND, SEND, TRAIN]
     assert [s.transfer.target for s in play.pending if s.transfer] == [1, 2]
+
+
+def test_every_update_travels_by_itself_where_the_rule_wants_to_see_it() -> None:
+    plan = star_plan([0, 0, 1, 1], rows=Rows(every_update=True))
+    other = Play(machine_of(plan, 1))
+    other.arrive(plan.inbound(1, MODEL)[0])
+    other.finish(TRAIN)
+    sent = [s.transfer for s in other.pending if s.transfer]
+    assert [(t.kind, t.sender, t.recipients) for t in sent] == [(UPDATE, 2, (0,)), (UPDATE, 3, (0,))]
+    coordinator = Play(machine_of(plan, 0))
+    coordinator.finish(PUBLISH)
+    coordinator.finish(SEND)
+    coordinator.finish(TRAIN)
+    coordinator.arrive(sent[1])
+    assert AGGREGATE not in coordinator.asked
+    coordinator.arrive(sent[0])
+    assert coordinator.kinds() == [AGGREGATE]
+
+
+@pytest.mark.parametrize("cluster", [0, 1])
+def test_what_nodes_keep_is_carried_over_where_nobody_takes_part(cluster: int) -> None:
+    for rows in (Rows(), Rows(client=1)):
+        plan = star_plan([0, 1, 2], ["aggregate", "test", "train"], rows)
+        play = Play(machine_of(plan, cluster))
+        if cluster == 0:
+            play.finish(PUBLISH)
+        assert (TRAIN in play.asked) == (rows.client > 0)
+        if TRAIN in play.asked and cluster == 1:
+            play.finish(TRAIN)
+        assert len(play.reports) == cluster
 
 
 @pytest.mark.parametrize("order", ["train first", "arrivals first", "in between"])

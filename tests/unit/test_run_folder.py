@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 from icrf.client import Fabric, Run
 from icrf.errors import LocalError, NodeError
@@ -18,6 +20,7 @@ from icrf.report import MAX_ROWS, ReportData, curve_svg, render
 from icrf.run_folder import RunFolder, default_folder, plan_from_dict, plan_to_dict, summarize
 from icrf.spec import FederationConfig, load_config
 from icrf.testing.scripted import Script, ScriptedMediator, scripted_round
+from icrf.topology import check_mixing
 
 KEYS: dict[str, Any] = {
     "federation_id": "digits",
@@ -137,7 +140,9 @@ def test_a_plan_survives_its_json() -> None:
     run = submit()
     plan = run.plan()
     assert plan is not None
-    assert plan_from_dict(json.loads(json.dumps(plan_to_dict(plan)))) == plan
+    report = check_mixing(csr_matrix(np.full((3, 3), 1 / 3)))
+    for one in (plan, replace(plan, mixing=report)):
+        assert plan_from_dict(json.loads(json.dumps(plan_to_dict(one)))) == one
 
 
 def test_the_default_folder_is_named_by_the_short_id() -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.text import Text
 
 from icrf.client import Fabric, Run, cause_of
+from icrf.console.doors import Doors
 from icrf.console.format import format_bytes, format_count, safe_text, short_id
 from icrf.console.live import RunView, Steps, open_view
 from icrf.console.plan_view import nodes_by_cluster
@@ -32,9 +33,7 @@ from icrf.console.unfinished import (
 from icrf.errors import IcrfError, LocalError, ResourceError, RunError, error_from_dict
 from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, TERMINAL, Plan, RunInfo, Submission
 from icrf.run_folder import RunFolder, default_folder, require_writable, summarize
-
-if TYPE_CHECKING:
-    from icrf.cli import Doors
+from icrf.sinks import MetricsSink
 
 Outcome = tuple[dict[str, Any], int]
 
@@ -44,13 +43,20 @@ _POLL_S = 1.0
 DEMO = "digits-star.yaml"
 
 
-def run_here(terminal: Terminal, doors: Doors, submission: Submission, clusters: int, out: Path | None) -> Outcome:
+def run_here(
+    terminal: Terminal,
+    doors: Doors,
+    submission: Submission,
+    clusters: int,
+    out: Path | None,
+    sinks: Sequence[MetricsSink] = (),
+) -> Outcome:
     """``fabric run``: an embedded fabric for one federation. Its state lies in `out`, so that it can be resumed."""
     require_writable(out or Path("runs"))
     require_feasible(doors.plan_local(submission, clusters))
     state = None if out is None else new_state(out)
     with _embedded(terminal, doors, clusters, state) as fabric:
-        run, folder, _ = _start(terminal, fabric, submission, out)
+        run, folder, _ = _start(terminal, fabric, submission, out, sinks)
         if state is not None:
             remember(state, Unfinished(run.id, clusters))
         with folder:
@@ -65,7 +71,9 @@ def require_feasible(plan: Plan) -> None:
         raise ResourceError("R001", "; ".join(plan.problems), place="resources", hint=hint)
 
 
-def resume_here(terminal: Terminal, doors: Doors, out: Path, clusters: int | None) -> Outcome:
+def resume_here(
+    terminal: Terminal, doors: Doors, out: Path, clusters: int | None, sinks: Sequence[MetricsSink] = ()
+) -> Outcome:
     """``fabric run --resume``: go on with the run of a folder, or show again how it ended."""
     found = find_unfinished(out)
     if found is None:
@@ -80,7 +88,7 @@ def resume_here(terminal: Terminal, doors: Doors, out: Path, clusters: int | Non
         )
     state = state_folder(out)
     with _embedded(terminal, doors, found.clusters, state) as fabric:
-        run = fabric.run(found.run_id)
+        run = fabric.run(found.run_id, sinks=sinks)
         terminal.note(f"going on with run {short_id(run.id)} after round {run.info().rounds_done}")
         # The journal has every committed round: the folder is written anew, with each of them once.
         with RunFolder(out) as folder:
@@ -102,12 +110,19 @@ def run_demo(terminal: Terminal, doors: Doors, submission: Submission, clusters:
     return summary, code
 
 
-def submit_there(terminal: Terminal, fabric: Fabric, submission: Submission, follow: bool, out: Path | None) -> Outcome:
+def submit_there(
+    terminal: Terminal,
+    fabric: Fabric,
+    submission: Submission,
+    follow: bool,
+    out: Path | None,
+    sinks: Sequence[MetricsSink] = (),
+) -> Outcome:
     """``fabric submit``: hand a federation to a mediator, and follow it if asked to."""
     if follow:
         require_writable(out or Path("runs"))
     # Folders of this machine mean nothing there: a cluster runs user code that its own agent allows and finds.
-    run = fabric.submit(replace(submission, code_path=""))
+    run = fabric.submit(replace(submission, code_path=""), sinks=sinks)
     if not follow:
         info = run.info()
         terminal.line(Text.assemble("submitted ", (short_id(run.id), "bold"), f"  {safe_text(info.federation)}"))
@@ -160,7 +175,9 @@ def _embedded(terminal: Terminal, doors: Doors, clusters: int, state: Path | Non
         yield fabric
 
 
-def _start(terminal: Terminal, fabric: Fabric, submission: Submission, out: Path | None) -> tuple[Run, RunFolder, Plan]:
+def _start(
+    terminal: Terminal, fabric: Fabric, submission: Submission, out: Path | None, sinks: Sequence[MetricsSink] = ()
+) -> tuple[Run, RunFolder, Plan]:
     """Plan, submit and open the run folder; the folder is the caller's to close."""
     plan = fabric.plan(submission)
     placed = " · ".join(f"{name} {len(nodes):,}" for name, nodes in nodes_by_cluster(plan).items() if nodes)
@@ -169,7 +186,7 @@ def _start(terminal: Terminal, fabric: Fabric, submission: Submission, out: Path
         terminal.line(Text.assemble(("  ✓ ", "green"), safe_text(step)))
     else:
         terminal.line(f"done  {step}")
-    run = fabric.submit(submission)
+    run = fabric.submit(submission, sinks=sinks)
     folder = RunFolder(out or default_folder(run.id))
     folder.write_plan(plan)
     return run, folder, plan

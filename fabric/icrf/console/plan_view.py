@@ -29,6 +29,20 @@ def consensus_text(plan: Plan) -> str:
     return f"second-largest eigenvalue {plan.slem:.6f} ({plan.slem_kind}), {rounds}"
 
 
+def limit_text(plan: Plan) -> str:
+    """What the nodes of a decentralised plan approach by mixing alone, in words; empty for a centralized one."""
+    report = plan.mixing
+    if report is None:
+        return ""
+    if report.problem:
+        return f"no agreement: {report.problem}"
+    if report.push_sum:
+        return "approaches the mean of all nodes by push-sum: columns sum to 1, rows do not"
+    if report.limit == "mean":
+        return "approaches the mean of all nodes: rows and columns sum to 1"
+    return "approaches a weighted mean of the nodes: rows sum to 1, columns do not"
+
+
 def show_plan(terminal: Terminal, plan: Plan) -> None:
     """Print a plan."""
     title = Text.assemble((safe_text(plan.federation), "bold"), f"  {plan.flow}, placed by ", (plan.strategy, "cyan"))
@@ -54,6 +68,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
         cut += f" ({100 * plan.cut_edges / plan.num_edges:.1f} %)"
     facts: list[tuple[str, str | Text]] = [
         ("parameters", f"{plan.num_parameters:,}"),
+        ("tensors", ", ".join(f"{count:,} {rule}" for rule, count in sorted(plan.tensors.items()))),
         ("cut edges", cut),
         ("traffic", f"{format_bytes(plan.bytes_inter_cluster_per_round)} per round between clusters"),
     ]
@@ -61,7 +76,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
         facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_evaluation)} more per evaluation"))
     facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"))
     if mixing := consensus_text(plan):
-        facts.append(("mixing", mixing))
+        facts += [("mixing", mixing), ("", limit_text(plan))]
     facts.append(("peak memory", f"{format_bytes(plan.peak_memory_bytes)} on the busiest cluster"))
     facts += [(key.replace("_", " "), text) for key, text in plan.explanation.items() if key not in plan.assignment]
     terminal.facts(facts)

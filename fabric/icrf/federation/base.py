@@ -29,6 +29,7 @@ from icrf.protocol import (
     RoundResult,
     RunInfo,
 )
+from icrf.sinks import MetricsSink
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission, default_nodes, flow_of
 
@@ -43,6 +44,7 @@ class FederatedBase:
         nodes: the nodes in index order.
         topology: a registered name, or an adjacency matrix over `nodes` (NumPy or ``HybridAdjacencyMatrix``).
         resources: what one slot takes: ``uniform`` or ``{"num_cpus": ..., "num_gpus": ...}``.
+        sinks: where metrics go, objects or descriptions, see :mod:`icrf.sinks`.
         bundle_offset: accepted for the seeds' sake; every federation has a reservation of its own.
         fabric: the fabric to run on; by default one with a single local cluster, opened on first use.
 
@@ -64,7 +66,9 @@ class FederatedBase:
         resources: str | Mapping[str, float] = "uniform",
         bundle_offset: int = 0,
         fabric: Fabric | None = None,
+        sinks: Sequence[MetricsSink | str] = (),
     ) -> None:
+        self._sinks = tuple(sinks)
         self.config = _with_resources(config, resources)
         self.nodes = list(nodes) if nodes is not None else _nodes_of(self.config)
         self._topology = topology
@@ -150,6 +154,20 @@ class FederatedBase:
             future.result()
         return future
 
+    def add_nodes(self, *node_ids: str) -> None:
+        """Let nodes that were taken out take part again, from the next round on."""
+        self.allocate_resources()
+        self._submitted().add_nodes(*node_ids)
+
+    def remove_nodes(self, *node_ids: str) -> None:
+        """Take nodes out of the rounds from the next one on; before training, those that join later.
+
+        Raises:
+            RunError: F005 among peers, or if too few would be left.
+        """
+        self.allocate_resources()
+        self._submitted().remove_nodes(*node_ids)
+
     def test(self, phase: str = "test") -> dict[str, dict[str, float]]:
         """Evaluate after training: metrics by node.
 
@@ -227,7 +245,7 @@ class FederatedBase:
         return resources_view(plan, self.config)
 
     def collect_federation_metrics(self) -> list[RoundResult]:
-        """All committed rounds with their metrics."""
+        """All committed rounds: means in ``metrics``, what single nodes reported in ``node_metrics``."""
         return self._run.committed_rounds() if self._run is not None else []
 
     def __enter__(self) -> FederatedBase:
@@ -288,7 +306,7 @@ class FederatedBase:
                 keep=True,
                 stage="reserve",
             )
-            self._run = self._fabric.submit(submission)
+            self._run = self._fabric.submit(submission, sinks=self._sinks)
         return self._run
 
     def _with_templates(self, fabric: Fabric) -> FederationConfig:

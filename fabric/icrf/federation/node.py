@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from torch.nn import functional
 
 from icrf.errors import NodeError, NodeWouldBlock
 from icrf.federation.message import Message
@@ -65,14 +66,20 @@ class NodeContext:
 class FederatedNode:
     """One participant of a federation.
 
-    Override `build`, `train`, `evaluate` or `aggregate`; everything else is the fabric's. Do not override
-    ``__init__``.
+    Override `setup`, `train`, `loss`, `evaluate`, `aggregate` or `sync`; everything else is the fabric's. Do not
+    override ``__init__``. What has to survive the round goes into `state`; other attributes are lost when a host is
+    replaced.
 
     Args:
         node_id: its name.
         role: dash-separated words out of ``train``, ``eval``, ``test``, ``aggregate``.
         config: the federation's configuration.
         log: a logger; the default is named after the node.
+
+    Attributes:
+        state: durable state of the node's own: a dict of plain values and arrays (see :mod:`icrf.values`), up to
+            16 MiB. What a round has changed is committed with the round, is undone when the round is run again, is in
+            the checkpoints and, between peers, in the node's state hash. Changes made between rounds do not last.
     """
 
     context: NodeContext
@@ -81,6 +88,7 @@ class FederatedNode:
         self.config = config
         self.log = log or logging.getLogger(f"icrf.node.{node_id}")
         self.build_arguments = kwargs
+        self.state: dict[str, Any] = {}
         self._id, self._role = node_id, role
         self._version = 0
         self._saved: dict[str, Any] | None = None
@@ -98,7 +106,13 @@ class FederatedNode:
     # ------------------------------------------------------------ to override
 
     def build(self, **kwargs: Any) -> None:
-        """Heavy initialisation: called once, with data and model already bound."""
+        """Heavy initialisation with the template's arguments: called before `setup`, data and model are bound."""
+
+    def setup(self) -> None:
+        """Called once per life of the node's host, before its first round: open files, fill `state` for the start.
+
+        After a restart `state` is what was committed, whatever is put into it here.
+        """
 
     def train(self, **kwargs: Any) -> dict[str, float]:
         """Train ``self.model`` in place on ``self.train_data``; returns metrics, ``loss`` among them."""
@@ -116,13 +130,28 @@ class FederatedNode:
             batch_size=c.batch_size,
             shuffle=c.shuffle,
             generator=self.generator("batches"),
+            steps=c.local_steps,
+            loss=self.loss,
         )
         return {"loss": loss}
 
+    def loss(self, scores: Any, labels: Any) -> Any:
+        """What `train` descends on, as a scalar tensor: the mean cross entropy.
+
+        Args:
+            scores: the model's output of a batch, shape (n, num_classes).
+            labels: int64 classes, shape (n,).
+        """
+        return functional.cross_entropy(scores, labels)
+
     def evaluate(self, phase: str = "test") -> dict[str, float]:
-        """Accuracy and loss of ``self.model`` on the held-out data (``test``) or the node's own (else)."""
+        """Accuracy, loss and the configured metrics of ``self.model``.
+
+        Args:
+            phase: ``test`` for the held-out data, anything else for the node's own.
+        """
         features, labels = self.context.test_data if phase == "test" else self.train_data
-        return evaluate(self.model, features, labels)
+        return evaluate(self.model, features, labels, metrics=self.config.metrics)
 
     def aggregate(self, state: Array) -> Array:
         """A last word on the node's new state of a round (the aggregator: on the new global model).
@@ -220,7 +249,10 @@ class FederatedNode:
         return self._received.pop(0) if self._received else None
 
     def sync(self) -> list[Message]:
-        """Everything that has come, in (sender index, sequence) order."""
+        """Everything that has come, in (sender index, sequence) order.
+
+        Where a class overrides it, the host calls it at the beginning of each round, before any model is loaded.
+        """
         found = self._received + self.context.mailbox.sync(self._id, 0.0)
         self._received = []
         return found
@@ -238,7 +270,7 @@ class FederatedNode:
         model = (
             self._saved
             if self._saved is not None
-            else self.context.model.layout.to_state_dict(self.context.model.snapshot())
+            else self.context.model.layout.to_state_dict(self.context.model.row.copy())
         )
         return {"id": self._id, "version": self.version, "model": model, "timestamp": time.time()}
 

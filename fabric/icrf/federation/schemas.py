@@ -30,7 +30,7 @@ def _shaped(config: FederationConfig, schema: str, topology: str, clients: int) 
         "federated_learning_schema": schema,
         "federated_learning_topology": topology,
         "number_of_clients": clients,
-        "min_nodes": None if config.min_nodes is None else clients,
+        "min_nodes": None if config.min_nodes is None else min(config.min_nodes, clients),
     }
     return config if all(plain.get(k) == v for k, v in wanted.items()) else changed(config, **wanted)
 

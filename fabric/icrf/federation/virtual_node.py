@@ -129,5 +129,6 @@ class VirtualNode:
 def plain_class(template: Any) -> type:
     """The class behind a template; ``@ray.remote`` classes are taken apart."""
     metadata = getattr(template, "__ray_metadata__", None)
-    found: type = metadata.modified_class if metadata is not None else template
+    # Ray decorates a subclass whose methods are all its own: which ones the user has overridden only the base tells.
+    found: type = metadata.modified_class.__ray_actor_class__ if metadata is not None else template
     return found

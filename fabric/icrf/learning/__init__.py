@@ -9,33 +9,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icrf.learning.datasets import Dataset, load_dataset
+    from icrf.learning.aggregation import (
+        Aggregator,
+        MeanAggregator,
+        UpdateAggregator,
+        build_aggregator,
+        register_aggregator,
+    )
+    from icrf.learning.datasets import Dataset, configured_dataset, load_dataset
     from icrf.learning.layout import FlatModule, Layout
+    from icrf.learning.metrics import require_metrics
     from icrf.learning.models import build_model, check_fit, register_model
-    from icrf.learning.partition import partition
+    from icrf.learning.partition import configured_partition, partition
     from icrf.learning.training import LocalTrainer, evaluate
 
 __all__ = [
+    "Aggregator",
     "Dataset",
     "FlatModule",
     "Layout",
     "LocalTrainer",
+    "MeanAggregator",
+    "UpdateAggregator",
+    "build_aggregator",
     "build_model",
     "check_fit",
+    "configured_dataset",
+    "configured_partition",
     "evaluate",
     "load_dataset",
     "partition",
+    "register_aggregator",
     "register_model",
+    "require_metrics",
 ]
 
 _HOME = {
+    "Aggregator": "aggregation",
+    "MeanAggregator": "aggregation",
+    "UpdateAggregator": "aggregation",
+    "build_aggregator": "aggregation",
+    "register_aggregator": "aggregation",
     "Dataset": "datasets",
+    "configured_dataset": "datasets",
     "load_dataset": "datasets",
     "FlatModule": "layout",
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",
+    "require_metrics": "metrics",
     "register_model": "models",
+    "configured_partition": "partition",
     "partition": "partition",
     "LocalTrainer": "training",
     "evaluate": "training",

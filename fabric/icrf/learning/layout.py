@@ -1,7 +1,13 @@
-"""The flat form of a model: all tensors in name order in one contiguous buffer.
+"""The flat form of a model: all tensors in one contiguous buffer, and the rule by which each is brought together.
 
-Everything that moves or averages parameters works on this buffer; names and shapes live once, in the layout. Torch
-is needed only where a module is touched, so that gateways and commands can read layouts without loading it.
+Everything that moves or averages a model works on this buffer; names and shapes live once, in the layout. Torch is
+needed only where a module is touched, so that gateways and commands can read layouts without loading it.
+
+The buffer has one element type. Tensors that nodes share come first, in name order, those that stay with their node
+(``private``) after them, in name order too. Integers take :data:`icrf.protocol.LIMBS` elements each, ``high * 2**22 +
+low`` with ``-2**21 <= low < 2**21``: both are exact in float32, and so are their sums on the exact grid. A mean of such
+pairs is a pair with fractions; :meth:`Layout.settle` makes the nearest integer of it. Where all nodes have the same
+integer, it is that one.
 """
 
 from __future__ import annotations
@@ -10,40 +16,49 @@ import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from icrf.errors import WeightsError
-from icrf.protocol import TensorSpec
+from icrf.errors import ConfigError, WeightsError
+from icrf.protocol import AGGREGATED, LIMBS, MEAN, PRIVATE, ROUNDED, TensorSpec
+from icrf.registry import did_you_mean
+from icrf.update import HEADROOM_BITS
 
 FlatArray = np.ndarray[Any, np.dtype[Any]]
 
 _DTYPES = ("float32", "float64")
+_INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
 _PLACE = "model"
+_BASE_BITS = 22
+# The high part is below 2^22 too.
+MAX_INTEGER = 1 << (2 * _BASE_BITS)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes and offsets of a model's tensors within its flat buffer.
+    """Names, shapes, rules and offsets of a model's tensors within its flat buffer.
 
     Args:
-        tensors: the tensors in strictly ascending name order, all float32 or all float64.
+        tensors: the tensors in strictly ascending name order; those of floats all float32 or all float64.
 
     Attributes:
         dtype: the common NumPy dtype.
-        names: tensor names.
-        sizes: elements per tensor.
-        offsets: first element per tensor.
-        slices: the tensor's part of the flat buffer.
-        num_parameters: elements in total.
+        names: names of the shared tensors, whose rule is not ``private``.
+        sizes: elements per shared tensor.
+        offsets: first element per shared tensor.
+        slices: the shared tensor's part of the flat buffer.
+        num_parameters: elements that nodes share; the length of what is sent and averaged.
+        row_size: the same with the private ones; the length of what a node keeps.
+        places: every tensor and its part of the flat buffer, in name order.
 
     Raises:
-        WeightsError: W010 for names out of order, W011 for a dtype without an aggregation rule.
+        WeightsError: W010 for names out of order or nothing to share, W011 for a dtype without an aggregation rule.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -53,105 +68,153 @@ class Layout:
     offsets: tuple[int, ...] = field(init=False, compare=False)
     slices: tuple[slice, ...] = field(init=False, compare=False)
     num_parameters: int = field(init=False, compare=False)
+    row_size: int = field(init=False, compare=False)
+    places: tuple[tuple[TensorSpec, slice], ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.tensors:
-            raise WeightsError("W010", "the model has no parameters", place=_PLACE)
-        names = tuple(t.name for t in self.tensors)
-        for before, after in itertools.pairwise(names):
+        for before, after in itertools.pairwise(t.name for t in self.tensors):
             if before >= after:
                 raise WeightsError("W010", f"tensors are not in name order: {before!r} before {after!r}", place=_PLACE)
+        floats = [t for t in self.tensors if not t.is_integer]
+        if not any(t.rule in (AGGREGATED, MEAN) for t in floats):
+            raise WeightsError("W010", "the model has no parameters", place=_PLACE)
         for tensor in self.tensors:
-            if tensor.dtype != self.tensors[0].dtype or tensor.dtype not in _DTYPES:
-                raise _no_rule(tensor.name, tensor.dtype, self.tensors[0].dtype)
-        sizes = tuple(math.prod(t.shape) for t in self.tensors)
-        ends = tuple(itertools.accumulate(sizes))
+            fits = tensor.dtype in (_INTEGERS if tensor.is_integer else (floats[0].dtype,))
+            rules = (ROUNDED, PRIVATE) if tensor.is_integer else (AGGREGATED, MEAN, PRIVATE)
+            if not fits or tensor.rule not in rules or floats[0].dtype not in _DTYPES:
+                raise _no_rule(tensor.name, tensor.dtype, floats[0].dtype)
+        shared = tuple(t for t in self.tensors if t.rule != PRIVATE)
+        ordered = (*shared, *(t for t in self.tensors if t.rule == PRIVATE))
+        ends = tuple(itertools.accumulate(t.num_elements for t in ordered))
         offsets = (0, *ends[:-1])
+        slices = tuple(slice(a, b) for a, b in zip(offsets, ends, strict=True))
+        places = sorted(zip(ordered, slices, strict=True), key=lambda place: place[0].name)
         values = {
-            "dtype": np.dtype(self.tensors[0].dtype),
-            "names": names,
-            "sizes": sizes,
-            "offsets": offsets,
-            "slices": tuple(slice(a, b) for a, b in zip(offsets, ends, strict=True)),
-            "num_parameters": ends[-1],
+            "dtype": np.dtype(floats[0].dtype),
+            "names": tuple(t.name for t in shared),
+            "sizes": tuple(t.num_elements for t in shared),
+            "offsets": offsets[: len(shared)],
+            "slices": slices[: len(shared)],
+            "num_parameters": ends[len(shared) - 1],
+            "row_size": ends[-1],
+            "places": tuple(places),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of_module(cls, module: Any) -> Layout:
-        """The layout of a ``torch.nn.Module``.
+    def of_module(cls, module: Any, private: Collection[str] = ()) -> Layout:
+        """The layout of a ``torch.nn.Module``: its parameters and its persistent buffers.
+
+        Parameters follow the aggregation rule or the mixing (``aggregated``), buffers are averaged (``mean``), those of
+        integers rounded to the nearest one (``rounded``).
+
+        Args:
+            private: patterns (``bn*``) of the names of tensors that stay with their node, whatever their type
+                (FedBN, Li et al. 2021, arXiv 2102.07623).
 
         Raises:
-            WeightsError: W011 for a buffer, a tied parameter or a dtype that has no aggregation rule, by name; W010
-                for a module without parameters or with one that is not materialised.
+            ConfigError: C010 for a pattern that no tensor has.
+            WeightsError: W011 for a tied parameter or a dtype that has no aggregation rule, by name; W010 for a module
+                without parameters or with one that is not materialised.
         """
-        parameters: Mapping[str, Any] = dict(module.named_parameters(remove_duplicate=False))
-        others = [*dict(module.named_buffers(remove_duplicate=False)), *module.state_dict()]
-        for name in others:
-            if name not in parameters:
+        kept = module.state_dict()
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        named = {**parameters, **_buffers(module)}
+        for name in kept:
+            if name not in named:
                 raise WeightsError(
-                    "W011",
-                    f"buffer {name!r}: integer buffers and running statistics have no aggregation rule yet",
-                    place=name,
-                    allowed="trainable float32 or float64 parameters",
-                    hint="Use GroupNorm or LayerNorm in place of BatchNorm",
+                    "W011", f"{name!r} is no tensor and has no aggregation rule", place=name, allowed="tensors"
                 )
         owners: dict[int, str] = {}
         tensors = []
-        for name, parameter in sorted(parameters.items()):
-            twin = owners.setdefault(id(parameter), name)
+        for name, tensor in sorted(named.items()):
+            twin = owners.setdefault(id(tensor), name)
             if twin != name:
                 raise WeightsError(
                     "W011",
-                    f"parameters {twin!r} and {name!r} are tied, which has no aggregation rule yet",
+                    f"tensors {twin!r} and {name!r} are tied, which has no aggregation rule yet",
                     place=name,
-                    hint="Give each layer a parameter of its own",
+                    hint="Give each layer a tensor of its own",
                 )
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            if dtype not in _DTYPES:
-                raise _no_rule(name, dtype, _DTYPES[0])
-            if str(parameter.device) == "meta" or not hasattr(parameter, "shape"):
+            if str(tensor.device) == "meta" or not hasattr(tensor, "shape"):
                 raise WeightsError("W010", f"parameter {name!r} is not materialised", place=name)
-            tensors.append(TensorSpec(name, tuple(int(n) for n in parameter.shape), dtype))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype not in (*_DTYPES, *_INTEGERS):
+                raise _no_rule(name, dtype, _DTYPES[0])
+            rule = ROUNDED if dtype not in _DTYPES else AGGREGATED if name in parameters else MEAN
+            rule = PRIVATE if any(fnmatchcase(name, pattern) for pattern in private) else rule
+            tensors.append(TensorSpec(name, tuple(int(n) for n in tensor.shape), dtype, rule))
+        for pattern in private:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise ConfigError(
+                    "C010",
+                    f"no tensor of the model is called '{pattern}'",
+                    place="private_keys",
+                    allowed=", ".join(sorted(named)[:12]),
+                    hint=did_you_mean(pattern, named),
+                )
         return cls(tuple(tensors))
 
-    def check(self, array: FlatArray) -> None:
-        """Raise W010 unless `array` is a flat buffer of this layout: one-dimensional, same length and dtype."""
-        if array.shape != (self.num_parameters,) or array.dtype != self.dtype:
+    @property
+    def private(self) -> tuple[str, ...]:
+        """Names of the tensors that stay with their node."""
+        return tuple(t.name for t in self.tensors if t.rule == PRIVATE)
+
+    def parts(self, array: FlatArray) -> Iterator[tuple[TensorSpec, FlatArray]]:
+        """The tensors that are in a flat buffer, in name order, and their flat elements as views."""
+        self.check(array)
+        for tensor, part in self.places:
+            if part.stop <= len(array):
+                yield tensor, array[part]
+
+    def check(self, array: FlatArray, *, size: int | None = None) -> None:
+        """Raise W010 unless `array` is a flat buffer of this layout: with or without private tensors, or of `size`."""
+        sizes = (self.num_parameters, self.row_size) if size is None else (size,)
+        if array.ndim != 1 or len(array) not in sizes or array.dtype != self.dtype:
             raise WeightsError(
                 "W010",
                 "array differs from the model's layout",
                 value=f"{array.dtype} {array.shape}",
-                allowed=f"{self.dtype} ({self.num_parameters},)",
+                allowed=f"{self.dtype} ({sizes[0]},)",
             )
 
+    def settle(self, array: FlatArray) -> None:
+        """Round the integers of a buffer that a mean has made to the nearest ones, half to even; in place."""
+        for tensor, part in self.parts(array):
+            if tensor.is_integer:
+                part[:] = _limbs(_integers(part), part.dtype)
+
     def to_state_dict(self, flat: FlatArray) -> dict[str, FlatArray]:
-        """Views of the tensors within `flat`, by name."""
-        self.check(flat)
-        return {t.name: flat[s].reshape(t.shape) for t, s in zip(self.tensors, self.slices, strict=True)}
+        """The tensors within `flat` by name: views, and copies of the integers."""
+        found = {}
+        for tensor, part in self.parts(flat):
+            values = _integers(part).astype(tensor.dtype) if tensor.is_integer else part
+            found[tensor.name] = values.reshape(tensor.shape)
+        return found
 
     def from_state_dict(self, state: Mapping[str, FlatArray], *, place: str = _PLACE) -> FlatArray:
-        """Copy named tensors into a new flat buffer.
+        """Copy named tensors into a new flat buffer of the shared tensors.
 
         Raises:
-            WeightsError: W010 naming the first tensor that is missing, unexpected or of another shape or dtype.
+            WeightsError: W010 naming the first tensor that is missing, unexpected, of another shape or dtype, or an
+                integer out of range.
         """
         for name in sorted(set(state) ^ set(self.names)):
             problem = "is missing" if name not in state else "is not part of the model"
             raise WeightsError("W010", f"tensor {name!r} {problem}", place=place)
         flat = np.empty(self.num_parameters, self.dtype)
-        for tensor, part in zip(self.tensors, self.slices, strict=True):
+        for tensor, part in self.parts(flat):
             found = state[tensor.name]
-            if found.shape != tensor.shape or found.dtype != self.dtype:
+            if found.shape != tensor.shape or found.dtype != np.dtype(tensor.dtype):
                 raise WeightsError(
                     "W010",
                     f"tensor {tensor.name!r} differs from the model's layout",
                     place=place,
                     value=f"{found.dtype} {found.shape}",
-                    allowed=f"{self.dtype} {tensor.shape}",
+                    allowed=f"{tensor.dtype} {tensor.shape}",
                 )
-            flat[part] = found.reshape(-1)
+            put(tensor, part, found, place=place)
         return flat
 
     def to_safetensors(self, flat: FlatArray, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -173,27 +236,73 @@ class Layout:
         return self.from_state_dict(state, place=place)
 
     def model_sha256(self, flat: FlatArray) -> str:
-        """Hex sha256 over the tensors' bytes in name order, which are the buffer's bytes, little endian."""
-        self.check(flat)
-        ordered = np.ascontiguousarray(flat)
-        if sys.byteorder == "big":
-            ordered = ordered.byteswap()
-        return hashlib.sha256(ordered.view(np.uint8).data).hexdigest()
+        """Hex sha256 over the tensors' bytes in name order, little endian."""
+        digest = hashlib.sha256()
+        for tensor, part in self.parts(flat):
+            values = _integers(part).astype(tensor.dtype) if tensor.is_integer else np.ascontiguousarray(part)
+            digest.update((values.byteswap() if sys.byteorder == "big" else values).view(np.uint8).data)
+        return digest.hexdigest()
 
     def first_nonfinite(self, flat: FlatArray) -> str | None:
         """Name of the first tensor with a NaN or an infinity, or None."""
-        for name, largest in zip(self.names, self.absmax(flat), strict=True):
-            if not math.isfinite(largest):
-                return name
+        for tensor, part in self.parts(flat):
+            if not math.isfinite(_largest(part)):
+                return tensor.name
         return None
 
     def absmax(self, flat: FlatArray) -> tuple[float, ...]:
-        """Largest absolute value per tensor; 0 for an empty one, NaN or infinity where there is any."""
+        """Largest absolute value per shared tensor; 0 for an empty one, NaN or infinity where there is any.
+
+        For integers it is what their pairs are below for good, less the head room that the grid of a sum adds.
+        """
         self.check(flat)
-        # min and max read the data without a temporary, unlike abs; both pass a NaN on, and np.maximum too.
         return tuple(
-            float(np.maximum(-flat[s].min(), flat[s].max())) + 0.0 if s.stop > s.start else 0.0 for s in self.slices
+            float(1 << (_BASE_BITS - HEADROOM_BITS)) if tensor.is_integer else _largest(flat[part])
+            for tensor, part in self.places
+            if tensor.rule != PRIVATE
         )
+
+
+def put(tensor: TensorSpec, part: FlatArray, values: FlatArray, *, place: str = "") -> None:
+    """Write a tensor's values into its part of a flat buffer; W010 for integers that are out of range."""
+    if not tensor.is_integer:
+        part[:] = values.reshape(-1)
+        return
+    numbers = values.reshape(-1).astype(np.int64)
+    if numbers.size and not -MAX_INTEGER < numbers.min() <= numbers.max() < MAX_INTEGER:
+        raise WeightsError(
+            "W010",
+            f"tensor {tensor.name!r} has integers out of range",
+            place=place or tensor.name,
+            value=f"{numbers.min()} to {numbers.max()}",
+            allowed=f"below 2^{2 * _BASE_BITS} in size",
+        )
+    part[:] = _limbs(numbers, part.dtype)
+
+
+def _limbs(numbers: FlatArray, dtype: Any) -> FlatArray:
+    """int64 numbers as pairs, the high parts first."""
+    high = (numbers + (1 << (_BASE_BITS - 1))) >> _BASE_BITS
+    return np.concatenate([high, numbers - (high << _BASE_BITS)]).astype(dtype)
+
+
+def _integers(part: FlatArray) -> FlatArray:
+    """The nearest int64 numbers of pairs."""
+    high, low = part.astype(np.float64).reshape(LIMBS, -1)
+    numbers: FlatArray = np.rint(high * (1 << _BASE_BITS) + low).astype(np.int64)
+    return numbers
+
+
+def _largest(part: FlatArray) -> float:
+    """Largest absolute value; 0 of nothing."""
+    # min and max read the data without a temporary, unlike abs; both pass a NaN on, and np.maximum too.
+    return float(np.maximum(-part.min(), part.max())) + 0.0 if part.size else 0.0
+
+
+def _buffers(module: Any) -> dict[str, Any]:
+    """The buffers that belong to the state; the others are constants of the module's code."""
+    kept = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name in kept}
 
 
 def _no_rule(name: str, dtype: str, wanted: str) -> WeightsError:
@@ -209,11 +318,11 @@ def _no_rule(name: str, dtype: str, wanted: str) -> WeightsError:
 class FlatModule:
     """A module whose parameters are views of one contiguous buffer, so that moving a model is one copy.
 
-    Gradients stay torch's own and are not part of the buffer: a large model whose nodes do not train by gradient
-    pays nothing for them, and the backward pass hands its result over where a bound gradient would cost an addition.
-    CPU only.
+    Buffers are copied instead: modules replace them at will, and a counter is no float. Gradients stay torch's own and
+    are not part of the buffer: a large model whose nodes do not train by gradient pays nothing for them, and the
+    backward pass hands its result over where a bound gradient would cost an addition. CPU only.
 
-    The buffer comes from torch, which aligns it to 64 bytes: vector code may sum in another order on another
+    The memory comes from torch, which aligns it to 64 bytes: vector code may sum in another order on another
     alignment, and equal runs must give equal bits.
 
     Attributes:
@@ -226,37 +335,84 @@ class FlatModule:
         import torch  # noqa: PLC0415 - layouts must be usable without loading torch
 
         self.module = module
-        self.layout = Layout.of_module(module)
+        self.layout = Layout.of_module(module, layout.private if layout is not None else ())
         if layout is not None and layout != self.layout:
-            raise WeightsError("W010", "the module's parameters differ from the layout", place=_PLACE)
-        self._tensor = torch.empty(self.layout.num_parameters, dtype=getattr(torch, self.layout.dtype.name))
-        named = dict(module.named_parameters())
-        trainable = []
-        for tensor, part in zip(self.layout.tensors, self.layout.slices, strict=True):
-            parameter = named[tensor.name]
+            raise WeightsError("W010", "the module's tensors differ from the layout", place=_PLACE)
+        self._tensor = torch.empty(self.layout.row_size, dtype=getattr(torch, self.layout.dtype.name))
+        self._array: FlatArray = self._tensor.numpy()
+        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        trainable, self._buffers = [], []
+        for tensor, part in self.layout.places:
+            if tensor.name in buffers:
+                home = _home(module, tensor.name)
+                self._buffers.append((*home, buffers.pop(tensor.name), tensor, self._array[part]))
+                continue
             view = self._tensor[part].view(tensor.shape)
+            parameter = parameters[tensor.name]
             view.copy_(parameter.data)
             parameter.data = view
             if parameter.requires_grad:
                 trainable.append((parameter, view))
         self.trainable: tuple[tuple[Any, Any], ...] = tuple(trainable)
-        self._array: FlatArray = self._tensor.numpy()
+        # What is no state must not carry anything from one node to the next.
+        self._constants = [(*_home(module, name), buffer, buffer.clone()) for name, buffer in buffers.items()]
+        self._gather()
+        self._private = self._array[self.layout.num_parameters :].copy()
 
     @property
     def flat(self) -> FlatArray:
-        """The live parameters as a NumPy view, shape (num_parameters,); it changes with training."""
+        """The live shared tensors as a NumPy view, shape (num_parameters,); it changes with training."""
+        return self.row[: self.layout.num_parameters]
+
+    @property
+    def row(self) -> FlatArray:
+        """The same with the private tensors behind them, shape (row_size,).
+
+        Raises:
+            WeightsError: W010 naming a buffer that has got another shape or dtype, or an integer out of range.
+        """
+        self._gather()
         return self._array
 
     def load(self, flat: FlatArray) -> None:
-        """Copy `flat` into the parameters (W010 if it does not fit)."""
+        """Copy `flat` into the module (W010 if it does not fit); private tensors that it lacks are the initial ones."""
         self.layout.check(flat)
-        np.copyto(self._array, flat)
+        np.copyto(self._array[: len(flat)], flat)
+        if len(flat) < len(self._array):
+            np.copyto(self._array[len(flat) :], self._private)
+        for owner, key, buffer, tensor, part in self._buffers:
+            values = _integers(part).astype(tensor.dtype) if tensor.is_integer else part
+            owner._buffers[key] = buffer
+            buffer.copy_(buffer.new_tensor(values.reshape(tensor.shape)))
+        for owner, key, buffer, initial in self._constants:
+            owner._buffers[key] = buffer.copy_(initial)
 
     def snapshot(self) -> FlatArray:
-        """A copy of the parameters that later training leaves alone."""
-        return self._array.copy()
+        """A copy of the shared tensors that later training leaves alone."""
+        return self.flat.copy()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter, _ in self.trainable:
             parameter.grad = None
+
+    def _gather(self) -> None:
+        """Copy the buffers' values into the flat form."""
+        for owner, key, _, tensor, part in self._buffers:
+            found = owner._buffers[key]
+            dtype, shape = str(getattr(found, "dtype", "none")).removeprefix("torch."), getattr(found, "shape", ())
+            if dtype != tensor.dtype or tuple(shape) != tensor.shape:
+                raise WeightsError(
+                    "W010",
+                    f"buffer {tensor.name!r} differs from the model's layout",
+                    place=tensor.name,
+                    value=f"{dtype} {tuple(shape)}",
+                    allowed=f"{tensor.dtype} {tensor.shape}",
+                )
+            put(tensor, part, found.detach().numpy())
+
+
+def _home(module: Any, name: str) -> tuple[Any, str]:
+    """The submodule that a buffer belongs to, and its key there."""
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key

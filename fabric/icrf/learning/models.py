@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +9,15 @@ import torch
 from torch import nn
 
 from icrf.errors import ConfigError
+from icrf.learning.architectures import BUILT_IN
 from icrf.learning.datasets import Dataset
 from icrf.learning.injection import accepted_arguments
+from icrf.learning.rng import global_randomness
 from icrf.registry import Registry
 
 MODELS: Registry[Callable[..., Any]] = Registry("model")
+for _name, _factory in BUILT_IN.items():
+    MODELS.add(_name, _factory)
 
 
 def register_model(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -26,24 +29,8 @@ def register_model(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return MODELS.register(name)
 
 
-@register_model("mlp")
-def mlp(input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """One hidden layer of 128 rectified units on the flattened input."""
-    num_features = 1
-    for size in input_shape:
-        num_features *= size
-    return nn.Sequential(
-        OrderedDict(
-            flatten=nn.Flatten(),
-            hidden=nn.Linear(num_features, 128),
-            relu=nn.ReLU(),
-            output=nn.Linear(128, num_classes),
-        )
-    )
-
-
 def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, seed: int) -> Any:
-    """Build a model with initial weights that depend on `seed` alone; torch's global generator is left as it was.
+    """Build a model with initial weights that depend on `seed` alone; the global generators are left as they were.
 
     Args:
         model_type: a registered name or ``module:attr`` of a factory.
@@ -56,10 +43,11 @@ def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, s
     """
     factory = MODELS.get(model_type)
     arguments = accepted_arguments(factory, {"input_shape": tuple(input_shape), "num_classes": num_classes})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with global_randomness(seed):
         try:
             module = factory(**arguments)
+        except ConfigError:
+            raise
         except Exception as error:
             raise ConfigError(
                 "C017", f"model factory raised {type(error).__name__}: {error}", place="model_type", value=model_type
@@ -82,7 +70,7 @@ def check_fit(module: Any, dataset: Dataset) -> None:
     Raises:
         ConfigError: C018 naming the shapes.
     """
-    batch = torch.from_numpy(dataset.train_x[:2])
+    batch = torch.from_numpy(dataset.train_part(slice(2))[0])
     parameter = next(module.parameters(), None)
     if parameter is not None:
         batch = batch.to(parameter.dtype)

@@ -1,41 +1,95 @@
-"""Splits of the training data over the nodes: pure functions of labels, number of parts and seed."""
+"""Splits of the training data over the nodes: pure functions of the data, the number of parts and the seed.
+
+A split is one owner per sample. Making it takes a few sorts however many nodes there are, so that every host makes it
+for itself and takes out the parts of its own nodes alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import numpy as np
 
 from icrf.errors import ConfigError
-from icrf.learning.rng import stable_random_state
+from icrf.learning.datasets import Dataset
+from icrf.learning.injection import accepted_arguments
+from icrf.learning.partitioners import BUILT_IN, IntArray
+from icrf.learning.rng import derive_seed, global_randomness
 from icrf.registry import Registry
 
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
-Partitioner = Callable[[IntArray, int, int, float], "list[IntArray]"]
-
-PARTITIONERS: Registry[Partitioner] = Registry("partitioner")
-
-_MAX_TRIES = 1000
-_MIN_SAMPLES = 10
+PARTITIONERS: Registry[Callable[..., Any]] = Registry("partitioner")
+for _name, _partitioner in BUILT_IN.items():
+    PARTITIONERS.add(_name, _partitioner)
 
 
-def partition(kind: str, labels: IntArray, num_parts: int, seed: int, beta: float = 0.5) -> list[IntArray]:
+class Partition(Sequence[IntArray]):
+    """The parts of a split: ascending int64 sample indices per node, each made when it is asked for.
+
+    Args:
+        owners: node per sample, -1 for nobody; shape (num_samples,).
+        num_parts: number of nodes.
+
+    Attributes:
+        sizes: samples per node, shape (num_parts,).
+    """
+
+    def __init__(self, owners: IntArray, num_parts: int) -> None:
+        dealt = np.flatnonzero(owners >= 0)
+        self.sizes: IntArray = np.bincount(owners[dealt], minlength=num_parts)
+        self._samples = dealt[np.argsort(owners[dealt], kind="stable")]
+        self._ends = np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, part: int) -> IntArray: ...
+
+    @overload
+    def __getitem__(self, part: slice) -> Sequence[IntArray]: ...
+
+    def __getitem__(self, part: int | slice) -> IntArray | Sequence[IntArray]:
+        if isinstance(part, slice):
+            return [self[k] for k in range(*part.indices(len(self)))]
+        if not 0 <= part < len(self):
+            raise IndexError(part)
+        end = int(self._ends[part])
+        return self._samples[end - int(self.sizes[part]) : end]
+
+
+def partition(
+    kind: str,
+    labels: IntArray,
+    num_parts: int,
+    seed: int,
+    beta: float = 0.5,
+    *,
+    groups: IntArray | None = None,
+    classes_per_node: int = 2,
+    shards_per_node: int = 2,
+) -> Partition:
     """Split samples over nodes.
 
     Args:
-        kind: a registered name (``iid``, ``dir``) or ``module:attr`` of a function ``(labels, num_parts, seed, beta)``.
+        kind: a registered name (see :mod:`icrf.learning.partitioners`) or ``module:attr`` of a function. It is called
+            by name with those of ``labels``, ``num_parts``, ``seed``, ``beta``, ``groups``, ``classes_per_node`` and
+            ``shards_per_node`` that it has parameters for, and returns the owner of every sample (an int64 array, -1
+            for nobody) or a sequence with an array of sample indices per node.
         labels: class numbers, shape (num_samples,).
         num_parts: number of nodes.
         seed: the federation's seed; every cluster computes the same split from it.
-        beta: concentration for ``dir``.
+        beta: concentration for ``dir`` and ``quantity``.
+        groups: natural ids, shape (num_samples,), for ``natural``.
+        classes_per_node: for ``pathological``.
+        shards_per_node: for ``shards``.
 
     Returns:
-        Ascending int64 sample indices per node: disjoint, covering, none empty.
+        Disjoint parts, none empty.
 
     Raises:
-        ConfigError: C008 when there are fewer samples than nodes or no split is found, C010 for an unknown kind, C018
-            when a partitioner of the user breaks the rules above.
+        ConfigError: C008 when there are fewer samples than nodes or no such split exists, C010 for an unknown kind,
+            C018 when a partitioner of the user breaks the rules above.
     """
     split = PARTITIONERS.get(kind)
     if num_parts < 1 or num_parts > len(labels):
@@ -46,74 +100,75 @@ def partition(kind: str, labels: IntArray, num_parts: int, seed: int, beta: floa
             value=num_parts,
             allowed=f"1 to {len(labels)}",
         )
-    parts = [np.sort(np.asarray(part, np.int64)) for part in split(labels, num_parts, seed, beta)]
-    everything = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-    complete = np.array_equal(everything, np.arange(len(labels)))
-    if len(parts) != num_parts or not complete or not all(part.size for part in parts):
-        raise ConfigError(
-            "C018",
-            f"partitioner '{kind}' made no split of {len(labels)} samples into {num_parts} parts",
-            place="data_distribution_kind",
-            value=f"{len(parts)} parts with {everything.size} samples",
-            allowed="disjoint, non-empty parts that cover all samples",
-        )
-    return parts
+    offered = {
+        "labels": labels,
+        "num_parts": num_parts,
+        "seed": seed,
+        "beta": beta,
+        "groups": groups,
+        "classes_per_node": classes_per_node,
+        "shards_per_node": shards_per_node,
+    }
+    owners = _run(kind, split, accepted_arguments(split, offered), seed)
+    if not isinstance(owners, np.ndarray) or owners.ndim != 1 or owners.dtype.kind != "i":
+        owners = _owners_of_parts(kind, owners, len(labels), num_parts)
+    inside = len(owners) == len(labels) and -1 <= owners.min() <= owners.max() < num_parts
+    made = Partition(owners, num_parts) if inside else None
+    if made is None or not made.sizes.all():
+        raise _no_split(kind, len(labels), num_parts, "a node without samples, or owners that are no nodes")
+    return made
 
 
-@PARTITIONERS.register("iid")
-def iid(labels: IntArray, num_parts: int, seed: int, beta: float) -> list[IntArray]:
-    """A random permutation cut into parts whose sizes differ by at most one; `beta` is not used."""
-    order = stable_random_state(seed, "partition-iid").permutation(len(labels))
-    return np.array_split(order, num_parts)
-
-
-@PARTITIONERS.register("dir")
-def dirichlet(labels: IntArray, num_parts: int, seed: int, beta: float) -> list[IntArray]:
-    """Label skew: each class is divided over the parts in proportions drawn from a symmetric Dirichlet(beta).
-
-    Synthetic heterogeneity by Dirichlet draws goes back to Hsu et al. 2019 (arXiv 1909.06335), who draw the class
-    mixture of each client; the draw per class used here also skews the sample counts and needs no replacement.
-    Small `beta` gives nodes few classes, large `beta` approaches an IID split.
-
-    A draw is repeated, with the next numbers of the same stream, until every part has at least
-    ``min(10, num_samples / num_parts / 2)`` samples. Parts that already hold their fair share get no more of the
-    remaining classes, as in Li et al. 2021 (arXiv 2102.02079), or hardly any draw would do for many parts.
-
-    Raises:
-        ConfigError: C008 when no draw does, C007 for a `beta` that is not positive.
-    """
-    if not beta > 0:
-        raise ConfigError("C007", "must be positive", place="dirichlet_beta", value=beta, allowed="> 0")
-    least = max(1.0, min(_MIN_SAMPLES, len(labels) / num_parts / 2))
-    random = stable_random_state(seed, "partition-dir")
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    for _ in range(_MAX_TRIES):
-        parts = _draw(members, num_parts, beta, random)
-        if min(len(part) for part in parts) >= least:
-            return parts
-    raise ConfigError(
-        "C008",
-        f"no Dirichlet({beta:g}) split of {len(labels)} samples gives each of {num_parts} nodes {least:g} samples",
-        place="dirichlet_beta",
-        value=beta,
-        hint="Raise dirichlet_beta or lower number_of_clients",
+def configured_partition(config: Any, dataset: Dataset, num_parts: int) -> Partition:
+    """The split of a configuration (:class:`icrf.spec.FederationConfig`); see :func:`partition`."""
+    return partition(
+        config.data_distribution_kind,
+        dataset.train_y,
+        num_parts,
+        derive_seed(config.seed, 0, 0, "partition"),
+        config.dirichlet_beta,
+        groups=dataset.groups,
+        classes_per_node=config.classes_per_node,
+        shards_per_node=config.shards_per_node,
     )
 
 
-def _draw(members: list[Any], num_parts: int, beta: float, random: np.random.RandomState) -> list[IntArray]:
-    """One draw: owner of every sample, class by class."""
-    share = sum(map(len, members)) / num_parts
-    counts = np.zeros(num_parts, np.int64)
-    owners = []
-    for indices in members:
-        # Gamma draws over their sum are a Dirichlet draw; a sum of zero (tiny beta) falls back to equal shares.
-        weights = random.standard_gamma(beta, num_parts) * (counts < share)
-        total = weights.sum()
-        weights = weights / total if total > 0 else np.full(num_parts, 1 / num_parts)
-        cuts = (np.cumsum(weights)[:-1] * len(indices)).astype(np.int64)
-        sizes = np.diff(cuts, prepend=0, append=len(indices))
-        owners.append(np.repeat(np.arange(num_parts), sizes)[np.argsort(random.random_sample(len(indices)))])
-        counts += sizes
-    owner = np.concatenate(owners)
-    samples = np.concatenate(members)[np.argsort(owner, kind="stable")]
-    return np.split(samples, np.cumsum(counts)[:-1])
+def _run(kind: str, split: Callable[..., Any], arguments: dict[str, Any], seed: int) -> Any:
+    try:
+        with global_randomness(seed):  # every host splits by itself, and all must get the same
+            return split(**arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            "C017",
+            f"partitioner raised {type(error).__name__}: {error}",
+            place="data_distribution_kind",
+            value=kind,
+        ) from error
+
+
+def _owners_of_parts(kind: str, parts: Any, num_samples: int, num_parts: int) -> IntArray:
+    """Owners from an array of sample indices per node."""
+    try:
+        arrays = [np.asarray(part, np.int64) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise _no_split(kind, num_samples, num_parts, type(parts).__name__) from error
+    samples = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+    outside = samples.size and not 0 <= samples.min() <= samples.max() < num_samples
+    if len(arrays) != num_parts or outside or np.unique(samples).size != samples.size:
+        found = f"{len(arrays)} parts with {samples.size} samples, {np.unique(samples).size} of them different"
+        raise _no_split(kind, num_samples, num_parts, found)
+    owners = np.full(num_samples, -1, np.int64)
+    owners[samples] = np.repeat(np.arange(num_parts), [len(part) for part in arrays])
+    return owners
+
+
+def _no_split(kind: str, num_samples: int, num_parts: int, found: str) -> ConfigError:
+    return ConfigError(
+        "C018",
+        f"partitioner '{kind}' made no split of {num_samples} samples into {num_parts} parts",
+        place="data_distribution_kind",
+        value=found,
+        allowed="disjoint, non-empty parts",
+    )

@@ -8,22 +8,49 @@ first optimizer step of a process imports), and batches are views of one permute
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from icrf.errors import ConfigError
 from icrf.learning.injection import accepted_arguments
 from icrf.learning.layout import FlatModule
+from icrf.learning.metrics import measure, metric_key
 from icrf.registry import unknown_name
 
 # Permuted copies of a node's data are made in blocks of about this size, so that a large node does not double.
 _BLOCK_BYTES = 16 << 20
 _ALIGNMENT = 64
+
+# What Adam and AdamW keep of every parameter, beside the number of steps.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LocalTerms:
+    """What an aggregation rule adds to a node's local training; arrays are flat, in the layout's order.
+
+    Attributes:
+        mu: weight of the proximal term ``mu/2 * |w - anchor|^2``; 0 for none.
+        anchor: where that term pulls to, shape (num_parameters,).
+        correction: what is added to every gradient, shape (num_parameters,); None for nothing.
+        optimizer_state: the optimizer's state that outlives the call, see :func:`optimizer_rows`; written in place.
+    """
+
+    mu: float = 0.0
+    anchor: Array | None = None
+    correction: Array | None = None
+    optimizer_state: Array | None = None
 
 
 def to_tensor(array: Any, dtype: Any | None = None) -> torch.Tensor:
@@ -71,6 +98,18 @@ class _PlainSgd:
         self._momentum = momentum
         self._weight_decay = weight_decay
         self._velocity: dict[int, Any] = {}
+        self.num_rows, _ = optimizer_rows("SGD", momentum)
+
+    def load(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Go on from kept velocities; without momentum there are none."""
+        if rows:
+            self._velocity = {number: view.clone() for number, view in enumerate(rows[0]) if view is not None}
+
+    def save(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Keep the velocities."""
+        for number, velocity in self._velocity.items():
+            if rows[0][number] is not None:
+                rows[0][number].copy_(velocity)
 
     def step(self) -> None:
         """Update every parameter that has a gradient and drop the gradients."""
@@ -101,6 +140,26 @@ class _TorchOptimizer:
         offered = {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay, "foreach": False}
         parameters = [parameter for parameter, _ in flat_module.trainable]
         self._optimizer = kind(parameters, **accepted_arguments(kind, offered))
+        self.num_rows = len(_MOMENTS)
+
+    def load(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Go on from kept moments (Adam, AdamW)."""
+        if not scalars[0]:
+            return
+        for number, parameter in enumerate(self._optimizer.param_groups[0]["params"]):
+            if rows[0][number] is None:
+                continue
+            moments = {name: row[number].clone() for name, row in zip(_MOMENTS, rows, strict=True)}
+            self._optimizer.state[parameter] = {"step": scalars[0].to(torch.float32), **moments}
+
+    def save(self, rows: Sequence[list[Any]], scalars: Any) -> None:
+        """Keep the moments and the number of steps."""
+        for number, parameter in enumerate(self._optimizer.param_groups[0]["params"]):
+            state = self._optimizer.state.get(parameter)
+            if state and rows[0][number] is not None:
+                scalars[0] = state["step"]
+                for name, row in zip(_MOMENTS, rows, strict=True):
+                    row[number].copy_(state[name])
 
     def step(self) -> None:
         """Update every parameter that has a gradient and drop the gradients."""
@@ -108,8 +167,100 @@ class _TorchOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
 
+Stepper = _PlainSgd | _TorchOptimizer
+
+
+def _stepper(
+    optimizer: str, flat_module: FlatModule, learning_rate: float, momentum: float, weight_decay: float
+) -> Stepper:
+    if optimizer == "SGD":
+        return _PlainSgd(flat_module, learning_rate, momentum, weight_decay)
+    return _TorchOptimizer(optimizer, flat_module, learning_rate, momentum, weight_decay)
+
+
+def optimizer_rows(optimizer: str, momentum: float = 0.0) -> tuple[int, int]:
+    """Rows of the model's size, and numbers after them, that an optimizer's state takes.
+
+    Raises:
+        ConfigError: C008 for an optimizer whose state cannot be kept between calls.
+    """
+    if optimizer == "SGD":
+        return (1, 0) if momentum else (0, 0)
+    if optimizer in ("Adam", "AdamW"):
+        return len(_MOMENTS), 1
+    raise ConfigError("C008", f"the state of {optimizer} cannot be kept", place="optimizer", allowed="SGD, Adam, AdamW")
+
+
+class _Extras:
+    """The terms of one call as tensors, laid out like the parameters."""
+
+    def __init__(self, flat_module: FlatModule, terms: LocalTerms) -> None:
+        self._module, self._terms = flat_module, terms
+        self._anchor = None if terms.anchor is None or not terms.mu else self._views(terms.anchor)
+        self._correction = None if terms.correction is None else self._views(terms.correction)
+
+    @property
+    def changes_gradients(self) -> bool:
+        return self._anchor is not None or self._correction is not None
+
+    def correct(self) -> None:
+        """Change the gradients of the step that is about to be made."""
+        for number, (parameter, data) in enumerate(self._module.trainable):
+            if parameter.grad is None:
+                continue
+            anchor, correction = (None if rows is None else rows[number] for rows in (self._anchor, self._correction))
+            if anchor is not None:
+                parameter.grad.add_(data - anchor, alpha=self._terms.mu)
+            if correction is not None:
+                parameter.grad.add_(correction)
+
+    def load(self, stepper: Stepper) -> None:
+        """Hand the optimizer what it had when it stopped."""
+        if self._terms.optimizer_state is not None:
+            stepper.load(*self._state(torch.tensor(self._terms.optimizer_state), stepper.num_rows))
+
+    def save(self, stepper: Stepper) -> None:
+        """Take it back."""
+        if self._terms.optimizer_state is not None:
+            kept = torch.tensor(self._terms.optimizer_state)
+            stepper.save(*self._state(kept, stepper.num_rows))
+            np.copyto(self._terms.optimizer_state, kept.numpy())
+
+    def _state(self, kept: Any, num_rows: int) -> tuple[list[list[Any]], Any]:
+        size = self._module.layout.num_parameters
+        return [self._cut(kept[k * size : (k + 1) * size]) for k in range(num_rows)], kept[num_rows * size :]
+
+    def _views(self, flat: Array) -> list[Any]:
+        # A copy: arrays of an object store cannot be written to, which torch does not accept.
+        return self._cut(torch.tensor(flat))
+
+    def _cut(self, flat: Any) -> list[Any]:
+        """A flat tensor of what is shared, in the shapes of the trainable parameters; None for a private one."""
+        size = self._module.layout.num_parameters
+        pairs = zip(self._slices, self._module.trainable, strict=True)
+        return [flat[part].view(data.shape) if part.stop <= size else None for part, (_, data) in pairs]
+
+    @property
+    def _slices(self) -> list[slice]:
+        named = {name for name, found in self._module.module.named_parameters() if found.requires_grad}
+        return [part for tensor, part in self._module.layout.places if tensor.name in named]
+
+
 class LocalTrainer:
-    """Trains one node after the other on the host's module. Not thread-safe: torch's global generator is borrowed."""
+    """Trains one node after the other on the host's module. Not thread-safe: torch's global generator is borrowed.
+
+    Attributes:
+        steps: optimizer steps since :meth:`begin`.
+    """
+
+    def __init__(self) -> None:
+        self._terms = LocalTerms()
+        self.steps = 0
+
+    def begin(self, terms: LocalTerms | None = None) -> None:
+        """The host is about to train another node, with what its aggregation rule adds to that."""
+        self._terms = terms or LocalTerms()
+        self.steps = 0
 
     def train(
         self,
@@ -125,8 +276,10 @@ class LocalTrainer:
         batch_size: int,
         shuffle: bool,
         generator: torch.Generator,
+        steps: int | None = None,
+        loss: Loss = functional.cross_entropy,
     ) -> tuple[float, int]:
-        """Train by minibatch descent on the cross entropy; the optimizer starts afresh in every call.
+        """Train by minibatch descent; the optimizer starts afresh in every call unless the rule keeps its state.
 
         All randomness, the model's own (dropout) included, comes from `generator`; torch's global generator is put
         back afterwards.
@@ -140,35 +293,50 @@ class LocalTrainer:
             momentum: 0 for none.
             weight_decay: L2 penalty as the optimizer understands it.
             epochs: passes over the data; 0 trains nothing.
-            batch_size: samples per step; 0 takes all at once. The last batch of a pass may be smaller.
+            batch_size: samples per step; 0 takes all at once. The last batch of a pass may be smaller; where the model
+                has batch norm, which cannot do with one sample, a last single one joins the batch before.
             shuffle: draw a new order for every pass; otherwise the given order.
             generator: CPU generator of this (node, round).
+            steps: optimizer steps to make, over as many passes as that takes, in place of `epochs`.
+            loss: mean loss of a batch from (scores, labels); a scalar tensor.
 
         Returns:
             Mean loss over all samples seen, each at the time of its step, and their number; (0.0, 0) without any.
         """
         num_samples = len(y)
-        if epochs <= 0 or not num_samples:
+        if (epochs if steps is None else steps) <= 0 or not num_samples:
             return 0.0, 0
-        module = flat_module.module
         x = to_tensor(x, getattr(torch, flat_module.layout.dtype.name))
         y = to_tensor(y)
-        stepper = (
-            _PlainSgd(flat_module, learning_rate, momentum, weight_decay)
-            if optimizer == "SGD"
-            else _TorchOptimizer(optimizer, flat_module, learning_rate, momentum, weight_decay)
-        )
-        total = torch.zeros((), dtype=torch.float64)
+        stepper = _stepper(optimizer, flat_module, learning_rate, momentum, weight_decay)
+        extras = _Extras(flat_module, self._terms)
+        extras.load(stepper)
         flat_module.zero_grad()
-        module.train()
+        flat_module.module.train()
         with _global_randomness_from(generator):
-            for _ in range(epochs):
-                for features, labels in _batches(x, y, batch_size or num_samples, shuffle, generator):
-                    loss = functional.cross_entropy(module(features), labels)
-                    loss.backward()
-                    stepper.step()
-                    total.add_(loss.detach(), alpha=len(labels))
-        return total.item() / (num_samples * epochs), num_samples * epochs
+            module, size = flat_module.module, batch_size or num_samples
+            passes = itertools.count() if steps is not None else range(epochs)
+            one_pass = (_as_accepted(module, _batches(x, y, size, shuffle, generator)) for _ in passes)
+            batches = itertools.islice(itertools.chain.from_iterable(one_pass), steps)
+            found = self._descend(module, batches, loss, stepper, extras)
+        extras.save(stepper)
+        return found
+
+    def _descend(
+        self, module: Any, batches: Iterable[tuple[Any, Any]], loss: Loss, stepper: Stepper, extras: _Extras
+    ) -> tuple[float, int]:
+        """One optimizer step per batch; mean loss and samples seen."""
+        total, seen = torch.zeros((), dtype=torch.float64), 0
+        for features, labels in batches:
+            batch_loss = loss(module(features), labels)
+            batch_loss.backward()
+            if extras.changes_gradients:
+                extras.correct()
+            stepper.step()
+            total.add_(batch_loss.detach(), alpha=len(labels))
+            seen += len(labels)
+            self.steps += 1
+        return total.item() / seen, seen
 
 
 @contextmanager
@@ -199,24 +367,45 @@ def _batches(
         )
 
 
-def evaluate(module: Any, x: Any, y: Any, batch: int = 1024) -> dict[str, float]:
-    """Accuracy and mean cross entropy of a module.
+def _as_accepted(
+    module: Any, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same batches; with batch norm a single sample at the end together with the batch before it."""
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        yield from batches
+        return
+    held = next(batches, None)
+    for batch in batches:
+        assert held is not None
+        if len(batch[1]) == 1:
+            held = torch.cat([held[0], batch[0]]), torch.cat([held[1], batch[1]])
+        else:
+            yield held
+            held = batch
+    if held is not None:
+        yield held
+
+
+def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[str] = ()) -> dict[str, float]:
+    """Accuracy and mean cross entropy of a module, and other metrics by name.
 
     Args:
         module: a module or the module of a :class:`FlatModule`; its mode is put back.
         x: features, shape (n, ...).
         y: int64 classes, shape (n,).
         batch: samples per forward pass.
+        metrics: names for :func:`icrf.learning.metrics.measure`.
 
     Returns:
-        ``{"accuracy": share of right answers, "loss": mean cross entropy}``; both 0 without samples.
+        ``{"accuracy": share of right answers, "loss": mean cross entropy}`` and `metrics`; all 0 without samples.
     """
     if not len(y):
-        return {"accuracy": 0.0, "loss": 0.0}
+        return {"accuracy": 0.0, "loss": 0.0, **{metric_key(name): 0.0 for name in metrics}}
     parameter = next(module.parameters(), None)
     x, y = to_tensor(x, None if parameter is None else parameter.dtype), to_tensor(y)
     total = torch.zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.int64)
+    kept = []
     was_training = module.training
     module.eval()
     try:
@@ -225,6 +414,9 @@ def evaluate(module: Any, x: Any, y: Any, batch: int = 1024) -> dict[str, float]
                 scores = module(features)
                 total += functional.cross_entropy(scores, labels, reduction="sum")
                 correct += (scores.argmax(1) == labels).sum()
+                if metrics:
+                    kept.append(scores.numpy())
     finally:
         module.train(was_training)
-    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y)}
+    more = measure(metrics, np.concatenate(kept), y.numpy()) if metrics else {}
+    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y), **more}

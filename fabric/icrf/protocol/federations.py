@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 PROTOCOL_VERSION = 1
 
 # How far a submitted federation goes by itself, and what `advance` asks for.
 STAGES = ("reserve", "activate", "run")
+# What `advance` also takes: no further rounds, the model is stored and the run ends.
+STOP = "stop"
 
 # Status of a run. The last three are terminal.
 QUEUED, RECOVERING, RESERVING, RESERVED, ACTIVATING, READY, RUNNING, IDLE = (
@@ -26,13 +30,46 @@ TERMINAL = frozenset({COMPLETED, FAILED, CANCELLED})
 CENTRALIZED, DECENTRALIZED = "centralized", "decentralized"
 
 
+# How the tensors of several nodes become one: as the aggregation rule or the mixing says (parameters); by the weighted
+# mean (buffers of floats); by the mean rounded to the nearest integer; not at all.
+AGGREGATED, MEAN, ROUNDED, PRIVATE = "aggregated", "mean", "rounded", "private"
+# Elements of the flat buffer that an integer takes, see ``learning/layout.py``.
+LIMBS = 2
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model. `dtype` is a NumPy name such as ``float32``."""
+    """One tensor of the model. `dtype` is a NumPy name such as ``float32``, `rule` one of the four above."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    rule: str = AGGREGATED
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it holds integers or booleans."""
+        return "int" in self.dtype or self.dtype == "bool"
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the flat buffer that it takes."""
+        return math.prod(self.shape) * (LIMBS if self.is_integer and self.rule in (ROUNDED, PRIVATE) else 1)
+
+
+def shared_tensors(layout: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that nodes send and average, in name order."""
+    return tuple(tensor for tensor in layout if tensor.rule != PRIVATE)
+
+
+def shared_size(layout: Sequence[TensorSpec]) -> int:
+    """Elements of a model or an update on its way."""
+    return sum(tensor.num_elements for tensor in shared_tensors(layout))
+
+
+def element_type(layout: Sequence[TensorSpec]) -> str:
+    """The dtype of a model or an update on its way: that of its first floats."""
+    return next((tensor.dtype for tensor in layout if tensor.rule in (AGGREGATED, MEAN)), layout[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -45,11 +82,63 @@ class NodeSpec:
 
 @dataclass(frozen=True)
 class Graph:
-    """A directed graph in CSR form: node i may send to ``indices[indptr[i]:indptr[i+1]]`` (ascending)."""
+    """A directed graph in CSR form: node i may send to ``indices[indptr[i]:indptr[i+1]]`` (ascending).
+
+    Attributes:
+        weights: per edge, in the order of `indices`, what its receiver multiplies the sender's state with; empty where
+            the configuration's mixing rule follows from the graph alone.
+        self_weights: per node, what it multiplies its own state with; empty in the same case.
+    """
 
     num_nodes: int
     indptr: tuple[int, ...]
     indices: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    self_weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an aggregation rule moves and keeps, in rows; a row has as many elements as the model has parameters.
+
+    Attributes:
+        down: rows that go from the aggregator to every cluster, the model first.
+        up: rows of a contribution, and so of a partial sum.
+        scalars: numbers that follow the rows of a contribution.
+        server: rows of the aggregator's committed state; its first `down` ones are sent.
+        client: rows that every participant keeps from round to round.
+        client_scalars: numbers that it keeps after them.
+        every_update: contributions travel one by one, because the rule has to see each of them.
+        nodes_keep: nodes are of a class of the user's own, and may have a state of their own.
+    """
+
+    down: int = 1
+    up: int = 1
+    scalars: int = 0
+    server: int = 1
+    client: int = 0
+    client_scalars: int = 0
+    every_update: bool = False
+    nodes_keep: bool = False
+
+    @property
+    def clients_keep(self) -> bool:
+        """Whether participants keep anything from round to round."""
+        return bool(self.client or self.client_scalars)
+
+    @property
+    def anybody_keeps(self) -> bool:
+        """Whether anything but the server's state lasts from round to round, or may."""
+        return self.clients_keep or self.nodes_keep
+
+    def with_private(self, layout: Sequence[TensorSpec]) -> Rows:
+        """The same where participants also keep the private tensors of a model."""
+        private = sum(tensor.num_elements for tensor in layout if tensor.rule == PRIVATE)
+        return replace(self, client_scalars=self.client_scalars + private)
+
+    def num_summed(self, num_tensors: int) -> int:
+        """Tensors with a grid of their own in a contribution: those of every row, and the numbers as one more."""
+        return self.up * num_tensors + (self.scalars > 0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +153,9 @@ class Submission:
         keep: stay allocated after the configured rounds until ``finish``.
         stage: how far to go without being asked, one of :data:`STAGES`.
         code_path: folder of the user's own modules, put on the path of local hosts; empty for none.
+        rows: what the aggregation rule moves and keeps.
+        schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
+            mediator draws the participants.
     """
 
     client_request_id: str
@@ -75,6 +167,8 @@ class Submission:
     keep: bool = False
     stage: str = "run"
     code_path: str = ""
+    rows: Rows = field(default_factory=Rows)
+    schedule: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +216,43 @@ class ClusterInfo:
 
 
 @dataclass(frozen=True)
+class MixingReport:
+    """What a mixing matrix W can do.
+
+    Attributes:
+        connected: every node reaches every other if directions are ignored.
+        strongly_connected: every node's state reaches every other node.
+        symmetric: W_ij = W_ji within 1e-9.
+        row_stochastic: rows sum to 1 within 1e-9, with no weight below 0.
+        column_stochastic: columns do.
+        doubly_stochastic: both do.
+        aperiodic: no group of nodes swaps its states in a cycle for ever.
+        push_sum: columns sum to 1 and rows do not; a mass per node makes up for it.
+        limit: what all nodes approach if nothing is trained: ``mean``, ``weighted mean``, or ``none``.
+        slem: second-largest eigenvalue modulus.
+        slem_kind: ``exact``, ``closed-form`` or ``estimate``.
+        spectral_gap: 1 - slem.
+        rounds_to_consensus: rounds until the disagreement falls below 1e-6 of itself; -1 if never.
+        problem: why the nodes never agree, or may not be mixed like this, a sentence; empty if they do.
+    """
+
+    connected: bool
+    strongly_connected: bool
+    symmetric: bool
+    row_stochastic: bool
+    column_stochastic: bool
+    doubly_stochastic: bool
+    aperiodic: bool
+    push_sum: bool
+    limit: str
+    slem: float
+    slem_kind: str
+    spectral_gap: float
+    rounds_to_consensus: int
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A dry run: where nodes go and what crosses.
 
@@ -133,7 +264,10 @@ class Plan:
         slem_kind: ``exact``, ``closed-form``, ``estimate`` or ``none``.
         rounds_to_consensus: rounds until the disagreement falls below 1e-6; -1 if never or centralized.
         problems: why it is not feasible, one sentence each.
+        mixing: what the mixing matrix can do; None for a centralized flow.
         links: (from cluster, to cluster, payload bytes per round).
+        num_parameters: elements of a model on its way.
+        tensors: rule -> how many tensors of the model follow it.
     """
 
     federation: str
@@ -156,6 +290,8 @@ class Plan:
     num_parameters: int
     strategy: str
     explanation: dict[str, str] = field(default_factory=dict)
+    mixing: MixingReport | None = None
+    tensors: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from icrf.protocol.federations import Graph, NodeSpec, Resources, TensorSpec
+from icrf.protocol.federations import Graph, NodeSpec, Resources, Rows, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Activate:
     code_path: str = ""
     restore_round: int = 0
     checkpoint: str = ""
+    rows: Rows = field(default_factory=Rows)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class StartRound:
     """Run one attempt of a round from the committed state `parent_hash`; answered by :class:`RoundReport`.
 
     Attributes:
-        grid: exponent e per tensor, bound 2^e on the total of n*|w| (see ``update.py``).
-        total_weight: sum of the participants' sample counts over all clusters.
+        grid: exponent e per summed tensor, bound 2^e on the total of n*|w| (see ``update.py``).
+        total_weight: sum of the participants' weights, sample counts or ones, over all clusters.
         evaluate: evaluate the global (or consensus) model after this round.
+        participants: bitmap of the nodes that train in this round; empty: all that have the role.
     """
 
     run_id: str
@@ -73,6 +75,7 @@ class StartRound:
     grid: tuple[int, ...]
     total_weight: int
     evaluate: bool
+    participants: bytes = b""
 
 
 @dataclass(frozen=True)

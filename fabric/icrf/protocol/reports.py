@@ -86,7 +86,7 @@ class Activated:
 
     Attributes:
         num_samples: (node index, training samples) of this cluster's nodes.
-        absmax: largest absolute value per tensor of the initial state on this cluster.
+        absmax: largest absolute value per summed tensor that the initial state on this cluster makes expect.
         state_hashes: 32 bytes per node of this cluster in index order (decentralized).
         model_hash: hex sha256 of the initial global model (coordinator only).
     """
@@ -107,9 +107,10 @@ class RoundReport:
     Attributes:
         participants: bitmap over node indices, bit i of byte i//8, of the nodes that trained here.
         overflow: tensor numbers whose values left the grid; the attempt is void and is run with a coarser one.
-        absmax: largest absolute value per tensor of the new state.
+        absmax: largest absolute value per summed tensor that the new state makes expect.
         metric_sums: name -> (numerator as decimal integer in units of 2^-40, weight); exact in any grouping.
         metrics: evaluation of the global model (coordinator of an evaluated round).
+        node_metrics: node id -> name -> value, of the nodes that trained here (evaluated rounds, up to 256 nodes).
         model_hash: hex sha256 of the new global or consensus model (coordinator, when there is one).
         state_hashes: 32 bytes per node of this cluster in index order (decentralized).
         bytes_inter_cluster: gateway bytes received by this cluster for this attempt, headers included.
@@ -136,6 +137,7 @@ class RoundReport:
     aggregate_s: float = 0.0
     error_json: str = ""
     recovery: str = ""
+    node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

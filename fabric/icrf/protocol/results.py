@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from icrf.protocol.participants import nodes_of
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -35,7 +37,10 @@ class RoundResult:
         participants: how many nodes contributed.
         metrics: ``train_loss`` always; ``accuracy`` and ``loss`` in evaluated rounds.
         model_sha256: hash of the global model; decentralized: the Merkle root over the node states.
+        node_metrics: node id -> name -> value of what each node reported: in evaluated rounds of federations of up to
+            256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
+        participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
     """
 
     number: int
@@ -53,6 +58,13 @@ class RoundResult:
     parent_sha256: str
     consensus_sha256: str = ""
     bytes_by_cluster: dict[str, int] = field(default_factory=dict)
+    participants_bitmap: str = ""
+    node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def participant_nodes(self) -> tuple[int, ...]:
+        """Indices of the nodes that contributed, ascending."""
+        return nodes_of(bytes.fromhex(self.participants_bitmap))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
+from icrf.protocol import sample_size
 from icrf.spec.choices import CHOICES, DECENTRALIZED, TRADITIONAL, not_built
 from icrf.spec.problems import Problem
 
@@ -14,6 +16,8 @@ Check = Callable[[Values], Iterator[Problem]]
 # Settings that not every optimizer has; given to another one they would be dropped silently.
 _WITH_MOMENTUM = ("SGD", "RMSprop")
 _WITHOUT_WEIGHT_DECAY = ("Rprop",)
+_WITH_K_VALUE = ("k_connected", "random_regular", "small_world")
+_UNDIRECTED_MIXING = ("metropolis_hastings", "lazy_metropolis", "max_degree", "uniform", "sample_weighted")
 
 
 class _Missing(Exception):
@@ -46,33 +50,60 @@ def find_contradictions(values: Values) -> list[Problem]:
 
 def _unusable_names(values: Values) -> Iterator[Problem]:
     for key, choice in CHOICES.items():
-        if key in values and (problem := choice.problem(key, values[key])):
-            yield problem
+        value = values.get(key, [])
+        for name in value if isinstance(value, list) else [value]:
+            if problem := choice.problem(key, name):
+                yield problem
 
 
 def _only_today(values: Values) -> Iterator[Problem]:
-    for key, works in (("client_fraction", 1.0), ("clustering_period", 0)):
-        if key in values and values[key] != works:
-            yield not_built(key, values[key], str(works))
-    for key, wanted in (("do_cluster", False), ("aggregation_sample_scaling", True), ("store_node_models", False)):
+    if values.get("clustering_period", 0) != 0:
+        yield not_built("clustering_period", values["clustering_period"], "0")
+    for key, wanted in (("do_cluster", False), ("store_node_models", False)):
         if values.get(key, wanted) is not wanted:
             yield not_built(key, not wanted, str(wanted).lower())
     if values.get("device") == "cuda":
         yield not_built("device", "cuda", "cpu")
-    least, nodes = values.get("min_nodes"), values.get("number_of_clients")
-    if least is not None and nodes is not None and least < nodes:
-        yield not_built("min_nodes", least, f"null or {nodes}: a round needs all of its nodes")
+
+
+def _sampled_clients(values: Values) -> Iterator[Problem]:
+    number, nodes = values["sampled_clients"], values["number_of_clients"]
+    if number is not None and number > nodes:
+        yield _too_many("sampled_clients", number, nodes, "nodes (number_of_clients)")
+    if number is not None and values["client_fraction"] != 1.0:
+        yield Problem(
+            "C008",
+            ("sampled_clients",),
+            f"sampled_clients {number} contradicts client_fraction {values['client_fraction']}",
+            allowed="one of the two",
+        )
 
 
 def _min_nodes(values: Values) -> Iterator[Problem]:
     least, nodes = values["min_nodes"], values["number_of_clients"]
-    if least is not None and least > nodes:
+    if least is None:
+        return
+    taking_part = sample_size(nodes, values["client_fraction"], values["sampled_clients"])
+    if least > nodes:
+        yield _too_many("min_nodes", least, nodes, "nodes (number_of_clients)")
+    elif least > taking_part:
+        yield _too_many("min_nodes", least, taking_part, "that take part in a round (client_fraction)")
+    elif least < nodes and values["federated_learning_schema"] == DECENTRALIZED:
+        yield not_built("min_nodes", least, f"null or {nodes}: every peer mixes with all of its neighbours")
+
+
+def _cluster_loss(values: Values) -> Iterator[Problem]:
+    if values["on_cluster_loss"] == "exclude" and values["min_nodes"] is None:
         yield Problem(
             "C008",
-            ("min_nodes",),
-            f"min_nodes {least} > {nodes} nodes (number_of_clients)",
-            allowed=f"1 to {nodes}",
+            ("on_cluster_loss",),
+            "on_cluster_loss 'exclude' contradicts min_nodes null, which wants all nodes in every round",
+            hint="Set min_nodes to the fewest nodes that make a round valid.",
         )
+
+
+def _too_many(key: str, value: int, most: int, of_what: str) -> Problem:
+    return Problem("C008", (key,), f"{key} {value} > {most} {of_what}", allowed=f"1 to {most}")
 
 
 def _schema_and_topology(values: Values) -> Iterator[Problem]:
@@ -91,7 +122,7 @@ def _schema_and_topology(values: Values) -> Iterator[Problem]:
             "C008",
             path,
             f"federated_learning_topology 'star' contradicts federated_learning_schema {DECENTRALIZED}",
-            allowed="ring, mesh, custom, a registered name, module:attr",
+            allowed="ring, mesh, k_connected, custom, ..., a registered name, module:attr",
             hint=f"For one server and its clients set federated_learning_schema: {TRADITIONAL}.",
         )
 
@@ -103,6 +134,41 @@ def _custom_matrix(values: Values) -> Iterator[Problem]:
             ("federated_learning_topology",),
             "adjacency_matrix_file_name is missing: topology 'custom' is read from it",
             hint="Set it to a CSV file with one row of 0 and 1 per node, relative to this file's folder.",
+        )
+
+
+def _neighbours(values: Values) -> Iterator[Problem]:
+    topology = values["federated_learning_topology"]
+    if topology in _WITH_K_VALUE and values["k_value"] is None:
+        yield Problem(
+            "C016",
+            ("federated_learning_topology",),
+            f"k_value is missing: topology '{topology}' has that many neighbours per node",
+            hint="Set it to a number from 2 to the number of nodes less one.",
+        )
+
+
+def _custom_weights(values: Values) -> Iterator[Problem]:
+    if values["mixing"] == "custom" and not values["mixing_matrix_file_name"]:
+        yield Problem(
+            "C016",
+            ("mixing",),
+            "mixing_matrix_file_name is missing: mixing 'custom' is read from it",
+            hint="Set it to a CSV file with one row of weights per node, relative to this file's folder.",
+        )
+
+
+def _directed(values: Values) -> Iterator[Problem]:
+    topology, mixing = values["federated_learning_topology"], values["mixing"]
+    peers = values["federated_learning_schema"] == DECENTRALIZED
+    what = "directed: true" if values["directed"] else f"topology '{topology}'"
+    if peers and (values["directed"] or topology == "exponential") and mixing in _UNDIRECTED_MIXING:
+        yield Problem(
+            "C008",
+            ("mixing",),
+            f"mixing '{mixing}' needs edges both ways; {what} has edges in one direction",
+            allowed="push_sum, custom, a registered name, module:attr",
+            hint="Set mixing: push_sum, which keeps the mean on directed graphs.",
         )
 
 
@@ -148,12 +214,80 @@ def _server_template(values: Values) -> Iterator[Problem]:
         )
 
 
+# Local optimizers that a rule understands; others work with any.
+_LOCAL_OPTIMIZERS = {"SCAFFOLD": ("SGD",), "FedNova": ("SGD",), "DiLoCo": ("SGD", "Adam", "AdamW")}
+
+
+def _aggregation(values: Values) -> Iterator[Problem]:
+    rule = values["aggregation_strategy"]
+    if values["federated_learning_schema"] != TRADITIONAL:
+        return
+    if rule == "FedProx" and values["mu"] is None:
+        yield _needs(rule, "mu", "mu: 0.01, the weight of its proximal term")
+    optimizers = _LOCAL_OPTIMIZERS.get(rule)
+    if optimizers and values["optimizer"] not in optimizers:
+        text = f"optimizer {values['optimizer']} contradicts aggregation_strategy {rule}"
+        yield Problem("C008", ("optimizer",), text, allowed=", ".join(optimizers))
+    if rule == "SCAFFOLD" and values["clip_norm"] is not None:
+        text = "clip_norm contradicts aggregation_strategy SCAFFOLD, which reads gradients off the unclipped update"
+        yield Problem("C008", ("clip_norm",), text, allowed="null with SCAFFOLD")
+
+
+def _fewest_participants(values: Values) -> int:
+    """How few nodes may contribute to a round."""
+    if values["min_nodes"] is not None:
+        return int(values["min_nodes"])
+    return sample_size(values["number_of_clients"], values["client_fraction"], values["sampled_clients"])
+
+
+def _byzantine(values: Values) -> Iterator[Problem]:
+    rule, bad, nodes = values["aggregation_strategy"], values["num_byzantine"], _fewest_participants(values)
+    if values["federated_learning_schema"] != TRADITIONAL or rule not in WITH_NUM_BYZANTINE:
+        return
+    if bad is None:
+        yield _needs(rule, "num_byzantine", "num_byzantine: 1, how many participants may send anything")
+        return
+    fewest, selected = fewest_updates(rule, bad), values["num_selected"]
+    if nodes < fewest:
+        text = f"num_byzantine {bad} contradicts {nodes} participants in a round: {rule} needs {fewest} for it"
+        yield Problem("C008", ("num_byzantine",), text, allowed=f"with {nodes} participants less")
+    elif rule == "MultiKrum" and selected is not None and selected > (most := most_selected(nodes, bad)):
+        text = f"num_selected {selected} contradicts {nodes} participants in a round and num_byzantine {bad}"
+        yield Problem("C008", ("num_selected",), text, allowed=f"1 to {most}")
+
+
+def _needs(rule: str, key: str, example: str) -> Problem:
+    text = f"{key} is missing: aggregation_strategy {rule} needs it"
+    return Problem("C016", ("aggregation_strategy",), text, hint=f"Set {example}.")
+
+
+def _table(values: Values) -> Iterator[Problem]:
+    if values["dataset_type"] not in ("csv", "parquet"):
+        return
+    for key, what in (("data_dir", "the table"), ("target_column", "the column with the class")):
+        if not values[key]:
+            yield Problem(
+                "C016",
+                (key,),
+                f"{key} is missing: dataset_type '{values['dataset_type']}' needs it",
+                hint=f"Set it to {what}.",
+            )
+
+
 CHECKS: tuple[Check, ...] = (
+    _aggregation,
+    _byzantine,
+    _sampled_clients,
     _min_nodes,
+    _cluster_loss,
     _schema_and_topology,
     _custom_matrix,
+    _neighbours,
+    _custom_weights,
+    _directed,
     _momentum,
     _weight_decay,
     _roles,
     _server_template,
+    _table,
 )

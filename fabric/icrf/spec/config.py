@@ -31,6 +31,7 @@ from icrf.spec.fields import (
     CountOrZero,
     Deadline,
     FederationId,
+    Names,
     Nodes,
     Placement,
     Share,
@@ -77,20 +78,36 @@ class FederationConfig(BaseModel):
     """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same) or
     ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
     federated_learning_topology: Text
-    """The graph: ``star`` for traditional; ``ring``, ``line``, ``mesh``, ``custom``, a registered name or
-    ``module:attr``."""
+    """The graph: ``star`` for traditional; for peers any other, see topologies.md."""
     k_value: Nodes | None = None
-    """Neighbours per node, for topologies that take it."""
+    """Neighbours per node of ``k_connected``, ``random_regular`` and ``small_world``."""
     adjacency_matrix_file_name: Text | None = None
     """CSV file of the matrix for ``custom``, relative to the configuration's folder."""
+    directed: bool = False
+    """Edges have one direction: ``ring``, ``erdos_renyi``, ``custom`` and topologies of your own. Needs ``mixing``
+    ``push_sum`` or a matrix or rule of your own."""
+    torus_rows: Nodes | None = None
+    """Rows of ``torus``; null: as square as possible."""
+    branching_factor: Nodes = 2
+    """Children per node of ``tree``."""
+    rewire_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of edges that ``small_world`` moves to a random node."""
+    edge_probability: Share | None = None
+    """Probability of each edge of ``erdos_renyi``; null: 2 ln(n) / n."""
+    allow_no_consensus: bool = False
+    """Accept a graph or a mixing matrix with which the nodes can never agree."""
 
     # ---- nodes and rounds
     number_of_clients: Nodes = 10
     """Nodes that train, the server not counted."""
     client_fraction: Share = 1.0
-    """Share of the clients that takes part in a round, in (0, 1]."""
+    """Share of the clients that takes part in a round, in (0, 1]; at least one client does."""
+    sampled_clients: Nodes | None = None
+    """How many clients take part in a round, instead of a share; null: as ``client_fraction`` says."""
+    client_sampler: Text = "uniform"
+    """Who is chosen: ``uniform`` draws, anew for every round; or a registered name or ``module:attr`` of a function."""
     min_nodes: Nodes | None = None
-    """Fewest nodes that make a round valid; null: all of them."""
+    """Fewest participants that make a round valid when others are late or lost; null: all of them. Star only."""
     client_role: ClientRole = "train-eval-test"
     """What clients do: a dash-separated subset of ``train``, ``eval``, ``test``, ``aggregate``."""
     client_template: Template | None = None
@@ -101,6 +118,8 @@ class FederationConfig(BaseModel):
     """Rounds to run."""
     number_of_epochs: CountOrZero = 1
     """Passes over the local data per round; 0 trains nothing (pure gossip)."""
+    local_steps: Count | None = None
+    """Optimizer steps per round, in place of ``number_of_epochs``; null: as many as the epochs have batches."""
     batch_size: Count = 16
     """Samples per optimizer step."""
     target_accuracy: Share | None = None
@@ -111,12 +130,28 @@ class FederationConfig(BaseModel):
     """A built-in model or ``module:attr`` of a function that builds one."""
     dataset_type: Text = "digits"
     """A built-in dataset or ``module:attr`` of a function that loads one."""
+    metrics: Names = Field(default_factory=list)
+    """What an evaluation measures besides ``accuracy`` and ``loss`` (see docs/models.md)."""
     data_dir: Text | None = None
-    """Folder of data files for datasets that need one, relative to the configuration's folder."""
+    """Folder of data files for datasets that need one (``mnist``, ``fmnist``, ``cifar10``) or file of a table,
+    relative to the configuration's folder."""
+    target_column: Text | None = None
+    """Tables: the column with the class."""
+    categorical_columns: Names = Field(default_factory=list)
+    """Tables: columns that are categories even where they look like numbers."""
+    ignored_columns: Names = Field(default_factory=list)
+    """Tables: columns that are left out."""
+    group_column: Text | None = None
+    """Tables: the column with a sample's natural id, for ``natural``; it is no feature."""
     data_distribution_kind: Text = "iid"
-    """How samples are dealt to the nodes: ``iid``, or ``dir`` (label shares drawn from a Dirichlet distribution)."""
+    """How samples are dealt to the nodes: ``iid``, ``dir``, ``20``, ``50``, ``90``, ``shards``, ``pathological``,
+    ``quantity``, ``natural`` (see docs/data.md), a registered name or ``module:attr``."""
     dirichlet_beta: Annotated[float, Field(gt=0, le=1e6)] = 0.5
-    """Concentration of ``dir``; the smaller, the more the nodes' labels differ."""
+    """Concentration of ``dir`` and ``quantity``; the smaller, the more the nodes' labels or sizes differ."""
+    classes_per_node: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Classes that a node holds with ``pathological``."""
+    shards_per_node: Annotated[int, Field(ge=1, le=100_000)] = 2
+    """Shards that a node gets with ``shards``."""
     shuffle: bool = True
     """Shuffle each node's data in every epoch."""
 
@@ -132,13 +167,34 @@ class FederationConfig(BaseModel):
 
     # ---- aggregation
     aggregation_strategy: Text = "FedAvg"
-    """How a server combines updates."""
+    """How a server combines updates: a built-in rule, a registered name or ``module:attr`` of an ``Aggregator``."""
     mu: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """Weight of the proximal term of ``FedProx``."""
+    server_learning_rate: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Step size of the server; null: 1 for ``FedAvgM``, ``SCAFFOLD`` and ``FedNova``, 0.7 for ``DiLoCo``, 0.1 for
+    ``FedAdagrad``, ``FedAdam`` and ``FedYogi``."""
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of the server in ``FedAvgM`` and ``DiLoCo``, in [0, 1)."""
+    server_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment in ``FedAdam`` and ``FedYogi``, in [0, 1)."""
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the second moment in ``FedAdam`` and ``FedYogi``, in [0, 1)."""
+    tau: Annotated[float, Field(gt=0, le=1e6)] = 1e-3
+    """Adaptivity of ``FedAdagrad``, ``FedAdam`` and ``FedYogi``: what is added to the root of the second moment."""
+    num_byzantine: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """Participants f that may send anything; ``TrimmedMean``, ``Krum`` and ``MultiKrum`` need it."""
+    num_selected: Count | None = None
+    """Updates that ``MultiKrum`` averages; null: as many as it may, participants - f - 2."""
+    clip_norm: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    """Scale every node's change of the model down to this L2 norm before it is sent to a server; null: never."""
     aggregation_sample_scaling: bool = True
     """Weight updates by the nodes' sample counts; false: every node counts the same."""
+    private_keys: Names = Field(default_factory=list)
+    """Patterns (``bn*``) of the names of tensors that stay with their node and are never averaged (FedBN)."""
     mixing: Text = "metropolis_hastings"
-    """How the mixing matrix of a decentralized round follows from the adjacency matrix."""
+    """How the mixing matrix of a decentralized round follows from the adjacency matrix, see topologies.md."""
+    mixing_matrix_file_name: Text | None = None
+    """CSV file of the weights for ``mixing: custom``, relative to the configuration's folder."""
 
     # ---- where it runs
     assignment_strategy: Text = "locality"
@@ -160,11 +216,14 @@ class FederationConfig(BaseModel):
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
     """Seconds that one attempt of a round may take; null: 600."""
     on_cluster_loss: Text = "wait"
-    """What happens to a run whose cluster is lost: ``wait`` for its return, or ``fail`` once its lease has ended."""
+    """What happens to a run whose cluster is lost: ``wait`` for its return (up to ``round_deadline_s``, then without
+    it where ``min_nodes`` allows), ``exclude``: go on at once without its nodes, or ``fail``."""
     inter_cluster_codec: Text = "none"
     """How payloads are compressed between clusters."""
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
+    evaluate_clients: bool = False
+    """Evaluated rounds also measure clients: role ``eval`` on their own data, role ``test`` on what is held out."""
     checkpoint_every: CountOrZero = 10
     """Rounds between durable checkpoints: a run whose state was lost goes back to the newest one; 0: to its start."""
     store_node_models: bool = False

@@ -85,6 +85,11 @@ def _target(node: str, target: Any) -> str | dict[str, str]:
     raise invalid("C006", f"{node}: expected a cluster, got {describe(target)}", "a name or {label: value}")
 
 
+def _names(value: Any) -> Any:
+    """A list; on the command line and in the environment its items stand between commas."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
 def _deadline(value: Any) -> Any:
     return DEFAULT_ROUND_DEADLINE_S if value is None else value
 
@@ -116,6 +121,7 @@ def _resource_form(value: Any) -> str:
 
 
 Text = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_plain_text)]
+Names = Annotated[list[Text], BeforeValidator(_names)]
 FederationId = Annotated[Text, AfterValidator(_federation_id)]
 ClientRole = Annotated[Text, AfterValidator(_client_role)]
 Template = Annotated[Text, AfterValidator(_template)]

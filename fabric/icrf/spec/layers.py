@@ -16,7 +16,9 @@ from icrf.spec.problems import Places, describe
 SCHEMA_KEY, SCHEMA_ALIAS = "federated_learning_schema", "schema"
 ENVIRONMENT_PREFIX = "ICRF_"
 # Files that a configuration names; relative ones start from the configuration's folder, whoever sets them.
-PATH_KEYS = ("adjacency_matrix_file_name", "data_dir")
+PATH_KEYS = ("adjacency_matrix_file_name", "mixing_matrix_file_name", "data_dir")
+# Those that are read only where another key says `custom`.
+MATRIX_KEYS = {"federated_learning_topology": "adjacency_matrix_file_name", "mixing": "mixing_matrix_file_name"}
 
 
 @dataclass
@@ -67,7 +69,7 @@ def read_layers(
             builder.add_scalar(key, variables[name], place=name, source=name)
     for override in overrides:
         builder.add_override(override)
-    builder.check_matrix_file(path.parent)
+    builder.check_matrix_files(path.parent)
     return builder.finish(path.parent)
 
 
@@ -142,13 +144,15 @@ class _Builder:
                 self.unreadable.add(key)
         self.sources[key] = source or self.by_path[(key,)]
 
-    def check_matrix_file(self, base_dir: Path) -> None:
-        """C015 for a matrix file that is not there; only whoever reads the configuration can look."""
-        key = "adjacency_matrix_file_name"
-        resolved = resolve_paths(self.values, base_dir).get(key)
-        if self.values.get("federated_learning_topology") != "custom" or not isinstance(resolved, str) or not resolved:
-            return
-        if resolved.isprintable() and not Path(resolved).is_file():
+    def check_matrix_files(self, base_dir: Path) -> None:
+        """C015 for each matrix file that is not there; only whoever reads the configuration can look."""
+        for user, key in MATRIX_KEYS.items():
+            resolved = resolve_paths(self.values, base_dir).get(key)
+            if self.values.get(user) == "custom" and isinstance(resolved, str) and resolved.isprintable():
+                self._check_file(key, resolved)
+
+    def _check_file(self, key: str, resolved: str) -> None:
+        if resolved and not Path(resolved).is_file():
             self.errors.append(
                 ConfigError(
                     "C015",

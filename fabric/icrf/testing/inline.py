@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from icrf.loop_thread import LoopThread
-from icrf.ports import MediatorPort
+from icrf.ports import Clock, MediatorPort
 from icrf.protocol import Capacity
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
 from icrf_agent.inline_substrate import InlineSubstrate
@@ -44,6 +44,12 @@ class InlineFabric:
         num_slots: hosts per cluster.
         templates: node classes by ``local:NAME``.
         labels: labels by cluster name.
+        policy: times of the mediator.
+        clock: the mediator's time; by default that of this machine.
+
+    Attributes:
+        agents: the agents by cluster name.
+        substrates: what carries their hosts, and kills them on command.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class InlineFabric:
         templates: Mapping[str, type] | None = None,
         labels: Mapping[str, Mapping[str, str]] | None = None,
         policy: Policy | None = None,
+        clock: Clock | None = None,
     ) -> None:
         names = [f"local-{k + 1}" for k in range(clusters)] if isinstance(clusters, int) else list(clusters)
         self._thread = LoopThread("icrf-inline-fabric")
@@ -62,15 +69,16 @@ class InlineFabric:
         self._capacity = Capacity(num_slots, float(num_slots), 0.0, 1 << 33)
         self._templates = dict(templates or {})
         self._labels = {k: dict(v) for k, v in (labels or {}).items()}
-        self._policy = policy
+        self._policy, self._clock = policy, clock or MonotonicClock()
         self._current: MediatorService | None = None
         self.agents: dict[str, AgentService] = {}
+        self.substrates: dict[str, InlineSubstrate] = {}
         self._serving: list[asyncio.Task[None]] = []
         self.service: MediatorService = self._thread.call(self._start(names))
         self.port: MediatorPort = InProcessMediator(self.service, self._thread.loop)
 
     async def _start(self, names: Sequence[str]) -> MediatorService:
-        service = MediatorService(self.store, self.blobs, MonotonicClock(), self._policy)
+        service = MediatorService(self.store, self.blobs, self._clock, self._policy)
         await service.start()
         self._current = service
         for name in names:
@@ -78,7 +86,7 @@ class InlineFabric:
         return service
 
     async def _add(self, service: MediatorService, name: str) -> None:
-        substrate = InlineSubstrate(self._capacity, lambda: InProcessTransport(self._hub, name))
+        substrate = self.substrates[name] = InlineSubstrate(self._capacity, lambda: InProcessTransport(self._hub, name))
         runtime = HostedRuntime(name, substrate, templates=self._templates)
         identity = AgentIdentity(name, uuid.uuid4().hex, self._labels.get(name, {}))
         agent = AgentService(identity, InProcessLink(lambda: self._current), runtime)
@@ -95,9 +103,18 @@ class InlineFabric:
     async def _restart(self) -> None:
         old, self._current = self.service, None
         await old.stop()
-        self.service = MediatorService(self.store, self.blobs, MonotonicClock(), self._policy)
+        self.service = MediatorService(self.store, self.blobs, self._clock, self._policy)
         await self.service.start()
         self._current = self.service
+
+    def stop_agent(self, name: str) -> None:
+        """An agent leaves at once; nothing is left of what lived on its cluster."""
+        self._thread.call(self.agents.pop(name).stop())
+
+    def start_agent(self, name: str) -> None:
+        """An agent for a cluster that has none."""
+        assert self._current is not None
+        self._thread.call(self._add(self._current, name))
 
     def close(self) -> None:
         """Stop agents and mediator; harmless when called twice."""

@@ -37,7 +37,20 @@ def activation(flow: str, num_slots: int = 2, clusters: tuple[str, ...] = (CLUST
     assignment = tuple(n % len(clusters) for n in range(len(s.nodes)))
     peers = tuple(PeerAddress(name, "") for name in clusters)
     return Activate(
-        RUN, 1, "recovery", s.config_json, s.flow, s.nodes, s.graph, s.layout, clusters, assignment, 0, peers, num_slots
+        run_id=RUN,
+        generation=1,
+        federation="recovery",
+        config_json=s.config_json,
+        flow=s.flow,
+        nodes=s.nodes,
+        graph=s.graph,
+        layout=s.layout,
+        clusters=clusters,
+        assignment=assignment,
+        coordinator=0,
+        peers=peers,
+        num_slots=num_slots,
+        rows=s.rows,
     )
 
 

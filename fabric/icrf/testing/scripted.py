@@ -31,6 +31,7 @@ from icrf.protocol import (
     RunEvent,
     RunInfo,
     Submission,
+    shared_size,
 )
 
 _FINGERPRINT = Fingerprint("2.13.0", "AVX2", "on", 1, "cpu")
@@ -188,6 +189,10 @@ class ScriptedMediator:
         """Changes nothing: scripted runs are as far as they get."""
         return self._find(run_id).info
 
+    def change_nodes(self, run_id: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> RunInfo:
+        """Changes nothing: scripted rounds have the nodes that they have."""
+        return self._find(run_id).info
+
     def finish(self, run_id: str) -> RunInfo:
         """See :meth:`icrf.ports.MediatorPort.finish`."""
         run = self._find(run_id)
@@ -211,7 +216,7 @@ class ScriptedMediator:
         """Nodes go to the clusters in turn; bytes are those of one model per remote cluster and direction."""
         names = self.script.clusters
         assignment = {node.id: names[i % len(names)] for i, node in enumerate(submission.nodes)}
-        parameters = sum(int(np.prod(t.shape)) for t in submission.layout)
+        parameters = shared_size(submission.layout)
         links = tuple(
             link
             for name in names[1:]

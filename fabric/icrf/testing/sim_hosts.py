@@ -15,7 +15,7 @@ import numpy as np
 from icrf.errors import InternalError, NodeError, RunError, WeightsError
 from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, Transfer
 from icrf.ports import ModelFile, PhaseReport
-from icrf.protocol import Activate, Activated, StartRound
+from icrf.protocol import Activate, Activated, StartRound, nodes_of
 from icrf.testing.sim_tally import Tally, Vector, absmax, digest, total
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager, Posting
@@ -80,14 +80,15 @@ def publish_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, st
     """Coordinator: publish the committed model to the participants."""
     assert host.state is not None
     tally = run.tally
-    recipients = tuple(i for i in tally.participants if i != tally.aggregator)
+    recipients = tuple(i for i in tally.chosen(start.round) if i != tally.aggregator)
     manager.publish_many(_posting(start, MODEL, (tally.aggregator,), host.state.rebase(start), recipients))
 
 
 def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
     """Make the contributions of a host's nodes and publish them."""
     tally = run.tally
-    local = tuple(n for n in host.nodes if n in tally.participants)
+    chosen = nodes_of(start.participants) or tally.participants
+    local = tuple(n for n in host.nodes if n in chosen)
     overflow: tuple[int, ...] = ()
     if tally.centralized:
         if not local:
@@ -98,17 +99,17 @@ def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: Sta
         base = array_of(postings[0])
         made = total([tally.contribution(n, start.round, base) for n in local])
         weight = sum(tally.samples(n) for n in local)
-        if local[0] == tally.participants[0] and tally.overflows(start.round, start.grid):
+        if local[0] == chosen[0] and tally.overflows(start.round, start.grid):
             overflow = (0,)
         else:
             manager.publish_many(_posting(start, PARTIAL, local, made, (tally.aggregator,), weight))
     else:
         assert host.state is not None
         rows = host.state.rebase(start)
-        updates = [rows[k] + tally.contribution(n, start.round, rows[k]) for k, n in enumerate(host.nodes)]
+        updates = [tally.update(n, start.round, rows[k]) for k, n in enumerate(host.nodes)]
         manager.publish_many(_posting(start, UPDATE, host.nodes, np.stack(updates)))
     losses = [tally.loss(n, start.round) for n in local]
-    sums = {"train_loss": (sum(n for n, _ in losses), sum(w for _, w in losses))}
+    sums = {"train_loss": (sum(n for n, _ in losses), sum(w for _, w in losses))} if losses else {}
     return PhaseReport(nodes=local, overflow=overflow, metric_sums=sums)
 
 

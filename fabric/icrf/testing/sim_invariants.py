@@ -43,6 +43,7 @@ class _Facts:
     generation: int = 0
     clusters: tuple[str, ...] = ()
     heads: list[str] = field(default_factory=list)
+    without: dict[int, set[str]] = field(default_factory=dict)
     events: list[Mapping[str, Any]] = field(default_factory=list)
     watched: int = 0
     acknowledged: bool = False
@@ -157,10 +158,10 @@ class Checker:
         attempt = (facts.generation, number, int(row["attempt"]))
         self.require(row["generation"] == facts.generation, f"I6: round {number} of a fenced generation")
         self.require((run_id, *attempt) not in self._aborted, f"I6: aborted attempt {attempt} was committed")
-        for cluster in facts.clusters:
+        for cluster in set(facts.clusters) - facts.without.get(number, set()):
             here = (run_id, *attempt, cluster) in self._reports
             self.require(here, f"I6: round {number} was committed without {cluster}'s report of attempt {attempt}")
-        self.require(row["participants_bitmap"] == tally.bitmap().hex(), f"I1: participants of round {number}")
+        self.require(row["participants_bitmap"] == tally.bitmap(number).hex(), f"I1: participants of round {number}")
         self.require(
             row["model_sha256"] == tally.expected(number).head,
             f"I1: round {number} has another state than without faults",
@@ -168,6 +169,17 @@ class Checker:
         loss = row["metrics"].get("train_loss")
         self.require(loss == tally.expected_loss(number), f"I1: loss of round {number} is {loss}")
         facts.heads.append(str(row["model_sha256"]))
+
+    def _on_participants(self, facts: _Facts, write: Write) -> None:
+        number, tally = int(write.key[1]), facts.tally
+        assert tally is not None
+        found = int.from_bytes(bytes.fromhex(str(write.row["participants"])), "little")
+        nodes = [i for i in range(tally.num_nodes) if found >> i & 1]
+        self.require(number == len(facts.heads), f"I7: participants of round {number} after {len(facts.heads) - 1}")
+        self.require(set(nodes) <= set(tally.chosen(number)), f"I1: strangers take part in round {number}: {nodes}")
+        self.require(len(nodes) >= tally.config["min_nodes"], f"I1: only {nodes} take part in round {number}")
+        facts.without.setdefault(number, set()).update(write.row["without"])
+        tally.decide(number, nodes)
 
     def _on_checkpoints(self, facts: _Facts, write: Write) -> None:
         for artifact in write.row["artifacts"].values():
@@ -184,7 +196,7 @@ class Checker:
         model = np.frombuffer(self._read(run_id, "model.safetensors"), np.int64)
         wanted = tally.expected(tally.rounds)
         if tally.centralized:
-            wrong = {i: int(model[i]) for i in tally.participants if model[i] != tally.rounds}
+            wrong = {i: int(model[i]) for i in tally.participants if model[i] != tally.times(i)}
             self.require(not wrong, f"I1: in {tally.rounds} rounds these nodes were counted otherwise: {wrong}")
         self.require(bool((model == wanted.model).all()), "I8: the final model is another one than without faults")
 

@@ -78,15 +78,23 @@ class Tally:
         self.aggregator = next((i for i, words in enumerate(roles) if "aggregate" in words), -1)
         self.config: Mapping[str, Any] = json.loads(submission.config_json)
         self.rounds = int(self.config["federated_learning_rounds"])
+        rows = [int.from_bytes(bytes.fromhex(row), "little") for row in submission.schedule]
+        self._chosen = {
+            number: tuple(i for i in self.participants if not rows or rows[(number - 1) % len(rows)] >> i & 1)
+            for number in range(1, self.rounds + 1)
+        }
         self._expected = [self._summary([self.initial() for _ in range(1 if self.centralized else self.num_nodes)])]
-        for number in range(1, self.rounds + 1):
-            self._expected.append(self._summary(self._step(self._expected[-1].states, number)))
+        self._foresee(1)
 
     # ------------------------------------------------------------ what nodes do
 
     def initial(self) -> Vector:
         """The state before the first round."""
         return np.zeros(self.num_nodes + 2, np.int64)
+
+    def update(self, node: int, number: int, state: Vector) -> Vector:
+        """What a peer sends its neighbours: its state, with its contribution if it takes part in the round."""
+        return state + self.contribution(node, number, state) if node in self._chosen[number] else state
 
     @staticmethod
     def samples(node: int) -> int:
@@ -101,6 +109,15 @@ class Tally:
         made[-2] = number * prime % MODULUS
         made[-1] = (int(base[-1]) * 31 + prime) % MODULUS
         return made
+
+    def chosen(self, number: int) -> tuple[int, ...]:
+        """The nodes that contribute in a round."""
+        return self._chosen[number]
+
+    def decide(self, number: int, nodes: Sequence[int]) -> None:
+        """The mediator has written down that a round goes on with these nodes."""
+        self._chosen[number] = tuple(nodes)
+        self._foresee(number)
 
     def mix(self, node: int, rows: Mapping[int, Vector]) -> Vector:
         """The new state of `node` from its own update and its neighbours', in node order; its own count stays."""
@@ -135,13 +152,13 @@ class Tally:
 
     def expected_loss(self, number: int) -> float:
         """The mean training loss of a round."""
-        parts = [self.loss(node, number) for node in self.participants]
+        parts = [self.loss(node, number) for node in self._chosen[number]]
         return metric_mean(sum(n for n, _ in parts), sum(w for _, w in parts))
 
-    def bitmap(self) -> bytes:
-        """All participants."""
+    def bitmap(self, number: int) -> bytes:
+        """All participants of a round."""
         out = bytearray((self.num_nodes + 7) // 8)
-        for node in self.participants:
+        for node in self._chosen[number]:
             out[node // 8] |= 1 << (node % 8)
         return bytes(out)
 
@@ -149,17 +166,26 @@ class Tally:
         """How often each participant was counted, as the state itself says."""
         return [int((states[0] if self.centralized else states[i])[i]) for i in self.participants]
 
+    def times(self, node: int) -> int:
+        """In how many rounds a node contributes."""
+        return sum(node in nodes for nodes in self._chosen.values())
+
     # ------------------------------------------------------------ inside
 
+    def _foresee(self, first: int) -> None:
+        del self._expected[first:]
+        for number in range(first, self.rounds + 1):
+            self._expected.append(self._summary(self._step(self._expected[-1].states, number)))
+
     def _base_grid(self, number: int) -> int:
-        weight = sum(self.samples(i) for i in self.participants)
+        weight = sum(self.samples(i) for i in (self._chosen[number] if self.centralized else self.participants))
         return choose_grid(absmax(self._expected[number - 1].states), weight)[0]
 
     def _step(self, states: Sequence[Vector], number: int) -> list[Vector]:
         if self.centralized:
-            added = [self.contribution(i, number, states[0]) for i in self.participants]
+            added = [self.contribution(i, number, states[0]) for i in self._chosen[number]]
             return [total([states[0], *added])]
-        rows = {i: states[i] + self.contribution(i, number, states[i]) for i in range(self.num_nodes)}
+        rows = {i: self.update(i, number, states[i]) for i in range(self.num_nodes)}
         return [self.mix(i, rows) for i in range(self.num_nodes)]
 
     def _summary(self, states: Sequence[Vector]) -> Expected:
@@ -169,13 +195,19 @@ class Tally:
 
 
 def tally_submission(
-    request_id: str, flow: str, edges: Sequence[tuple[int, int]], num_nodes: int, config: Mapping[str, Any]
+    request_id: str,
+    flow: str,
+    edges: Sequence[tuple[int, int]],
+    num_nodes: int,
+    config: Mapping[str, Any],
+    schedule: Sequence[Sequence[int]] = (),
 ) -> Submission:
     """A tally federation.
 
     Args:
         edges: undirected; of a centralized flow, a star around node 0, which aggregates.
         config: the resolved configuration; `tally_escalations` lists per round how often its grid is too fine.
+        schedule: who takes part in each round; empty: all.
     """
     roles = ["train"] * num_nodes
     if flow == CENTRALIZED:
@@ -187,4 +219,5 @@ def tally_submission(
         nodes=tuple(NodeSpec(f"node_{i}", role) for i, role in enumerate(roles)),
         graph=HybridAdjacencyMatrix.from_edges(num_nodes, list(edges)).to_graph(),
         layout=(TensorSpec("tally", (num_nodes + 2,), "int64"),),
+        schedule=tuple(sum(1 << i for i in nodes).to_bytes((num_nodes + 7) // 8, "little").hex() for nodes in schedule),
     )

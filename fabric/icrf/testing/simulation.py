@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from icrf.errors import IcrfError
@@ -121,21 +122,22 @@ class Fabric:
         seed: decides what it is made of and what happens to it.
         trace: print every step.
         kinds: let many faults strike from outside, of these kinds only; empty: the seed decides.
+        quorum: long stars over several clusters that do without those that are lost.
     """
 
-    def __init__(self, seed: int, trace: bool = False, kinds: Sequence[str] = ()) -> None:
+    def __init__(self, seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False) -> None:
         self.world = world = World(seed, len(FAULTS), trace)
         if kinds:
-            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r})"
+            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r}, quorum={quorum})"
             world.concentrate([float(kind in kinds) for kind in FAULTS])
         policy = Policy()
         self.checker = Checker(world, policy.lease_ttl_s)
         self.mediator = SimMediator(world, self.checker, policy)
         self.checker.blobs = self.mediator.blobs
         self._tallies: dict[str, Tally] = {}
-        self._run_ids = 0
+        self._seed, self._quorum, self._run_ids = seed, quorum, 0
         self.network, rng = Network(world), world.rng
-        names = [f"c{k + 1}" for k in range(rng.choice((1, 2, 2, 3, 4)))]
+        names = [f"c{k + 1}" for k in range(rng.choice((2, 3, 4) if quorum else (1, 2, 2, 3, 4)))]
         self.clusters = [
             SimCluster(name, rng.choice((1, 2, 2, 3)), world, self.network, self._tallies.__getitem__, self.checker)
             for name in names
@@ -214,9 +216,9 @@ class Fabric:
 
     def _user(self, number: int) -> User:
         rng = self.world.rng
-        flow = rng.choice((CENTRALIZED, DECENTRALIZED))
-        size = rng.randint(2, 7)
-        rounds = rng.randint(1, 5)
+        flow = CENTRALIZED if self._quorum else rng.choice((CENTRALIZED, DECENTRALIZED))
+        size = rng.randint(5, 7) if self._quorum else rng.randint(2, 7)
+        rounds = rng.randint(10, 20) if self._quorum else rng.randint(1, 5)
         edges = [(0, i) for i in range(1, size)]
         if flow == DECENTRALIZED:
             edges = [(rng.randrange(i), i) for i in range(1, size)]
@@ -232,7 +234,20 @@ class Fabric:
             "on_cluster_loss": "wait",
             "tally_escalations": [rng.choice((0, 0, 0, 0, 1, 2)) for _ in range(rounds)],
         }
-        tally = Tally(tally_submission(f"request-{number}", flow, sorted(set(edges)), size, config))
+        schedule: list[list[int]] = []
+        clients = list(range(flow == CENTRALIZED, size))
+        draw = Random(f"participation of {number} under {self._seed}")
+        if draw.random() < 0.4 and not self._quorum:
+            schedule = [sorted(draw.sample(clients, draw.randint(1, len(clients)))) for _ in range(rounds)]
+        if self._quorum:
+            config |= {
+                "min_nodes": draw.randint(1, 3),
+                "on_cluster_loss": "exclude",
+                "assignment_strategy": "round_robin",
+            }
+        elif flow == CENTRALIZED and draw.random() < 0.4:
+            config |= {"min_nodes": 1, "on_cluster_loss": draw.choice(("wait", "exclude"))}
+        tally = Tally(tally_submission(f"request-{number}", flow, sorted(set(edges)), size, config, schedule))
         self._tallies[tally.submission.config_json] = tally
         self.checker.know(tally)
         cancel_s = rng.uniform(0.0, 60.0) if rng.random() < 0.12 else -1.0
@@ -259,18 +274,19 @@ class Fabric:
             self.checker.require(not left, f"I11: {cluster.name} still holds {left}")
 
 
-def simulate(seed: int, trace: bool = False, kinds: Sequence[str] = ()) -> Outcome:
+def simulate(seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False) -> Outcome:
     """One history.
 
     Args:
         seed: decides everything.
         trace: print every step.
         kinds: let many faults of these kinds strike (keys of :data:`FAULTS`); empty: the seed decides.
+        quorum: long stars over several clusters that do without those that are lost.
 
     Raises:
         SimulationFailed: an invariant does not hold.
     """
-    return Fabric(seed, trace, kinds).run()
+    return Fabric(seed, trace, kinds, quorum).run()
 
 
 # ---------------------------------------------------------------- kinds of faults that strike from outside

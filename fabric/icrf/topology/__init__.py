@@ -1,16 +1,27 @@
 """Who may talk to whom: adjacency matrices, named topologies, CSV files and mixing matrices."""
 
-from icrf.topology.builders import TOPOLOGIES, build_topology, register_topology, require_connected
-from icrf.topology.csv_matrix import read_adjacency_csv
+from icrf.topology import families, random_graphs  # noqa: F401 - they register their builders
+from icrf.topology.builders import (
+    TOPOLOGIES,
+    build_topology,
+    from_network,
+    register_network_builder,
+    register_topology,
+    require_connected,
+)
+from icrf.topology.check import check_mixing, require_consensus
+from icrf.topology.csv_matrix import read_adjacency_csv, read_weights_csv
+from icrf.topology.gossip import Gossip
 from icrf.topology.hybrid import INTER_CLUSTER, INTRA_CLUSTER, MAX_DENSE_NODES, HybridAdjacencyMatrix
 from icrf.topology.mixing import (
     MIXINGS,
     metropolis_hastings,
+    mixing_matrix,
     mixing_row,
-    mixing_rows,
-    rounds_to_consensus,
-    spectrum,
+    register_mixing,
+    weigh,
 )
+from icrf.topology.spectrum import rounds_to_consensus, spectrum
 
 __all__ = [
     "INTER_CLUSTER",
@@ -18,14 +29,22 @@ __all__ = [
     "MAX_DENSE_NODES",
     "MIXINGS",
     "TOPOLOGIES",
+    "Gossip",
     "HybridAdjacencyMatrix",
     "build_topology",
+    "check_mixing",
+    "from_network",
     "metropolis_hastings",
+    "mixing_matrix",
     "mixing_row",
-    "mixing_rows",
     "read_adjacency_csv",
+    "read_weights_csv",
+    "register_mixing",
+    "register_network_builder",
     "register_topology",
     "require_connected",
+    "require_consensus",
     "rounds_to_consensus",
     "spectrum",
+    "weigh",
 ]

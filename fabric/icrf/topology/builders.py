@@ -5,12 +5,17 @@ configuration. Whoever wants another topology registers it::
 
     @register_topology("two_stars")
     def two_stars(num_nodes: int, k_value: int) -> np.ndarray: ...
+
+    @register_network_builder("caveman")
+    def caveman(num_nodes: int, k_value: int) -> networkx.Graph: ...
+
+The built-in ones are here, in ``families.py`` and in ``random_graphs.py``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +25,8 @@ from icrf.registry import Registry
 from icrf.topology.csv_matrix import read_adjacency_csv
 from icrf.topology.hybrid import MAX_DENSE_NODES, SHOWN, HybridAdjacencyMatrix
 
-TopologyBuilder = Callable[..., "np.ndarray[Any, Any] | HybridAdjacencyMatrix"]
+# Returns a NumPy matrix, a HybridAdjacencyMatrix or a networkx graph.
+TopologyBuilder = Callable[..., Any]
 
 Builder = TypeVar("Builder", bound=TopologyBuilder)
 
@@ -35,6 +41,11 @@ def register_topology(name: str) -> Callable[[Builder], Builder]:
         return builder
 
     return decorate
+
+
+def register_network_builder(name: str) -> Callable[[Builder], Builder]:
+    """Register a builder that returns a networkx graph, directed or not; see :func:`from_network` for its nodes."""
+    return register_topology(name)
 
 
 def build_topology(
@@ -55,8 +66,14 @@ def build_topology(
     if num_nodes < 1:
         raise TopologyError("T008", "a topology needs a node", value=num_nodes, allowed="at least 1 node")
     builder = TOPOLOGIES.get(name)
-    result = builder(**_inject(name, builder, {**parameters, "num_nodes": num_nodes}))
-    matrix = result if isinstance(result, HybridAdjacencyMatrix) else HybridAdjacencyMatrix.from_dense(result)
+    arguments = inject("topology", "federated_learning_topology", builder, {**parameters, "num_nodes": num_nodes}, name)
+    result = builder(**arguments)
+    if isinstance(result, HybridAdjacencyMatrix):
+        matrix = result
+    elif hasattr(result, "is_directed") and hasattr(result, "edges"):
+        matrix = from_network(result, parameters.get("node_ids", ()))
+    else:
+        matrix = HybridAdjacencyMatrix.from_dense(result)
     if matrix.num_nodes != num_nodes:
         raise TopologyError(
             "T010",
@@ -89,21 +106,52 @@ def _braces(nodes: list[int]) -> str:
     return "{" + ",".join(str(node) for node in nodes[:SHOWN]) + more + "}"
 
 
-def _inject(name: str, builder: TopologyBuilder, available: Mapping[str, Any]) -> dict[str, Any]:
+def inject(
+    kind: str, key: str, function: Callable[..., Any], available: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """What to call a plugged-in function with: the values of `available` that its parameters name.
+
+    Args:
+        kind, key, name: what is called, under which configuration key and how, for messages.
+
+    Raises:
+        ConfigError: C016 a parameter whose key is not set, C017 one that does not exist.
+    """
     arguments = {}
-    for parameter in inspect.signature(builder).parameters.values():
+    for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        if parameter.name in available:
-            arguments[parameter.name] = available[parameter.name]
-        elif parameter.default is parameter.empty:
+        required = parameter.default is parameter.empty
+        if required and parameter.name not in available:
             raise ConfigError(
                 "C017",
-                f"topology {name!r} asks for parameter {parameter.name!r}, which does not exist",
-                place="federated_learning_topology",
+                f"{kind} {name!r} asks for parameter {parameter.name!r}, which does not exist",
+                place=key,
                 allowed=", ".join(sorted(available)),
             )
+        if required and available[parameter.name] is None:
+            raise ConfigError("C016", f"{kind} {name!r} needs {parameter.name}", place=parameter.name)
+        if parameter.name in available:
+            arguments[parameter.name] = available[parameter.name]
     return arguments
+
+
+def from_network(graph: Any, node_ids: Sequence[str] = ()) -> HybridAdjacencyMatrix:
+    """The matrix of a networkx graph; weights of edges are not read.
+
+    A node of the graph is the node of its label where labels are the indices 0 to n-1 or the node ids, else the one of
+    its position in ``graph.nodes``.
+
+    Raises:
+        TopologyError: T005 a self loop.
+    """
+    labels = list(graph.nodes)
+    position = {label: index for index, label in enumerate(labels)}
+    for named in (range(len(labels)), node_ids):
+        if set(labels) == set(named):
+            position = {label: index for index, label in enumerate(named)}
+    pairs = [(position[edge[0]], position[edge[1]]) for edge in graph.edges]
+    return HybridAdjacencyMatrix.from_edges(len(labels), pairs, symmetric=not graph.is_directed())
 
 
 # ---------------------------------------------------------------- built-in topologies
@@ -124,12 +172,11 @@ def line(num_nodes: int) -> HybridAdjacencyMatrix:
 
 
 @register_topology("ring")
-def ring(num_nodes: int) -> HybridAdjacencyMatrix:
-    """A cycle; one node has no edge, two nodes have one."""
+def ring(num_nodes: int, directed: bool = False) -> HybridAdjacencyMatrix:
+    """A cycle; one node has no edge, two nodes have one. Directed: node i sends to i+1 only."""
     if num_nodes < 3:
         return line(num_nodes)
-    first = np.arange(num_nodes)
-    return HybridAdjacencyMatrix.from_edges(num_nodes, np.stack([first, (first + 1) % num_nodes], axis=1))
+    return circulant(num_nodes, [1], symmetric=not directed)
 
 
 @register_topology("mesh")
@@ -147,10 +194,13 @@ def mesh(num_nodes: int) -> HybridAdjacencyMatrix:
 
 @register_topology("k_connected")
 def k_connected(num_nodes: int, k_value: int) -> HybridAdjacencyMatrix:
-    """A circulant graph: the k/2 nearest nodes on either side of the cycle; an odd k adds the opposite node.
+    """The Harary graph H(k, n): the fewest edges with which no k-1 failing nodes cut it in two.
+
+    The k/2 nearest nodes on either side of the cycle; an odd k adds the opposite node. Where k and n are both odd, one
+    node, (n-1)/2, has k+1 neighbours (Harary, "The maximum connectivity of a graph", 1962).
 
     Raises:
-        TopologyError: T011 if no such graph exists: k outside [1, num_nodes - 1], or k and num_nodes both odd.
+        TopologyError: T011 if no such graph exists: k outside [1, num_nodes - 1], or k = 1 with more than two nodes.
     """
     if not 1 <= k_value < num_nodes:
         raise TopologyError(
@@ -159,24 +209,33 @@ def k_connected(num_nodes: int, k_value: int) -> HybridAdjacencyMatrix:
             place="k_value",
             allowed=f"1 to {num_nodes - 1}",
         )
-    if k_value % 2 and num_nodes % 2:
+    if k_value == 1 and num_nodes > 2:
         raise TopologyError(
-            "T011",
-            f"no graph of {num_nodes} nodes has {k_value} neighbours each: {num_nodes} x {k_value} is odd",
-            place="k_value",
-            allowed="an even k_value, or an even number of nodes",
+            "T011", "one neighbour each connects two nodes only", place="k_value", allowed=f"2 to {num_nodes - 1}"
         )
-    offsets = list(range(1, k_value // 2 + 1)) + ([num_nodes // 2] if k_value % 2 else [])
+    near = circulant(num_nodes, range(1, k_value // 2 + 1))
+    if k_value % 2 == 0:
+        return near
+    opposite = np.arange((num_nodes + 1) // 2)
+    across = np.stack([opposite, opposite + num_nodes // 2], axis=1)
+    return HybridAdjacencyMatrix.from_edges(num_nodes, np.concatenate([np.stack(near.edges(), axis=1), across]))
+
+
+def circulant(num_nodes: int, offsets: Iterable[int], symmetric: bool = True) -> HybridAdjacencyMatrix:
+    """Node i sends to i + offset (modulo `num_nodes`) for each offset, and with `symmetric` the other way too."""
     first = np.arange(num_nodes)
     pairs = [np.stack([first, (first + offset) % num_nodes], axis=1) for offset in offsets]
-    return HybridAdjacencyMatrix.from_edges(num_nodes, np.concatenate(pairs))
+    return HybridAdjacencyMatrix.from_edges(num_nodes, np.concatenate([np.empty((0, 2), int), *pairs]), symmetric)
 
 
 @register_topology("custom")
 def custom(
-    num_nodes: int, adjacency_matrix_file_name: str | None = None, node_ids: tuple[str, ...] = ()
+    num_nodes: int,
+    adjacency_matrix_file_name: str | None = None,
+    node_ids: tuple[str, ...] = (),
+    directed: bool = False,
 ) -> HybridAdjacencyMatrix:
-    """The symmetric matrix in a CSV file; see :func:`icrf.topology.csv_matrix.read_adjacency_csv`."""
+    """The matrix in a CSV file (:func:`icrf.topology.csv_matrix.read_adjacency_csv`), symmetric unless `directed`."""
     if not adjacency_matrix_file_name:
         raise ConfigError(
             "C016",
@@ -184,4 +243,5 @@ def custom(
             place="adjacency_matrix_file_name",
             allowed="the path of a CSV file",
         )
-    return read_adjacency_csv(adjacency_matrix_file_name, node_ids or [f"client_{i}" for i in range(num_nodes)])
+    names = node_ids or [f"client_{i}" for i in range(num_nodes)]
+    return read_adjacency_csv(adjacency_matrix_file_name, names, symmetric=not directed)

@@ -1,7 +1,8 @@
-"""Adjacency matrices in CSV files, read strictly: every complaint names file, row and column.
+"""Adjacency and mixing matrices in CSV files, read strictly: every complaint names file, row and column.
 
-The format: one row per node, cells ``0`` or ``1`` separated by commas, UTF-8. A byte order mark, CRLF line ends and
-blank lines at the end are fine. A header row or a header column is accepted if it equals the node ids.
+The format: one row per node, cells ``0`` or ``1`` (weights: numbers from 0) separated by commas, UTF-8. A byte order
+mark, CRLF line ends and blank lines at the end are fine. A header row or a header column is accepted if it equals the
+node ids.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from icrf.errors import ConfigError, ConfigErrors, IcrfError, TopologyError
 from icrf.topology.hybrid import MAX_DENSE_NODES, SHOWN, HybridAdjacencyMatrix
@@ -42,8 +44,27 @@ def read_adjacency_csv(path: str | Path, node_ids: Sequence[str], *, symmetric: 
             T005 a self loop, T008 empty or too large, T009 a NUL byte, T010 not one row per node.
         ConfigErrors: several of these at once.
     """
-    path = Path(path)
-    reader = _Reader(path.name, node_ids)
+    reader = _Reader(Path(path).name, node_ids)
+    _read(Path(path), reader)
+    return reader.finish(symmetric)
+
+
+def read_weights_csv(path: str | Path, node_ids: Sequence[str]) -> csr_matrix:
+    """Read a mixing matrix; row i, column j is what node i multiplies the state of node j with.
+
+    Returns:
+        float64 CSR matrix of shape (number of nodes, number of nodes).
+
+    Raises:
+        ConfigError, TopologyError, ConfigErrors: see :func:`read_adjacency_csv`; T002 for a cell that is no finite
+            number from 0.
+    """
+    reader = _Reader(Path(path).name, node_ids, weighted=True)
+    _read(Path(path), reader)
+    return reader.weights()
+
+
+def _read(path: Path, reader: _Reader) -> None:
     try:
         with path.open("rb") as file:
             for number, row in _lines(file, path.name):
@@ -51,10 +72,7 @@ def read_adjacency_csv(path: str | Path, node_ids: Sequence[str], *, symmetric: 
                 if len(reader.errors) >= MAX_ERRORS:
                     break
     except OSError as error:
-        raise ConfigError(
-            "C015", f"cannot read the adjacency matrix: {error.strerror or error}", place=str(path)
-        ) from error
-    return reader.finish(symmetric)
+        raise ConfigError("C015", f"cannot read the matrix: {error.strerror or error}", place=str(path)) from error
 
 
 def _lines(file: Any, name: str) -> Iterator[tuple[int, bytes]]:
@@ -91,8 +109,10 @@ def _lines(file: Any, name: str) -> Iterator[tuple[int, bytes]]:
 class _Reader:
     """Collects rows and errors of one file."""
 
-    def __init__(self, name: str, node_ids: Sequence[str]) -> None:
+    def __init__(self, name: str, node_ids: Sequence[str], weighted: bool = False) -> None:
         self._name = name
+        self._weighted = weighted
+        self._values: list[np.ndarray[Any, Any]] = []
         self._ids = list(node_ids)
         self._has_header_row = False
         self._has_header_column = False
@@ -110,10 +130,30 @@ class _Reader:
             raise TopologyError(
                 "T008", "too many rows", place=f"{self._name}:{number}", allowed=f"at most {MAX_DENSE_NODES}"
             )
-        ones = None if self._has_header_column else self._fast(line)
+        ones = None if self._has_header_column or self._weighted else self._fast(line)
         self._columns.append(self._slow(number, row, line) if ones is None else ones)
 
     def finish(self, symmetric: bool) -> HybridAdjacencyMatrix:
+        self._require_shape()
+        rows = len(self._columns)
+        matrix = HybridAdjacencyMatrix.from_edges(rows, self._pairs(), symmetric=False)
+        if symmetric and not matrix.is_symmetric():
+            shown = "; ".join(f"A[{i},{j}]=1 but A[{j},{i}]=0" for i, j in matrix.one_way_edges(SHOWN))
+            hint = "indices count from 0; edges in one direction need directed: true and mixing: push_sum"
+            self._complain("T004", shown, allowed="a symmetric matrix", hint=hint)
+        self._raise_errors()
+        return matrix
+
+    def weights(self) -> csr_matrix:
+        """The numbers read as a matrix."""
+        self._require_shape()
+        num_nodes = len(self._columns)
+        indptr = np.concatenate([[0], np.cumsum([len(columns) for columns in self._columns])])
+        return csr_matrix(
+            (np.concatenate(self._values), np.concatenate(self._columns), indptr), shape=(num_nodes, num_nodes)
+        )
+
+    def _require_shape(self) -> None:
         rows = len(self._columns)
         if rows == 0 and not self.errors:
             raise TopologyError("T008", "the file holds no matrix", place=self._name, allowed="at least one row")
@@ -125,12 +165,6 @@ class _Reader:
         elif rows != len(self._ids) and len(self.errors) < MAX_ERRORS:
             self._complain("T010", f"matrix {rows}×{rows}, configuration has {len(self._ids)} nodes")
         self._raise_errors()
-        matrix = HybridAdjacencyMatrix.from_edges(rows, self._pairs(), symmetric=False)
-        if symmetric and not matrix.is_symmetric():
-            shown = "; ".join(f"A[{i},{j}]=1 but A[{j},{i}]=0" for i, j in matrix.one_way_edges(SHOWN))
-            self._complain("T004", shown, allowed="a symmetric matrix", hint="indices count from 0")
-        self._raise_errors()
-        return matrix
 
     # ------------------------------------------------------------ rows
 
@@ -148,7 +182,7 @@ class _Reader:
                 "T008", f"{len(cells)} columns", place=self._name, allowed=f"at most {MAX_DENSE_NODES} nodes"
             )
         # Ids such as "0" and "1" could be cells: a row of valid cells is always data.
-        if all(_cell(cell) in (0.0, 1.0) for cell in cells):
+        if all(self._is_valid(_cell(cell)) for cell in cells):
             self._width = len(cells)
             return False
         if cells in (self._ids, ["", *self._ids]) or cells[1:] == self._ids:
@@ -166,7 +200,7 @@ class _Reader:
                 "the first row holds no numbers",
                 place=f"{self._name}:1:1",
                 value=repr(cells[0][:40]),
-                allowed="0 or 1",
+                allowed=self._allowed,
                 hint="a header is accepted only if it equals the node ids: " + ", ".join(self._ids[:SHOWN]),
             )
             self._width = len(cells)
@@ -191,14 +225,23 @@ class _Reader:
             self._check_row_header(number, row, cells.pop(0))
         if len(cells) != self._width:
             self._ragged.append((row + 1, len(cells)))
-        ones = []
-        for column, cell in enumerate(cells):
-            value = _cell(cell)
-            if value == 1.0:
-                ones.append(column)
-            elif value != 0.0 and len(self.errors) < MAX_ERRORS:
-                self._complain_cell(f"{self._name}:{number}:{column + 1 + shift}", cell, value)
-        return np.array(ones, dtype=np.int64)
+        found = [_cell(cell) for cell in cells]
+        for column, value in enumerate(found):
+            if not self._is_valid(value) and len(self.errors) < MAX_ERRORS:
+                self._complain_cell(f"{self._name}:{number}:{column + 1 + shift}", cells[column], value)
+        used = [column for column, value in enumerate(found) if value and self._is_valid(value)]
+        if self._weighted:
+            self._values.append(np.array([found[column] for column in used], dtype=np.float64))
+        return np.array(used, dtype=np.int64)
+
+    def _is_valid(self, value: float | None) -> bool:
+        if self._weighted:
+            return value is not None and 0.0 <= value < math.inf
+        return value in (0.0, 1.0)
+
+    @property
+    def _allowed(self) -> str:
+        return "finite numbers from 0" if self._weighted else "0 or 1"
 
     def _check_row_header(self, number: int, row: int, found: str) -> None:
         expected = self._ids[row] if row < len(self._ids) else None
@@ -245,9 +288,10 @@ class _Reader:
     def _complain_cell(self, place: str, cell: str, value: float | None) -> None:
         shown = repr(cell[:40])
         if value is not None and math.isfinite(value) and value >= 0:
-            self._complain("T002", f"{shown} is a weight; edges have none", place=place, allowed="0 or 1")
+            hint = "weights go into mixing_matrix_file_name, with mixing: custom"
+            self._complain("T002", f"{shown} is a weight; edges have none", place=place, allowed="0 or 1", hint=hint)
         else:
-            self._complain("T002", f"{shown} is not a finite number ≥0", place=place, allowed="0 or 1")
+            self._complain("T002", f"{shown} is not a finite number ≥0", place=place, allowed=self._allowed)
 
     def _complain(self, code: str, message: str, **parts: Any) -> None:
         self.errors.append(TopologyError(code, message, **{"place": self._name, **parts}))

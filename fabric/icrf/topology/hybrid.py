@@ -209,6 +209,11 @@ class HybridAdjacencyMatrix:
         parts = np.split(order, np.cumsum(np.bincount(labels, minlength=count))[:-1])
         return sorted((part.tolist() for part in parts), key=lambda part: part[0])
 
+    def is_strongly_connected(self) -> bool:
+        """Whether every node can reach every other along edges in their direction."""
+        found = connected_components(self.to_scipy(), directed=True, connection="strong", return_labels=False)
+        return self.num_nodes < 2 or int(found) == 1
+
     def cut_edges(self, assignment: Sequence[int] | np.ndarray[Any, Any]) -> int:
         """How many connected pairs of nodes live on different clusters; a pair counts once however many directions.
 

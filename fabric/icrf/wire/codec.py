@@ -1,8 +1,9 @@
 """Frozen values <-> protobuf messages of the same name, field by field, driven by the type hints.
 
 A dataclass ``X`` becomes the message ``icrf.v1.X``. Its fields are scalars (``str``, ``int``, ``float``, ``bool``,
-``bytes``), other dataclasses, ``X | None``, ``tuple[T, ...]``, ``dict[str, T]``, or tuples of fixed length, which are
-messages whose fields in the order of their numbers are the items. How to convert a class is worked out once.
+``bytes``), other dataclasses, ``X | None``, ``tuple[T, ...]``, ``dict[str, T]``, tuples of fixed length, which are
+messages whose fields in the order of their numbers are the items, or mappings inside mappings, which are messages with
+one field ``values``. How to convert a class is worked out once.
 
 Whatever a peer sends, decoding raises nothing but :class:`icrf.errors.ProtocolError`, which names the field.
 """
@@ -255,6 +256,9 @@ def _item(hint: Any, descriptor: Any) -> tuple[Callable[[Any], Any], Callable[[A
     if is_dataclass(hint):
         codec = _codec(typing.cast(type, hint))
         return codec.encode, codec.decode
+    if typing.get_origin(hint) is dict:
+        inner = message_factory.GetMessageClass(descriptor)
+        return lambda values: inner(values=values), lambda message: dict(message.values)
     if typing.get_origin(hint) is tuple:
         names = [field.name for field in sorted(descriptor.fields, key=operator.attrgetter("number"))]
         record = message_factory.GetMessageClass(descriptor)

@@ -92,6 +92,11 @@ class GrpcMediator:
         request = _request(pb.AdvanceRequest, run_id=run_id, stage=stage, rounds=rounds)
         return from_proto(self._repeat("Advance", request), RunInfo)
 
+    def change_nodes(self, run_id: str, add: Sequence[str] = (), remove: Sequence[str] = ()) -> RunInfo:
+        """See :meth:`icrf.ports.MediatorPort.change_nodes`."""
+        request = _request(pb.ChangeNodesRequest, run_id=run_id, add=list(add), remove=list(remove))
+        return from_proto(self._repeat("ChangeNodes", request), RunInfo)
+
     def finish(self, run_id: str) -> RunInfo:
         """See :meth:`icrf.ports.MediatorPort.finish`."""
         return from_proto(self._repeat("Finish", _request(pb.RunRequest, run_id=run_id)), RunInfo)

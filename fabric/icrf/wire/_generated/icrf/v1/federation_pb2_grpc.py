@@ -75,6 +75,11 @@ class FederationStub(object):
                 request_serializer=icrf_dot_v1_dot_federation__pb2.AdvanceRequest.SerializeToString,
                 response_deserializer=icrf_dot_v1_dot_types__pb2.RunInfo.FromString,
                 _registered_method=True)
+        self.ChangeNodes = channel.unary_unary(
+                '/icrf.v1.Federation/ChangeNodes',
+                request_serializer=icrf_dot_v1_dot_federation__pb2.ChangeNodesRequest.SerializeToString,
+                response_deserializer=icrf_dot_v1_dot_types__pb2.RunInfo.FromString,
+                _registered_method=True)
         self.Finish = channel.unary_unary(
                 '/icrf.v1.Federation/Finish',
                 request_serializer=icrf_dot_v1_dot_federation__pb2.RunRequest.SerializeToString,
@@ -148,6 +153,12 @@ class FederationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeNodes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Finish(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -213,6 +224,11 @@ def add_FederationServicer_to_server(servicer, server):
             'Advance': grpc.unary_unary_rpc_method_handler(
                     servicer.Advance,
                     request_deserializer=icrf_dot_v1_dot_federation__pb2.AdvanceRequest.FromString,
+                    response_serializer=icrf_dot_v1_dot_types__pb2.RunInfo.SerializeToString,
+            ),
+            'ChangeNodes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeNodes,
+                    request_deserializer=icrf_dot_v1_dot_federation__pb2.ChangeNodesRequest.FromString,
                     response_serializer=icrf_dot_v1_dot_types__pb2.RunInfo.SerializeToString,
             ),
             'Finish': grpc.unary_unary_rpc_method_handler(
@@ -451,6 +467,33 @@ class Federation(object):
             target,
             '/icrf.v1.Federation/Advance',
             icrf_dot_v1_dot_federation__pb2.AdvanceRequest.SerializeToString,
+            icrf_dot_v1_dot_types__pb2.RunInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeNodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/icrf.v1.Federation/ChangeNodes',
+            icrf_dot_v1_dot_federation__pb2.ChangeNodesRequest.SerializeToString,
             icrf_dot_v1_dot_types__pb2.RunInfo.FromString,
             options,
             channel_credentials,

@@ -42,6 +42,7 @@ class FederationStub:
     Watch: _grpc.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _types_pb2.RunEvent]
     Cancel: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]
     Advance: _grpc.UnaryUnaryMultiCallable[_federation_pb2.AdvanceRequest, _types_pb2.RunInfo]
+    ChangeNodes: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ChangeNodesRequest, _types_pb2.RunInfo]
     Finish: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]
     CallNode: _grpc.UnaryStreamMultiCallable[_federation_pb2.CallNodeRequest, _federation_pb2.Chunk]
     SendMessage: _grpc.UnaryUnaryMultiCallable[_federation_pb2.SendMessageRequest, _federation_pb2.SendMessageReply]
@@ -58,6 +59,7 @@ class FederationAsyncStub(FederationStub):
     Watch: _aio.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _types_pb2.RunEvent]  # type: ignore[assignment]
     Cancel: _aio.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]  # type: ignore[assignment]
     Advance: _aio.UnaryUnaryMultiCallable[_federation_pb2.AdvanceRequest, _types_pb2.RunInfo]  # type: ignore[assignment]
+    ChangeNodes: _aio.UnaryUnaryMultiCallable[_federation_pb2.ChangeNodesRequest, _types_pb2.RunInfo]  # type: ignore[assignment]
     Finish: _aio.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]  # type: ignore[assignment]
     CallNode: _aio.UnaryStreamMultiCallable[_federation_pb2.CallNodeRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
     SendMessage: _aio.UnaryUnaryMultiCallable[_federation_pb2.SendMessageRequest, _federation_pb2.SendMessageReply]  # type: ignore[assignment]
@@ -117,6 +119,13 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
     def Advance(
         self,
         request: _federation_pb2.AdvanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.RunInfo, _abc.Awaitable[_types_pb2.RunInfo]]: ...
+
+    @_abc_1.abstractmethod
+    def ChangeNodes(
+        self,
+        request: _federation_pb2.ChangeNodesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_types_pb2.RunInfo, _abc.Awaitable[_types_pb2.RunInfo]]: ...
 

@@ -1,0 +1,193 @@
+"""What the flows of a host work with: postings, the host's exact sum, and training with its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from icrf.errors import InternalError, NodeError, WeightsError
+from icrf.exchange import CONSENSUS, MODEL, PARTIAL
+from icrf.federation.node import FederatedNode
+from icrf.learning.layout import Layout
+from icrf.protocol import Activate, StartRound, nodes_of
+from icrf.update import ExactSum, exact_metric
+from icrf_agent.host_nodes import HostNodes
+from icrf_agent.node_metrics import NodeMetrics
+from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
+
+Array = np.ndarray[Any, Any]
+MetricSums = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class HostTools:
+    """What both flows work with.
+
+    Attributes:
+        by_node: what each node reports.
+        kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
+    """
+
+    activation: Activate
+    nodes: HostNodes
+    layout: Layout
+    manager: HybridTopologyManager
+    references: References
+    by_node: NodeMetrics
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
+        """Put an array into the object store and describe it."""
+        return Posting(
+            start.run_id,
+            start.generation,
+            start.round,
+            start.attempt,
+            kind,
+            tuple(senders),
+            self.references.put(array),
+            **more,
+        )
+
+    def collect(self, start: StartRound, kind: str) -> list[Posting]:
+        """What was posted in this attempt."""
+        return self.manager.collect(start.run_id, start.round, start.attempt, kind)
+
+    def foreign_bytes(self, postings: Sequence[Posting], row_bytes: int) -> int:
+        """Bytes of rows that hosts of the same cluster made elsewhere."""
+        mine, here = set(self.nodes.indices), self.activation.assignment
+        cluster = here[self.nodes.indices[0]]
+        rows = 0
+        for posting in postings:
+            local = [n for n in posting.senders if here[n] == cluster]
+            if local and not mine.issuperset(local):
+                rows += 1 if posting.kind in (MODEL, PARTIAL, CONSENSUS) else len(local)
+        return rows * row_bytes
+
+    @staticmethod
+    def taking_part(start: StartRound, nodes: Sequence[int]) -> tuple[int, ...]:
+        """Those of `nodes` that train in this round."""
+        if not start.participants:
+            return tuple(nodes)
+        chosen = frozenset(nodes_of(start.participants))
+        return tuple(i for i in nodes if i in chosen)
+
+    def exact_sum(self, start: StartRound) -> ExactSum:
+        """The host's one sum, emptied, on the attempt's grid; its last use is over."""
+        total: ExactSum | None = self.kept.get("sum")
+        if total is None:
+            total = self.kept["sum"] = ExactSum(*self._summed(start.grid), start.total_weight, self._names)
+        total.reset(start.grid, start.total_weight)
+        return total
+
+    def _summed(self, grid: Sequence[int]) -> tuple[tuple[int, ...], Sequence[int]]:
+        """Sizes of all summed tensors, and their grid."""
+        rows = self.activation.rows
+        return (*self.layout.sizes * rows.up, *([rows.scalars] if rows.scalars else [])), grid
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*self.layout.names * self.activation.rows.up, "scalars")
+
+    def buffer(self, purpose: str, shape: tuple[int, ...]) -> Array:
+        """An array of the model's type that the host keeps for this purpose."""
+        if purpose not in self.kept:
+            self.kept[purpose] = np.empty(shape, self.layout.dtype)
+        found: Array = self.kept[purpose]
+        return found
+
+    def weight(self, index: int) -> int:
+        """What a node counts in a sum: its samples, or one where all nodes count the same."""
+        samples = self.nodes.weight(index)
+        return samples if self.nodes.config.aggregation_sample_scaling else 1
+
+    def rows_of(self, postings: Sequence[Posting], nodes: Sequence[int]) -> dict[int, Array]:
+        """The row that each of these nodes has posted; X001 naming those without."""
+        needed = set(nodes)
+        rows: dict[int, Array] = {}
+        for posting in postings:
+            if needed.isdisjoint(posting.senders):
+                continue
+            array = self.references.get(posting.reference).reshape(len(posting.senders), -1)
+            rows.update({sender: array[k] for k, sender in enumerate(posting.senders) if sender in needed})
+        missing = [self.activation.nodes[j].id for j in sorted(needed - set(rows))]
+        if missing:
+            raise InternalError("X001", f"updates of {', '.join(missing[:5])} did not arrive")
+        return rows
+
+    @property
+    def has_last_word(self) -> bool:
+        """Whether any node of this host looks at new states itself."""
+        return any(type(self.nodes.get(i)).aggregate is not FederatedNode.aggregate for i in self.nodes.indices)
+
+    def merge(self, start: StartRound, postings: Sequence[Posting], expected_weight: int) -> ExactSum:
+        """Merge partials; every participant must be in, once."""
+        total = self.exact_sum(start)
+        for posting in postings:
+            array = self.references.get(posting.reference)
+            sizes, grid = self._summed(start.grid)
+            total.merge(ExactSum.from_array(array, posting.weight, sizes, grid, start.total_weight, self._names))
+        if total.weight != expected_weight:
+            raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
+        return total
+
+    def train_node(self, start: StartRound, index: int, sums: MetricSums) -> Array:
+        """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
+        metrics = self.nodes.measure(index, "train")
+        self._count(start, index, "train", metrics, self.nodes.weight(index), sums)
+        with self.nodes.blamed(index):
+            return self.nodes.model.flat
+
+    def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
+        """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
+
+        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out, the same for all.
+        """
+        node = self.nodes.get(index)
+        if not (start.evaluate and self.nodes.config.evaluate_clients):
+            return
+        if node.is_eval_node and node.is_train_node:
+            metrics = self.nodes.measure(index, "evaluate", "eval")
+            self._count(start, index, "eval", metrics, self.nodes.weight(index), sums)
+        if node.is_test_node:
+            self._count(start, index, "test", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+
+    def evaluate_own(self, start: StartRound, index: int, sums: MetricSums) -> None:
+        """Where models are private in part, a common one is no model: a node evaluates its own, and all count one."""
+        if start.evaluate and self.layout.private:
+            self._count(start, index, "", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+
+    def _count(
+        self, start: StartRound, index: int, phase: str, metrics: dict[str, float], weight: int, sums: MetricSums
+    ) -> None:
+        named = {f"{phase}_{name}" if phase else name: value for name, value in metrics.items()}
+        for name, value in named.items():
+            old = sums.get(name, (0, 0))
+            with self.nodes.blamed(index):
+                part = exact_metric(value, weight)
+            sums[name] = (old[0] + part, old[1] + weight)
+        self.by_node.add(start, index, named)
+
+    def last_word(self, index: int, state: Array) -> None:
+        """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""
+        self.layout.settle(state)
+        node = self.nodes.get(index)
+        if type(node).aggregate is FederatedNode.aggregate:
+            return
+        self.nodes.model.load(state)
+        shared = state[: self.layout.num_parameters]
+        changed = self.nodes.call(index, "aggregate", shared)
+        place = f"{node.id} on {self.nodes.cluster}, aggregate"
+        if not isinstance(changed, np.ndarray):
+            kind = type(changed).__name__
+            raise NodeError("U002", f"{node.id}.aggregate returned {kind}", place=place, allowed="a NumPy array")
+        with self.nodes.blamed(index):
+            self.layout.check(changed, size=len(shared))
+        bad = self.layout.first_nonfinite(changed)
+        if bad:
+            raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
+        np.copyto(shared, changed)
+        self.layout.settle(shared)

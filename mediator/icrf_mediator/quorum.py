@@ -1,0 +1,96 @@
+"""Who takes part in each round of one run, and whether it may go on without some clusters. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from icrf.errors import RunError
+from icrf.participation import Participation
+from icrf.protocol import CENTRALIZED, Submission, bitmap, nodes_of
+
+
+class Quorum:
+    """The rule of a federation, and what was decided against it because clusters were late or lost.
+
+    A decision is in the journal before anybody hears of it, and holds for every further attempt of its round.
+
+    Args:
+        submission: the federation.
+        config: its configuration.
+        cluster_of: where a node lives.
+        coordinator: the cluster that no round can do without.
+    """
+
+    def __init__(
+        self, submission: Submission, config: Mapping[str, Any], cluster_of: Callable[[int], str], coordinator: str
+    ) -> None:
+        self._rule = Participation(submission, config)
+        self._num_nodes = len(submission.nodes)
+        self._cluster_of, self._coordinator = cluster_of, coordinator
+        # Peers mix with all of their neighbours: there the absence of a cluster is none of participants only.
+        self._least: int | None = config.get("min_nodes") if submission.flow == CENTRALIZED else None
+        self._centralized = submission.flow == CENTRALIZED
+        self._decided: dict[int, bytes] = {}
+        # Who may take part, by the first round for which it holds.
+        self._members: dict[int, tuple[int, ...]] = {}
+
+    @property
+    def exists(self) -> bool:
+        """Whether a round is valid with fewer nodes than were chosen."""
+        return self._least is not None
+
+    def chosen(self, number: int) -> bytes:
+        """Bitmap of the participants of a round as decided, or else by the rule; empty: all that train."""
+        return self._decided.get(number) or self._rule.of_round(number, self.members(number))
+
+    def members(self, number: int) -> tuple[int, ...]:
+        """The nodes out of which the participants of a round are chosen."""
+        since = max((first for first in self._members if first <= number), default=0)
+        return self._members.get(since, self._rule.clients)
+
+    def change(self, first: int, nodes: tuple[int, ...]) -> None:
+        """From round `first` on, these may take part."""
+        self._members[first] = nodes
+
+    def require_possible(self, nodes: tuple[int, ...]) -> None:
+        """Raise F005 unless rounds can go on with these members."""
+        problem = ""
+        if not self._centralized:
+            problem = "peers mix with all of their neighbours"
+        elif not self._rule.draws:
+            problem = "its sampler was asked for the nodes that it was submitted with"
+        elif not set(nodes) <= set(self._rule.clients):
+            problem = "a node without the role train cannot take part"
+        elif self._rule.size(nodes) < (self._least or 1):
+            problem = f"{self._rule.size(nodes)} nodes would take part in a round, {self._least or 1} must"
+        if problem:
+            raise RunError("F005", f"the nodes cannot be changed: {problem}", place="nodes")
+
+    def count(self, participants: bytes) -> int:
+        """How many nodes a bitmap stands for."""
+        return len(self._nodes(participants))
+
+    def decide(self, number: int, participants: bytes) -> None:
+        """From now on these are the participants of a round."""
+        self._decided[number] = participants
+
+    def without(self, number: int, gone: Collection[str], *, fixed: bool = False) -> bytes | None:
+        """The participants of a round that leaves out the clusters `gone`; None if it cannot.
+
+        Args:
+            fixed: the round was committed before, so its participants are what they were.
+        """
+        chosen = self.chosen(number)
+        if not gone:
+            return chosen
+        if self._least is None or self._coordinator in gone:
+            return None
+        nodes = self._nodes(chosen)
+        left = [node for node in nodes if self._cluster_of(node) not in gone]
+        if len(left) == len(nodes):
+            return chosen
+        return None if fixed or len(left) < self._least else bitmap(left, self._num_nodes)
+
+    def _nodes(self, participants: bytes) -> tuple[int, ...]:
+        return nodes_of(participants) if participants else self._rule.clients

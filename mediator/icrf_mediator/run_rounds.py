@@ -1,0 +1,175 @@
+"""The rounds of a run: opened with the participants that are there, repeated without those that are late. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from icrf.errors import RunError
+from icrf.ports import Write
+from icrf.protocol import RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.placement import Placement
+from icrf_mediator.run_base import RunBase
+
+
+class RunRounds(RunBase):
+    """What a run asks of its clusters once their nodes are live."""
+
+    # ------------------------------------------------------------ out of the journal
+
+    def load_goal(self, row: Mapping[str, Any]) -> None:
+        """How far the run was to go."""
+        self._stage, self._rounds_wanted = str(row["stage"]), int(row["rounds_wanted"])
+        self._finishing, self._stopping = bool(row["finishing"]), bool(row.get("stopping"))
+
+    def load_placement(self, generation: int, placement: Placement) -> None:
+        """Where it lived."""
+        self.generation = generation
+        self._place(placement)
+
+    def load_progress(
+        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...]]]
+    ) -> None:
+        """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
+        assert self._ledger is not None
+        for row in activations:
+            self._ledger.samples = {int(node): int(count) for node, count in row.get("samples", ())}
+            if int(row["round"]) == 0:
+                self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
+        for number, model_hash, absmax in commits:
+            self._ledger.remember(number, model_hash, absmax)
+
+    def load_participants(self, number: int, participants: str) -> None:
+        """Out of the journal: who takes part in a round, in hexadecimal, where it was not the rule that decided."""
+        self._quorum.decide(number, bytes.fromhex(participants))
+
+    def load_members(self, first: int, nodes: str) -> None:
+        """Out of the journal: who may take part from a round on, in hexadecimal."""
+        self._quorum.change(first, nodes_of(bytes.fromhex(nodes)))
+
+    # ------------------------------------------------------------ who takes part
+
+    def change_nodes(self, effects: Effects, now: Now, add: Sequence[str], remove: Sequence[str]) -> None:
+        """Other nodes may take part from the next round on that is not open yet.
+
+        Raises:
+            RunError: F005 if the run is queued or over, or cannot go on with these nodes.
+            RoutingError: P012 no such node.
+        """
+        ledger = self._ledger
+        if self.terminal or ledger is None:
+            raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}: its nodes cannot be changed now")
+        added, removed = ({self.node_index(name) for name in names} for names in (add, remove))
+        first = max(self.info.rounds_done, ledger.round + 1 if ledger.open else 0) + 1
+        before = self._quorum.members(first)
+        nodes = tuple(sorted((set(before) | added) - removed))
+        self._quorum.require_possible(nodes)
+        if nodes == before:
+            return
+        self._quorum.change(first, nodes)
+        row = {"nodes": bitmap(nodes, len(self.submission.nodes)).hex()}
+        effects.writes.append(Write("members", (self.run_id, first), row))
+        text = f"from round {first} on {len(nodes)} nodes may take part"
+        self.record.event(effects, now, "status", text)
+
+    @property
+    def _gone(self) -> set[str]:
+        """The clusters that the next attempt is opened without."""
+        return self._away | self._late
+
+    def _can_do_without(self, gone: Collection[str]) -> bool:
+        """Whether what comes next is possible without these clusters."""
+        ledger = self._ledger
+        if not gone or ledger is None or ledger.coordinator in gone:
+            return not gone
+        number = ledger.round + 1
+        if number > self._rounds_wanted:
+            # What is left needs the coordinator only; but a run that may go on later waits for all it will need.
+            return self._stopping or self._quorum.exists
+        return self._participants(number, gone) is not None
+
+    def _participants(self, number: int, gone: Collection[str]) -> bytes | None:
+        assert self._ledger is not None
+        return self._quorum.without(number, gone, fixed=bool(self._ledger.recorded(number)))
+
+    def _decide(self, effects: Effects, now: Now, number: int, participants: bytes) -> None:
+        """Write down who takes part where it is not who was chosen."""
+        chosen = self._quorum.chosen(number)
+        if participants == chosen:
+            return
+        self._quorum.decide(number, participants)
+        gone = sorted(self._gone)
+        row = {"participants": participants.hex(), "without": gone}
+        effects.writes.append(Write("participants", (self.run_id, number), row))
+        if self._told_gone != self._gone:
+            # Once, not in every round until they are back.
+            self._told_gone = self._gone
+            there, all_of_them = self._quorum.count(participants), self._quorum.count(chosen)
+            text = f"round {number} goes on without {', '.join(gone)}: {there} of {all_of_them} nodes take part"
+            self.record.event(effects, now, "warning", text)
+
+    def _drop_late(self, effects: Effects, now: Now) -> bool:
+        """The deadline of an attempt has passed: another one without the late clusters, if it can do without them."""
+        ledger = self._ledger
+        if self.info.status != RUNNING or ledger is None or ledger.open is None:
+            return False
+        # The coordinator has to wait for the others; it is late itself only where it is the only one.
+        late = self._pending.keys() - {ledger.coordinator}
+        if not late or not self._can_do_without(self._gone | late):
+            return False
+        self._late |= late
+        self._abort_open(effects)
+        return self._next_round(effects, now)
+
+    def _abort_open(self, effects: Effects) -> None:
+        """Void the open attempt, if there is one."""
+        if self._ledger is None or self._ledger.open is None:
+            return
+        start, self._ledger.open = self._ledger.open.start, None
+        self._attempt_floor = max(self._attempt_floor, start.attempt)
+        for cluster in self.clusters:
+            effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
+
+    # ------------------------------------------------------------ rounds
+
+    def _next_round(self, effects: Effects, now: Now) -> bool:
+        """Open the next round, or the next attempt of the one that was open; False if too few can take part."""
+        assert self._ledger is not None
+        number = self._ledger.round + 1
+        participants = self._participants(number, self._gone)
+        if participants is None:
+            return False
+        self._told_gone &= self._gone
+        self._decide(effects, now, number, participants)
+        every = int(self.config["evaluate_every"])
+        evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
+        attempt = self._attempt_floor + 1
+        start = self._ledger.open_round(
+            self.run_id, self.generation, evaluate, now.monotonic_s, attempt, participants, self._gone
+        )
+        self._opened_wall_s = now.wall_s
+        self._ask_round(effects, now, start)
+        return True
+
+    def _ask_round(self, effects: Effects, now: Now, start: StartRound) -> None:
+        assert self._ledger is not None and self._ledger.open is not None
+        orders = dict.fromkeys(self._ledger.open.clusters, start)
+        self._ask(effects, now, orders, float(self.config["round_deadline_s"]))
+
+    def _checkpoint(self, effects: Effects) -> None:
+        assert self._ledger is not None and self.placement is not None
+        clusters = self.placement.stateful(self.submission)
+        self.checkpoints.begin(self._ledger.round, clusters)
+        for cluster in clusters:
+            effects.send(cluster, SaveCheckpoint(self.run_id, self.generation, self._ledger.round))
+
+    def _store(self, effects: Effects, now: Now) -> None:
+        assert self._ledger is not None
+        if self._storing:
+            return
+        self._storing = True
+        coordinator = self._ledger.coordinator
+        self.record.waits(effects, now, f"the model from {coordinator}", quiet=True)
+        order = StoreModel(self.run_id, self.generation, self._ledger.round)
+        self._ask(effects, now, {coordinator: order}, self._activate_s)
