@@ -151,6 +151,7 @@ class HostNodes:
     def enter(self, start: StartRound) -> None:
         """Tell all nodes which attempt they are in; harmless when they are in it."""
         self.mailbox.position = (start.round, start.attempt)
+        self.states.resume()
         if self._entered != self.mailbox.position:
             self._entered = self.mailbox.position
             self.states.enter(start)

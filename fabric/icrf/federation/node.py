@@ -81,7 +81,8 @@ class FederatedNode:
     Attributes:
         state: durable state of the node's own: a dict of plain values and arrays (see :mod:`icrf.values`), up to
             16 MiB. What a round has changed is committed with the round, is undone when the round is run again, is in
-            the checkpoints and, between peers, in the node's state hash. Changes made between rounds do not last.
+            the checkpoints and, between peers, in the node's state hash. What a call from outside changes, or the
+            evaluation of a consensus model, does not last.
     """
 
     context: NodeContext
