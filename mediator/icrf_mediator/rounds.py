@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError, InternalError
-from icrf.protocol import CENTRALIZED, RoundReport, RoundResult, StartRound, nodes_of
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, RoundReport, RoundResult, StartRound, nodes_of
 from icrf.update import choose_grid, merkle_root, metric_mean
 
 MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
@@ -178,6 +178,11 @@ class RoundLedger:
     def weight_of(self, nodes: Iterable[int]) -> int:
         """What the weights of these nodes add up to."""
         return sum(self.samples[node] if self._by_samples else 1 for node in nodes)
+
+    def most_weight(self, nodes: Iterable[int]) -> int:
+        """The same for all that train, or what a sum of a round may come to: a consensus counts every peer as one."""
+        peers = sum(map(len, self.keepers.values())) if self.flow == DECENTRALIZED else 0
+        return max(self.weight_of(nodes), peers)
 
     def accepts(self, report: RoundReport) -> bool:
         """Whether a report belongs to the open attempt; everything else is stale and dropped."""

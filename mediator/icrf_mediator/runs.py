@@ -394,7 +394,7 @@ class RunMachine(RunRounds):
         if known and known != head:
             return self.fail(effects, now, differs(self._restored_round, known, head))
         ledger.samples = samples
-        total = ledger.weight_of(trains)
+        total = ledger.most_weight(trains)
         if self._restored_round == 0:
             ledger.begin([part.absmax for part in self._parts.values()], head, total)
         ledger.total_weight = total

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icrf.protocol import RoundResult
+from icrf.protocol import NodeSpec, RoundResult
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
@@ -90,3 +90,25 @@ def test_any_placement_gives_the_same_bits_in_every_round(topology: str) -> None
     assert [r[0] for r in rounds] == [1, 2, 3] and crossed == 0
     assert len({r[2] for r in rounds}) == 3
     check()
+
+
+@pytest.mark.parametrize("scaling", [True, False])
+def test_a_consensus_counts_peers_that_do_not_train_too(scaling: bool) -> None:
+    nodes = [NodeSpec(f"client_{i}", "eval-test" if i else "train-eval-test") for i in range(NUM_CLIENTS)]
+    keys = {
+        "federation_id": "one-trains",
+        "federated_learning_schema": SCHEMAS["ring"],
+        "federated_learning_topology": "ring",
+        "number_of_clients": NUM_CLIENTS,
+        "federated_learning_rounds": 2,
+        "aggregation_sample_scaling": scaling,
+    }
+    found = []
+    for clusters in (1, 3):
+        with InlineFabric(clusters) as fabric:
+            run = fabric.port.submit(build_submission(FederationConfig.from_mapping(keys), nodes=nodes))
+            rounds = [event.round for event in fabric.port.watch(run.run_id) if event.round]
+            info = fabric.port.get(run.run_id)
+        assert (info.status, info.error_json) == ("COMPLETED", "")
+        found.append((info.model_sha256, [facts(r) for r in rounds]))
+    assert found[0] == found[1]
