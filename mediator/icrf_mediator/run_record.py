@@ -76,7 +76,7 @@ class RunRecord:
 
     def committed(self, effects: Effects, now: Now, commit: Commit, result: RoundResult, reached: bool) -> None:
         """Journal a round's one commit row, and show it."""
-        row = {**asdict(result), "absmax": list(commit.absmax)}
+        row = {**asdict(result), "absmax": list(commit.absmax), "evaluated": commit.evaluated}
         del row["node_metrics"]  # what decides nothing is in the event
         if self._fingerprints:
             row["fingerprints"] = self._fingerprints

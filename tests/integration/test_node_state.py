@@ -285,3 +285,17 @@ def restart_agents(inline: InlineFabric, _: str = "") -> None:
 def test_what_the_evaluation_of_a_consensus_model_changes_does_not_last() -> None:
     values = {**RING, "evaluate_every": 1, "checkpoint_every": 1}
     assert hashes(outcome(values, Counted, 2, {2: restart_agents})) == hashes(outcome(values, Counted))
+
+
+def test_a_round_that_was_the_last_one_is_evaluated_when_it_is_repeated() -> None:
+    keys = {**STAR, "evaluate_clients": True, "evaluate_every": 10, "checkpoint_every": 0}
+    with InlineFabric(2, templates={"local:Node": Counted}) as inline:
+        base = FederatedBase(FederationConfig.from_mapping(keys), fabric=Fabric(inline.port))
+        base.train(rounds=1, blocking=True)
+        base.train(rounds=1, blocking=True)
+        restart_agents(inline)
+        base.train(rounds=1, blocking=True)
+        assert base.run is not None
+        base.stop()
+        rounds = {r.number: r for r in base.run.rounds()}
+    assert sorted(rounds) == [1, 2, 3] and rounds[3].generation > 1
