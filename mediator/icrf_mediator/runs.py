@@ -95,6 +95,7 @@ class RunMachine(RunRounds):
         if stage == "run":
             self._rounds_wanted = max(self._rounds_wanted, wanted)
             self.record.change(rounds_planned=max(self.info.rounds_planned, rounds))
+            self.record.save(effects)
         self._save_goal(effects)
         if self.info.status != RUNNING:
             self._go_on(effects, now)
