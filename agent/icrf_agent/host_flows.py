@@ -82,6 +82,8 @@ class CentralizedFlow:
         self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         # The newest models that this host has seen.
         self._seen: Array = t.nodes.initial
+        # What each participant here has chosen last, to be shown between rounds.
+        self._chosen: dict[int, int] = {}
         self._server, self._clients = self._states(restored)
 
     def _states(self, restored: bytes) -> tuple[VersionedState | None, VersionedState | None]:
@@ -227,7 +229,7 @@ class CentralizedFlow:
         t = self._t
         drawn = start.round == 1 and t.nodes.config.first_choice == "drawn"
         chosen = self._drawn[index] if drawn else t.best_of(index, self._seen)
-        t.nodes.get(index).context.chosen_model = chosen
+        self._chosen[index] = t.nodes.get(index).context.chosen_model = chosen
         t.add_up(index, {f"{name}_share": float(k == chosen) for k, name in enumerate(self._names)}, 1, sums)
         t.by_node.add(start, index, {"model": float(chosen)})
         return chosen
@@ -367,7 +369,7 @@ class CentralizedFlow:
         the node's own."""
         if self._server and index == self._aggregator:
             return self._row(self._server.latest, 0)
-        model = self._row(self._seen, self._t.nodes.get(index).chosen_model)
+        model = self._row(self._seen, self._chosen.get(index, 0))
         if not self._private or self._clients is None or index not in self._row_of:
             return model
         return np.concatenate([model, self._clients.latest[self._row_of[index], -self._private :]])

@@ -104,7 +104,7 @@ class FederatedNode:
             self._received = list(self._received_before)
         else:
             self._received_before = list(self._received)
-        self.context.round = number
+        self.context.round, self.context.chosen_model = number, 0
 
     # ------------------------------------------------------------ to override
 
@@ -218,7 +218,7 @@ class FederatedNode:
 
     @property
     def chosen_model(self) -> int:
-        """Which of the federation's models the node has trained last; 0 before, and where there is only one."""
+        """Which of the federation's models the node trains in this round; 0 until it has chosen, and with only one."""
         return self.context.chosen_model
 
     @property
