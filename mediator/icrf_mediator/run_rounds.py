@@ -64,7 +64,8 @@ class RunRounds(RunBase):
         if self.terminal or ledger is None:
             raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}: its nodes cannot be changed now")
         added, removed = ({self.node_index(name) for name in names} for names in (add, remove))
-        first = max(self.info.rounds_done, ledger.round + 1 if ledger.open else 0) + 1
+        settled = ledger.open is not None or self._quorum.is_decided(ledger.round + 1)
+        first = max(self.info.rounds_done, ledger.round + settled) + 1
         before = self._quorum.members(first)
         nodes = tuple(sorted((set(before) | added) - removed))
         self._quorum.require_possible(nodes)
