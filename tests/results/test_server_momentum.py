@@ -1,0 +1,43 @@
+"""Hsu et al. 2019 (arXiv 1909.06335): momentum on the server helps where the clients' labels differ."""
+
+from __future__ import annotations
+
+import pytest
+
+from .bench import Row, needs_fashion_mnist, run, show_rounds
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), needs_fashion_mnist]
+
+TARGET, ROUNDS, SEEDS = 0.75, 50, (0, 1)
+
+
+def rounds_of(rule: str, seed: int) -> int | None:
+    return run(
+        aggregation_strategy=rule,
+        server_momentum=0.9,
+        dataset_type="fmnist",
+        data_distribution_kind="dir",
+        dirichlet_beta=0.1,
+        model_type="2nn",
+        number_of_clients=100,
+        client_fraction=0.1,
+        federated_learning_rounds=ROUNDS,
+        target_accuracy=TARGET,
+        batch_size=20,
+        learning_rate=0.003,
+        seed=seed,
+    ).rounds_to(TARGET)
+
+
+def test_with_momentum_the_server_needs_fewer_rounds_of_skewed_clients(row: Row) -> None:
+    needed = {rule: [rounds_of(rule, seed) for seed in SEEDS] for rule in ("FedAvg", "FedAvgM")}
+    shown = {rule: ", ".join(show_rounds(n, ROUNDS) for n in found) for rule, found in needed.items()}
+    row(
+        "FedAvgM, arXiv 1909.06335",
+        f"Fashion-MNIST, Dirichlet(0.1), 100 clients, C=0.1, E=1, at most {ROUNDS} rounds; "
+        f"rounds to {TARGET:.0%}, seeds 0 and 1",
+        "CIFAR-10, most skewed split, 10,000 rounds: 30.1 % without momentum, 76.9 % with",
+        f"FedAvg {shown['FedAvg']}; FedAvgM {shown['FedAvgM']}",
+    )
+    for plain, helped in zip(*needed.values(), strict=True):
+        assert helped is not None and helped < (plain or ROUNDS + 1)
