@@ -1,4 +1,4 @@
-"""Lian et al. 2017 (arXiv 1705.09056): D-PSGD follows the spectral gap where data differ, and hardly where they do not."""
+"""Lian et al. 2017 (arXiv 1705.09056): D-PSGD follows the spectral gap where data differ, hardly where they do not."""
 
 from __future__ import annotations
 

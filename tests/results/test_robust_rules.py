@@ -48,8 +48,8 @@ def test_the_mean_collapses_and_the_trimmed_mean_does_not(row: Row) -> None:
     clean, mean, trimmed = accuracy("FedAvg", False), accuracy("FedAvg", True), accuracy("TrimmedMean", True)
     row(
         "trimmed mean, arXiv 1803.01498",
-        f"Fashion-MNIST IID, {CLIENTS} clients, {ATTACKERS} of which send -{SCALE:g} times their change; accuracy after "
-        f"{ROUNDS} rounds of the mean without attackers, the mean with them, the trimmed mean with them",
+        f"Fashion-MNIST IID, {CLIENTS} clients, {ATTACKERS} of which send -{SCALE:g} times their change; accuracy "
+        f"after {ROUNDS} rounds of the mean without attackers, the mean with them, the trimmed mean with them",
         "no figure for this attack; the bound holds for fewer attackers than are trimmed",
         f"{clean:.2%}, {mean:.2%}, {trimmed:.2%}",
     )
