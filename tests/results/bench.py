@@ -28,23 +28,13 @@ STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology":
 PEERS = {"schema": "DecentralizedFederatedLearning"}
 
 
-def a_fifth() -> Dataset:
-    """The first 12,000 training and 5,000 test images of Fashion-MNIST."""
-    return _cut(12_000, 5_000)
-
-
 def two_thousand() -> Dataset:
     """The first 2,000 training and 2,000 test images of Fashion-MNIST."""
-    return _cut(2_000, 2_000)
+    whole, cut = load_dataset("fmnist"), slice(2_000)
+    return Dataset(whole.train_x[cut], whole.train_y[cut], whole.test_x[cut], whole.test_y[cut], 10, "a cut")
 
 
-def _cut(num_train: int, num_test: int) -> Dataset:
-    whole = load_dataset("fmnist")
-    train, test = slice(num_train), slice(num_test)
-    return Dataset(whole.train_x[train], whole.train_y[train], whole.test_x[test], whole.test_y[test], 10, "a cut")
-
-
-A_FIFTH, TWO_THOUSAND = f"{__name__}:a_fifth", f"{__name__}:two_thousand"
+TWO_THOUSAND = f"{__name__}:two_thousand"
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import pytest
 
-from .bench import A_FIFTH, Row, needs_fashion_mnist, run
+from .bench import Row, needs_fashion_mnist, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_fashion_mnist]
 
-ROUNDS = 15
+ROUNDS, SEEDS = 20, (0, 1)
 # From the most to the least skewed, with the best accuracy that the baselines of Flower reproduce in 50 rounds of 10
-# epochs on all 60,000 images.
+# epochs of a CNN.
 SPLITS: dict[str, tuple[float, dict[str, Any]]] = {
     "1 label": (0.2839, {"data_distribution_kind": "pathological", "classes_per_node": 1}),
     "2 labels": (0.7810, {"data_distribution_kind": "pathological", "classes_per_node": 2}),
@@ -22,27 +23,29 @@ SPLITS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 
 
-def best_accuracy(split: dict[str, Any]) -> float:
+def best_accuracy(split: dict[str, Any], seed: int) -> float:
     outcome = run(
         **split,
-        dataset_type=A_FIFTH,
-        model_type="lenet",
+        dataset_type="fmnist",
+        model_type="mlp",
         number_of_clients=10,
         federated_learning_rounds=ROUNDS,
-        batch_size=32,
+        batch_size=64,
         learning_rate=0.01,
         momentum=0.9,
+        seed=seed,
     )
     return max(outcome.curve())
 
 
 def test_accuracy_follows_the_skew_of_the_labels(row: Row) -> None:
-    found = {name: best_accuracy(split) for name, (_, split) in SPLITS.items()}
+    # Which labels meet at a client is drawn, and matters: the mean over draws.
+    found = {name: fmean(best_accuracy(split, seed) for seed in SEEDS) for name, (_, split) in SPLITS.items()}
     row(
         "NIID-Bench, arXiv 2102.02079",
-        f"a fifth of Fashion-MNIST, FedAvg, 10 clients, {ROUNDS} rounds of one epoch, LeNet-5; best accuracy for "
-        + ", ".join(SPLITS),
-        "all of it, 50 rounds of 10 epochs: " + ", ".join(f"{published:.2%}" for published, _ in SPLITS.values()),
+        f"Fashion-MNIST, FedAvg, 10 clients, {ROUNDS} rounds of one epoch, MLP; best accuracy, mean of {len(SEEDS)} seeds, "
+        f"for {', '.join(SPLITS)}",
+        "CNN, 50 rounds of 10 epochs: " + ", ".join(f"{published:.2%}" for published, _ in SPLITS.values()),
         ", ".join(f"{accuracy:.2%}" for accuracy in found.values()),
     )
     accuracies = list(found.values())
