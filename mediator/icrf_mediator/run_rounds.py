@@ -7,7 +7,7 @@ from typing import Any
 
 from icrf.errors import RunError
 from icrf.ports import Write
-from icrf.protocol import RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
+from icrf.protocol import HIERARCHICAL, RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
 from icrf_mediator.run_base import RunBase
@@ -29,16 +29,17 @@ class RunRounds(RunBase):
         self._place(placement)
 
     def load_progress(
-        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...]]]
+        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...], bool]]
     ) -> None:
-        """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
+        """What it had reached: the initial state; of every commit in order round, hash, maxima, and whether it made a
+        global or consensus model."""
         assert self._ledger is not None
         for row in activations:
             self._ledger.samples = {int(node): int(count) for node, count in row.get("samples", ())}
             if int(row["round"]) == 0:
                 self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
-        for number, model_hash, absmax in commits:
-            self._ledger.remember(number, model_hash, absmax)
+        for commit in commits:
+            self._ledger.remember(*commit)
 
     def load_participants(self, number: int, participants: str) -> None:
         """Out of the journal: who takes part in a round, in hexadecimal, where it was not the rule that decided."""
@@ -146,11 +147,39 @@ class RunRounds(RunBase):
         evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
         attempt = self._attempt_floor + 1
         start = self._ledger.open_round(
-            self.run_id, self.generation, evaluate, now.monotonic_s, attempt, participants, self._gone
+            self.run_id,
+            self.generation,
+            evaluate,
+            now.monotonic_s,
+            attempt,
+            participants,
+            self._gone,
+            self._merges(number),
         )
         self._opened_wall_s = now.wall_s
         self._ask_round(effects, now, start)
         return True
+
+    def _merges(self, number: int) -> bool:
+        """Whether a round of a hierarchy ends with one model for all groups: every so many do, and the last one.
+
+        A round that was committed before does what it did then, whichever was to be the last at that time.
+        """
+        assert self._ledger is not None
+        if self.submission.flow != HIERARCHICAL:
+            return False
+        if self._ledger.recorded(number):
+            return self._ledger.made_model(number)
+        return number >= self._rounds_wanted or number % int(self.config["global_every"]) == 0
+
+    def _last_round(self) -> int:
+        """The round after which the run can end soonest with a model."""
+        ledger, done = self._ledger, self.info.rounds_done
+        start = ledger.open.start if ledger and ledger.open else None
+        last = max(done, start.round if start else done)
+        opened = start is not None and start.round == last and start.merge
+        merged = opened or (ledger is not None and ledger.made_model(last))
+        return last if self.submission.flow != HIERARCHICAL or merged or not last else last + 1
 
     def _ask_round(self, effects: Effects, now: Now, start: StartRound) -> None:
         assert self._ledger is not None and self._ledger.open is not None

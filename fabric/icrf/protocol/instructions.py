@@ -65,6 +65,7 @@ class StartRound:
         total_weight: sum of the participants' weights, sample counts or ones, over all clusters.
         evaluate: evaluate the global (or consensus) model after this round.
         participants: bitmap of the nodes that train in this round; empty: all that have the role.
+        merge: hierarchical: the round ends with one model for all groups.
     """
 
     run_id: str
@@ -76,6 +77,7 @@ class StartRound:
     total_weight: int
     evaluate: bool
     participants: bytes = b""
+    merge: bool = False
 
 
 @dataclass(frozen=True)
