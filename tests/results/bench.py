@@ -28,10 +28,15 @@ STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology":
 PEERS = {"schema": "DecentralizedFederatedLearning"}
 
 
+def first_samples(num_train: int, num_test: int) -> Dataset:
+    """The first training and test images of Fashion-MNIST."""
+    whole, train, test = load_dataset("fmnist"), slice(num_train), slice(num_test)
+    return Dataset(whole.train_x[train], whole.train_y[train], whole.test_x[test], whole.test_y[test], 10, "a cut")
+
+
 def two_thousand() -> Dataset:
-    """The first 2,000 training and 2,000 test images of Fashion-MNIST."""
-    whole, cut = load_dataset("fmnist"), slice(2_000)
-    return Dataset(whole.train_x[cut], whole.train_y[cut], whole.test_x[cut], whole.test_y[cut], 10, "a cut")
+    """2,000 images to train on and 2,000 that are held out."""
+    return first_samples(2_000, 2_000)
 
 
 TWO_THOUSAND = f"{__name__}:two_thousand"
