@@ -74,11 +74,11 @@ def _write_table(
     begin, end = f"<!-- measured by {script} -->", "<!-- end of what was measured -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     inside, _, after = rest.partition(end)
-    found = [tuple(line.strip("| ").split(" | ")) for line in inside.splitlines() if line.startswith("| ")][1:]
-    kept = {row[:2]: row for row in found} if keep_others else {}
-    for row in rows:
-        kept[tuple(row[:2])] = tuple(row)
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(r)} |" for r in kept.values())]
+    if keep_others:
+        found = [tuple(line.strip("| ").split(" | ")) for line in inside.splitlines() if line.startswith("| ")][1:]
+        rows = list({tuple(row[:2]): row for row in (*found, *rows)}.values())
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
     path.write_text(before + "\n".join([begin, "", *lines, "", end]) + after, encoding="utf-8")
 
 
