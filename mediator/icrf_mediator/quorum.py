@@ -73,6 +73,10 @@ class Quorum:
         """How many nodes a bitmap stands for."""
         return len(self._nodes(participants))
 
+    def is_decided(self, number: int) -> bool:
+        """Whether the participants of a round were decided, so that a change of the members comes too late for it."""
+        return number in self._decided
+
     def decide(self, number: int, participants: bytes) -> None:
         """From now on these are the participants of a round."""
         self._decided[number] = participants
