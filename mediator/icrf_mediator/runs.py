@@ -444,7 +444,9 @@ class RunMachine(RunRounds):
             if reached:
                 self._rounds_wanted = commit.round
                 self._save_goal(effects)
-        if self.checkpoints.due(commit.round, int(self.config.get("checkpoint_every") or 0)):
+        # The model of the last round is stored at once, and with it the run is over.
+        ends = self._finishing and commit.round >= self._rounds_wanted
+        if not ends and self.checkpoints.due(commit.round, int(self.config.get("checkpoint_every") or 0)):
             self._checkpoint(effects)
         self._go_on(effects, now)
 
