@@ -25,8 +25,9 @@ from icrf.learning.aggregation import (
 )
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
-from icrf_agent.checkpoint import SERVER, pack_rows, unpack_rows
-from icrf_agent.host_state import VersionedState
+from icrf.staleness import late_nodes, scaled
+from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
+from icrf_agent.host_state import EarlierModels, VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
 from icrf_agent.topology_manager import Posting
 
@@ -70,6 +71,7 @@ class CentralizedFlow:
         self._buffers = [part for tensor, part in t.layout.places if tensor.rule in (MEAN, ROUNDED)]
         self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         self._seen: Array = t.nodes.initial
+        self._earlier = EarlierModels()
         self._server, self._clients = self._states(restored)
 
     def _states(self, restored: bytes) -> tuple[VersionedState | None, VersionedState | None]:
@@ -81,6 +83,7 @@ class CentralizedFlow:
             if number:
                 state = unpack_rows(t.layout, restored, number, [SERVER], rows.server * self._size)[0]
                 self._seen = state[: self._size]
+                self._earlier = EarlierModels(unpack_models(t.layout, restored, number))
             server = VersionedState(state, number, recycle=not t.has_last_word)
         own = rows.client * self._size + rows.client_scalars
         kept = own + self._private
@@ -110,7 +113,9 @@ class CentralizedFlow:
     def publish_model(self, start: StartRound) -> None:
         """Aggregator: publish the committed global model, and what its rule sends with it, to all participants."""
         assert self._server is not None
-        sent = self._server.rebase(start)[: self._rule.rows.down * self._size]
+        row = self._server.rebase(start)[: self._rule.rows.down * self._size]
+        self._earlier.enter(start, self._server, self._size)
+        sent = self._earlier.sent(start, row)
         recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
         posting = self._t.posting(start, MODEL, (self._aggregator,), sent, recipients=recipients)
         self._t.manager.publish_many(posting)
@@ -127,19 +132,22 @@ class CentralizedFlow:
         postings = t.collect(start, MODEL)
         if len(postings) != 1:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
-        received = t.references.get(postings[0].reference)
+        # The aggregator's own cluster, which is never late, also has what goes to those that are.
+        received = t.references.get(postings[0].reference).reshape(-1)[: self._rule.rows.down * self._size]
         self._seen = received[: self._size]
         sums: MetricSums = {}
         overflow: set[int] = set()
         every_update = self._rule.rows.every_update
         updates = t.buffer("updates", (len(self._participants), self._size)) if every_update else None
         total = None if every_update else t.exact_sum(start)
+        late = late_nodes(start.late)
         for k, index in enumerate(participants):
             own = self._row_of[index]
-            flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
+            with t.nodes.in_round(index, late[index].round if index in late else start.round):
+                flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
             if total is not None:
                 with t.nodes.blamed(index):
-                    overflow.update(total.add(flat, t.weight(index)))
+                    overflow.update(total.add(flat, scaled(t.weight(index), index, late)))
             elif updates is not None:
                 self._require_finite(index, flat)
                 updates[k] = flat
@@ -177,7 +185,8 @@ class CentralizedFlow:
         t, rule = self._t, self._rule
         own = len(kept) - self._private
         self._load(kept[own:])
-        t.evaluate_node(start, index, sums)
+        if t.nodes.get(index).context.round == start.round:
+            t.evaluate_node(start, index, sums)
         with self._blaming_the_rule():
             t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
         trained = t.train_node(start, index, sums)
@@ -301,6 +310,7 @@ class CentralizedFlow:
             if state is None:
                 return None
             rows[SERVER] = state
+            rows.update((model_of(number), model) for number, model in self._earlier.by_round.items())
         if self._clients is not None:
             kept = self._clients.at(round_number)
             if kept is None:

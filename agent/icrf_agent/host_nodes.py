@@ -162,6 +162,16 @@ class HostNodes:
                 if type(node).sync is not FederatedNode.sync:
                     self.call(index, "sync")
 
+    @contextmanager
+    def in_round(self, index: int, number: int) -> Iterator[None]:
+        """Inside, a node draws the random numbers of that round; late ones train an earlier one."""
+        context = self._nodes[index].context
+        entered, context.round = context.round, number
+        try:
+            yield
+        finally:
+            context.round = entered
+
     def get(self, index: int) -> FederatedNode:
         return self._nodes[index]
 
