@@ -76,7 +76,7 @@ def merge_rows(parts: Sequence[bytes], round_number: int) -> bytes:
 
 
 def split_rows(data: bytes, round_number: int, groups: Sequence[Sequence[str]]) -> list[bytes]:
-    """One checkpoint per group of keepers; empty for an empty group. Models of earlier rounds go with the server's rows.
+    """One checkpoint per group of keepers, empty for an empty one; models of earlier rounds go with the server's rows.
 
     Raises:
         WeightsError: W010 if a keeper is missing or it is no checkpoint of that round.

@@ -25,9 +25,10 @@ from icrf.learning.aggregation import (
 )
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
-from icrf.staleness import late_nodes, scaled
+from icrf.staleness import WEIGH, late_nodes, scaled
 from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
-from icrf_agent.host_state import EarlierModels, VersionedState
+from icrf_agent.host_late import EarlierModels, FinishedWork
+from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
 from icrf_agent.topology_manager import Posting
 
@@ -72,6 +73,9 @@ class CentralizedFlow:
         self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         self._seen: Array = t.nodes.initial
         self._earlier = EarlierModels()
+        row_bytes = t.layout.num_parameters * t.layout.dtype.itemsize
+        weighs = t.nodes.config.late_updates == WEIGH
+        self._finished = FinishedWork(len(self._participants), row_bytes) if weighs else None
         self._server, self._clients = self._states(restored)
 
     def _states(self, restored: bytes) -> tuple[VersionedState | None, VersionedState | None]:
@@ -189,7 +193,7 @@ class CentralizedFlow:
             t.evaluate_node(start, index, sums)
         with self._blaming_the_rule():
             t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
-        trained = t.train_node(start, index, sums)
+        trained = t.train_node(start, index, sums, self._finished)
         steps = t.nodes.trainer.steps
         t.nodes.trainer.begin()
         next_kept[own:] = t.nodes.model.row[self._size :]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from icrf.errors import InternalError, RoutingError
+from icrf.errors import RoutingError
 from icrf.protocol import StartRound
-from icrf.staleness import late_nodes
 
 Array = np.ndarray[Any, Any]
 
@@ -91,50 +89,3 @@ class VersionedState:
         found = self._over if self._over is not None else abandoned
         self._over = None
         return found if found is not None else np.empty_like(self.committed)
-
-
-class EarlierModels:
-    """Global models of earlier rounds, for as long as late clusters owe updates that start from them.
-
-    Args:
-        models: those that were restored, by the round after which they were committed.
-    """
-
-    def __init__(self, models: Mapping[int, Array] | None = None) -> None:
-        self._models = dict(models or {})
-
-    def enter(self, start: StartRound, server: VersionedState, size: int) -> None:
-        """An attempt begins, `server` is rebased already: keep the models that it or a later round will need, no others.
-
-        Args:
-            server: the aggregator's state, whose first `size` elements are the model.
-        """
-        needed = sorted({late.round - 1 for late in start.late} | {owed - 1 for owed in start.kept})
-        found = {number: self._models.get(number) for number in needed}
-        if server.round in found and found[server.round] is None:
-            # The state's own buffer may be used again.
-            found[server.round] = np.array(server.committed[:size])
-        missing = [number for number, model in found.items() if model is None]
-        if missing:
-            raise InternalError("X001", f"round {start.round} needs the model of round {missing[0]}, which is not here")
-        self._models = {number: model for number, model in found.items() if model is not None}
-
-    def sent(self, start: StartRound, row: Array) -> Array:
-        """What goes out in an attempt: `row` alone, or as the first of rows (1 + late, size), one per late round."""
-        if not start.late:
-            return row
-        return np.stack([row, *(self._models[late.round - 1] for late in start.late)])
-
-    @property
-    def by_round(self) -> Mapping[int, Array]:
-        """The models that are kept."""
-        return self._models
-
-
-def row_for(start: StartRound, recipients: Collection[int]) -> int:
-    """Which row of :meth:`EarlierModels.sent` these nodes of one cluster train from; -1: there is but one."""
-    if not start.late:
-        return -1
-    late = late_nodes(start.late)
-    owed = next((late[node] for node in recipients if node in late), None)
-    return 0 if owed is None else 1 + start.late.index(owed)

@@ -29,8 +29,8 @@ from icrf.protocol import (
     element_type,
     shared_size,
 )
+from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
-from icrf_agent.host_state import row_for
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
 from icrf_agent.topology_manager import Posting

@@ -1,9 +1,9 @@
 """What an update counts that comes some rounds late: pure functions, the same in the mediator and on hosts.
 
-An update that was trained from the model of `s` rounds ago weighs ``(1 + s)^-alpha`` of what it would weigh in time, the
-polynomial of Xie, Koyejo and Gupta (2019), "Asynchronous Federated Optimization", arXiv:1903.03934. Weights have to be
-integers for the exact sums, so in a round with such updates everybody counts in parts of 1/1024. A round without any is
-the same as it would be without this.
+An update that comes `s` rounds late weighs ``(1 + s)^-alpha`` of what it would weigh in time, the polynomial of Xie,
+Koyejo and Gupta (2019), "Asynchronous Federated Optimization", arXiv:1903.03934. Weights have to be integers for the
+exact sums, so in a round with such updates everybody counts in parts of 1/1024. Rounds without any are as they would be
+without this.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def factor(staleness: int, exponent: float) -> int:
     Args:
         exponent: alpha; 0: as much as one in time.
     """
-    return max(1, round(IN_TIME * (1.0 + staleness) ** -exponent))
+    share: float = (1.0 + staleness) ** -exponent
+    return max(1, round(IN_TIME * share))
 
 
 def late_nodes(late: Sequence[LateUpdates]) -> dict[int, LateUpdates]:
