@@ -1,9 +1,9 @@
-"""Late updates that count by their age, on a whole fabric without Ray: closed forms, and the same bits after any crash."""
+"""Late updates that count by their age, on a fabric without Ray: closed forms, and the same bits after any crash."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
