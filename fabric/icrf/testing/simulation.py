@@ -123,13 +123,16 @@ class Fabric:
         trace: print every step.
         kinds: let many faults strike from outside, of these kinds only; empty: the seed decides.
         quorum: long stars over several clusters that do without those that are lost.
+        gap_s: mean time between faults of these kinds.
     """
 
-    def __init__(self, seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False) -> None:
+    def __init__(
+        self, seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False, gap_s: float = 3.0
+    ) -> None:
         self.world = world = World(seed, len(FAULTS), trace)
         if kinds:
-            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r}, quorum={quorum})"
-            world.concentrate([float(kind in kinds) for kind in FAULTS])
+            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r}, quorum={quorum}, gap_s={gap_s})"
+            world.concentrate([float(kind in kinds) for kind in FAULTS], gap_s)
         policy = Policy()
         self.checker = Checker(world, policy.lease_ttl_s)
         self.mediator = SimMediator(world, self.checker, policy)
@@ -247,6 +250,10 @@ class Fabric:
             }
         elif flow == CENTRALIZED and draw.random() < 0.4:
             config |= {"min_nodes": 1, "on_cluster_loss": draw.choice(("wait", "exclude"))}
+        if config.get("min_nodes") and draw.random() < 0.5:
+            config |= {"late_updates": "weigh", "max_staleness": draw.randint(1, 3)}
+            config |= {"min_nodes": 1, "round_deadline_s": 150.0}
+            config["staleness_exponent"] = draw.choice((0.0, 0.5, 1.0))
         tally = Tally(tally_submission(f"request-{number}", flow, sorted(set(edges)), size, config, schedule))
         self._tallies[tally.submission.config_json] = tally
         self.checker.know(tally)
@@ -274,7 +281,9 @@ class Fabric:
             self.checker.require(not left, f"I11: {cluster.name} still holds {left}")
 
 
-def simulate(seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False) -> Outcome:
+def simulate(
+    seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False, gap_s: float = 3.0
+) -> Outcome:
     """One history.
 
     Args:
@@ -282,11 +291,12 @@ def simulate(seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: 
         trace: print every step.
         kinds: let many faults of these kinds strike (keys of :data:`FAULTS`); empty: the seed decides.
         quorum: long stars over several clusters that do without those that are lost.
+        gap_s: mean seconds between faults of these kinds.
 
     Raises:
         SimulationFailed: an invariant does not hold.
     """
-    return Fabric(seed, trace, kinds, quorum).run()
+    return Fabric(seed, trace, kinds, quorum, gap_s).run()
 
 
 # ---------------------------------------------------------------- kinds of faults that strike from outside
