@@ -136,7 +136,7 @@ class RunRounds(RunBase):
         for late in commit.late:
             nodes, age = len(nodes_of(late.nodes)), commit.round - late.round
             text = f"round {commit.round} has late updates of {nodes} nodes, of round {late.round}"
-            self.record.event(effects, now, "status", f"{text}: {age} behind, weight x {late.factor / IN_TIME:.3f}")
+            self.record.event(effects, now, "warning", f"{text}: {age} behind, weight x {late.factor / IN_TIME:.3f}")
         for cluster, debt in sorted(self._quorum.lateness.given_up(commit.round).items()):
             text = f"{cluster} is too late: its updates of round {debt.round} are dropped"
             self.record.event(effects, now, "warning", text)

@@ -155,6 +155,8 @@ def plain_round(result: RoundResult, planned: int) -> str:
     parts += [f"inter-cluster {format_bytes(result.bytes_inter_cluster)}", format_duration(result.wall_s)]
     if len(result.bytes_by_cluster) > 1:
         parts.append(cluster_cell(result, 10_000))
+    if result.staleness:
+        parts.append(f"late {len(result.staleness)}")
     if result.attempt > 1:
         parts.append(f"attempt {result.attempt}")
     return "  ".join(parts)

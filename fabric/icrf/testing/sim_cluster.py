@@ -25,7 +25,7 @@ DEATHS = frozenset({"U003", "P003", "P030"})
 MAX_SENDS = 12
 RESERVE_POLL_S = 1.0
 # Beyond the deadline of a round, where late clusters are survived.
-LATE_S, LATE_ODDS, MAX_LATE = (160.0, 300.0), 0.3, 2
+LATE_S, LATE_ODDS, MAX_LATE = (160.0, 300.0), 0.5, 2
 WIRE_HEADER_BYTES = 100
 
 Done = Callable[[Any, IcrfError | None], None]

@@ -197,8 +197,8 @@ class Tally:
             self._expected.append(self._summary(self._step(self._expected[-1].states, number)))
 
     def _settle(self, number: int) -> None:
-        """Who takes part in a round, and what is owed after it: by nodes of clusters that were late, and do nothing else
-        until they have brought it or it is too old."""
+        """Who takes part in a round, and what is owed after it: by nodes of clusters that were late, and do nothing
+        else until they have brought it or it is too old."""
         owed = self._owed[number]
         busy = {self._cluster_of[node] for node in owed}
         wanted = {n for n in self._drawn[number] if not busy or self._cluster_of[n] not in busy}.union(owed)
