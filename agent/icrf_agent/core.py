@@ -236,7 +236,9 @@ class AgentCore:
             return [Say(run.report)] if run.report else []
         if position < run.position:
             return []
-        plan = run.plan.of_round(nodes_of(start.participants)) if start.participants else run.plan
+        plan = run.plan.merged() if start.merge else run.plan
+        if start.participants:
+            plan = plan.of_round(nodes_of(start.participants))
         run.machine = RoundMachine(plan, run.cluster, start, run.activation.graph.num_nodes)
         run.report, run.aborted = None, False
         actions = self._actions(run, run.machine.begin(now_s))

@@ -2,7 +2,8 @@
 
 Every host trains its nodes from what the server sent and publishes their contributions: as one exact partial sum, or
 one by one where the aggregation rule has to see each of them. The host of the aggregator makes the next server state
-out of them. The rule itself is an :class:`icrf.learning.Aggregator`; FedAvg is one like the others.
+out of them. The rule itself is an :class:`icrf.learning.Aggregator`; FedAvg is one like the others. Where a federation
+learns several models, all are sent, and each node trains the one that suits its data best.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from icrf.errors import ConfigError, IcrfError, InternalError, NodeError, WeightsError
+from icrf.errors import ConfigError, IcrfError, InternalError, NodeError
 from icrf.exchange import MODEL, PARTIAL, UPDATE
 from icrf.learning.aggregation import (
     ClientUpdate,
     RoundFacts,
     UpdateAggregator,
     build_aggregator,
-    clip_update,
 )
+from icrf.learning.layout import model_names
+from icrf.learning.rng import stable_random_state
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
 from icrf.staleness import WEIGH, late_nodes, scaled
@@ -56,7 +59,8 @@ class CentralizedFlow:
         self._participants = tuple(i for i in t.nodes.indices if i in training)
         # Where a participant's rows are among those that this host keeps.
         self._row_of = {index: k for k, index in enumerate(self._participants)}
-        self._rule = build_aggregator(t.nodes.config.aggregation_strategy, t.nodes.config.model_dump())
+        config = t.nodes.config
+        self._rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
         self._private = t.layout.row_size - t.layout.num_parameters
         if self._rule.rows.with_private(t.layout.tensors) != replace(t.activation.rows, nodes_keep=False):
             raise ConfigError(
@@ -68,9 +72,14 @@ class CentralizedFlow:
                 hint="install the same version of its code on every cluster",
             )
         self._size = t.layout.num_parameters
-        # What a model counts or averages by itself, such as batch norm: always the plain mean of the nodes'.
-        self._buffers = [part for tensor, part in t.layout.places if tensor.rule in (MEAN, ROUNDED)]
+        self._layout = t.layout.repeated(config.num_models)
+        self._names = model_names(config.num_models)
+        # What a model counts or averages by itself, such as batch norm: always the plain mean of the nodes'. The rule
+        # of several models takes nothing but means.
+        averaged = (MEAN, ROUNDED) if config.num_models == 1 else ()
+        self._buffers = [part for tensor, part in t.layout.places if tensor.rule in averaged]
         self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
+        # The newest models that this host has seen.
         self._seen: Array = t.nodes.initial
         self._earlier = EarlierModels()
         row_bytes = t.layout.num_parameters * t.layout.dtype.itemsize
@@ -83,10 +92,10 @@ class CentralizedFlow:
         t, rows, number = self._t, self._rule.rows, self._t.activation.restore_round
         server = clients = None
         if self._aggregator in t.nodes.indices:
-            state = self._rule.first_state(t.nodes.initial)
+            state = self._rule.first_state(t.nodes.initial_models(self._rule.num_models))
             if number:
                 state = unpack_rows(t.layout, restored, number, [SERVER], rows.server * self._size)[0]
-                self._seen = state[: self._size]
+                self._seen = self._models(state)
                 self._earlier = EarlierModels(unpack_models(t.layout, restored, number))
             server = VersionedState(state, number, recycle=not t.has_last_word)
         own = rows.client * self._size + rows.client_scalars
@@ -106,13 +115,20 @@ class CentralizedFlow:
         t = self._t
         if self._server is None:
             return Activated(t.activation.run_id, t.activation.generation)
-        model = self._server.committed[: self._size]
+        models = self._models(self._server.committed)
         return Activated(
             t.activation.run_id,
             t.activation.generation,
-            absmax=self._rule.expected(t.layout.absmax(model)),
-            model_hash=t.layout.model_sha256(model),
+            absmax=self._rule.expected(self._layout.absmax(models)),
+            model_hash=self._layout.model_sha256(models),
         )
+
+    def _models(self, state: Array) -> Array:
+        """The models of the server's state, or of what it sends: its first rows, mostly one."""
+        return state[: self._rule.num_models * self._size]
+
+    def _row(self, rows: Array, number: int) -> Array:
+        return rows[number * self._size : (number + 1) * self._size]
 
     def publish_model(self, start: StartRound) -> None:
         """Aggregator: publish the committed global model, and what its rule sends with it, to all participants."""
@@ -138,7 +154,7 @@ class CentralizedFlow:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
         # The aggregator's own cluster, which is never late, also has what goes to those that are.
         received = t.references.get(postings[0].reference).reshape(-1)[: self._rule.rows.down * self._size]
-        self._seen = received[: self._size]
+        self._seen = self._models(received)
         sums: MetricSums = {}
         overflow: set[int] = set()
         every_update = self._rule.rows.every_update
@@ -153,7 +169,7 @@ class CentralizedFlow:
                 with t.nodes.blamed(index):
                     overflow.update(total.add(flat, scaled(t.weight(index), index, late)))
             elif updates is not None:
-                self._require_finite(index, flat)
+                t.require_finite(index, flat)
                 updates[k] = flat
         if total is None and updates is not None:
             self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
@@ -187,8 +203,13 @@ class CentralizedFlow:
     ) -> Array:
         """Train one participant; what it contributes, valid until the next one trains."""
         t, rule = self._t, self._rule
+        chosen = 0
+        if rule.num_models > 1:
+            chosen = self._choose(start, index, sums)
+            received = self._row(received, chosen)
         own = len(kept) - self._private
-        self._load(kept[own:])
+        model = received[: self._size]
+        self._load(model, kept[own:])
         if t.nodes.get(index).context.round == start.round:
             t.evaluate_node(start, index, sums)
         with self._blaming_the_rule():
@@ -198,20 +219,34 @@ class CentralizedFlow:
         t.nodes.trainer.begin()
         next_kept[own:] = t.nodes.model.row[self._size :]
         t.evaluate_own(start, index, sums)
-        clip_norm = t.nodes.config.clip_norm
-        if clip_norm is not None:
-            self._require_finite(index, trained)
-            clip_update(self._seen, trained, clip_norm, self._learned)
+        t.clip(index, model, trained, self._learned)
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
         with self._blaming_the_rule():
-            sent = rule.contribution(ClientUpdate(received, trained, steps, kept[:own], next_kept[:own], out))
+            update = ClientUpdate(received, trained, steps, kept[:own], next_kept[:own], out, chosen)
+            sent = rule.contribution(update)
         return self._with_buffers(sent, trained)
 
-    def _load(self, private: Array) -> None:
-        """The global model, with what is a node's own."""
+    @cached_property
+    def _drawn(self) -> dict[int, int]:
+        """Participant -> model by chance: as many participants for each model as for any other, or one more."""
+        order = stable_random_state(self._t.nodes.config.seed, "first-choice").permutation(len(self._all_participants))
+        return {index: int(order[k]) % self._rule.num_models for k, index in enumerate(self._all_participants)}
+
+    def _choose(self, start: StartRound, index: int, sums: MetricSums) -> int:
+        """Which of the models a participant trains, counted."""
+        t = self._t
+        drawn = start.round == 1 and t.nodes.config.first_choice == "drawn"
+        chosen = self._drawn[index] if drawn else t.best_of(index, self._seen)
+        t.nodes.get(index).context.chosen_model = chosen
+        t.add_up(index, {f"{name}_share": float(k == chosen) for k, name in enumerate(self._names)}, 1, sums)
+        t.by_node.add(start, index, {"model": float(chosen)})
+        return chosen
+
+    def _load(self, model: Array, private: Array) -> None:
+        """A global model, with what is a node's own."""
         row = self._t.buffer("row", (self._size + self._private,))
-        row[: self._size], row[self._size :] = self._seen, private
-        self._t.nodes.model.load(row if self._private else self._seen)
+        row[: self._size], row[self._size :] = model, private
+        self._t.nodes.model.load(row if self._private else model)
 
     def _with_buffers(self, sent: Array, trained: Array) -> Array:
         """A contribution whose first row has the node's own buffers, and whose other rows have none."""
@@ -226,12 +261,6 @@ class CentralizedFlow:
         posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
         self._t.manager.publish_many(posting)
 
-    def _require_finite(self, index: int, flat: Array) -> None:
-        with self._t.nodes.blamed(index):
-            bad = self._t.layout.first_nonfinite(flat)
-            if bad:
-                raise WeightsError("W020", f"non-finite values in {bad}", hint="lower the learning rate")
-
     # ------------------------------------------------------------ the aggregator
 
     def aggregate(self, start: StartRound) -> PhaseReport:
@@ -242,20 +271,28 @@ class CentralizedFlow:
         previous = self._server.rebase(start)
         state = self._server.spare()
         postings = self._combine(start, previous, state)
-        model = state[: self._size]
-        t.last_word(self._aggregator, model)
+        models = self._models(state)
+        for number in range(self._rule.num_models):
+            t.last_word(self._aggregator, self._row(models, number))
         self._server.stage(start, state)
-        self._seen = model
-        metrics: dict[str, float] = {}
-        if start.evaluate and not self._private:
-            t.nodes.model.load(model)
-            metrics = t.nodes.measure(self._aggregator, "evaluate", "test")
+        self._seen = models
         return PhaseReport(
-            absmax=self._rule.expected(t.layout.absmax(model)),
-            metrics=metrics,
-            model_hash=t.layout.model_sha256(model),
+            absmax=self._rule.expected(self._layout.absmax(models)),
+            metrics=self._measure(models) if start.evaluate and not self._private else {},
+            model_hash=self._layout.model_sha256(models),
             bytes_intra_cluster=t.foreign_bytes(postings, self._contribution_bytes),
         )
+
+    def _measure(self, models: Array) -> dict[str, float]:
+        """What the aggregator measures; of several models each metric with the model's name."""
+        t = self._t
+        found: dict[str, float] = {}
+        for number, name in enumerate(self._names):
+            t.nodes.model.load(self._row(models, number))
+            prefix = f"{name}_" if len(self._names) > 1 else ""
+            metrics = t.nodes.measure(self._aggregator, "evaluate", "test")
+            found.update({prefix + metric: value for metric, value in metrics.items()})
+        return found
 
     @property
     def _contribution_bytes(self) -> int:
@@ -299,12 +336,16 @@ class CentralizedFlow:
         """Nothing: the aggregator has evaluated already."""
         return PhaseReport()
 
+    def install(self, start: StartRound) -> PhaseReport:
+        """Nothing: the aggregator has its model already."""
+        return PhaseReport()
+
     # ------------------------------------------------------------ between rounds
 
     def model_at(self, round_number: int) -> Array | None:
-        """The committed global model of a round, where this host holds it."""
+        """The committed global model of a round, or all of several, where this host holds it."""
         state = self._server.at(round_number) if self._server else None
-        return None if state is None else state[: self._size]
+        return None if state is None else self._models(state)
 
     def checkpoint(self, round_number: int) -> bytes | None:
         """What this host keeps after a committed round, while it is still here."""
@@ -329,9 +370,11 @@ class CentralizedFlow:
         return tuple(sorted(set.intersection(*found))) if found else ()
 
     def state_of(self, index: int) -> Array:
-        """What a node sees between rounds: the newest global model this host has, with what is the node's own."""
+        """What a node sees between rounds: the newest global model this host has (of several its choice), with what is
+        the node's own."""
         if self._server and index == self._aggregator:
-            return self._server.latest[: self._size]
+            return self._row(self._server.latest, 0)
+        model = self._row(self._seen, self._t.nodes.get(index).chosen_model)
         if not self._private or self._clients is None or index not in self._row_of:
-            return self._seen
-        return np.concatenate([self._seen, self._clients.latest[self._row_of[index], -self._private :]])
+            return model
+        return np.concatenate([model, self._clients.latest[self._row_of[index], -self._private :]])

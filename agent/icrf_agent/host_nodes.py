@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import sysconfig
@@ -12,17 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import icrf
+import numpy as np
+
 import icrf_agent
+from icrf import errors
 from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError, WeightsError, make_error
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, configured_dataset
-from icrf.learning.layout import FlatModule, Layout
+from icrf.learning.layout import FlatArray, FlatModule, Layout
 from icrf.learning.metrics import METRICS
 from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
-from icrf.learning.rng import derive_seed, global_randomness
+from icrf.learning.rng import derive_seed, global_randomness, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
 from icrf.protocol import Activate, StartRound
 from icrf.registry import load_attr
@@ -37,7 +40,7 @@ _WAIT_SLICE_S = 0.2
 # Where files lie that no user of this package has written.
 _NOT_THE_USERS = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-    *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (icrf, icrf_agent)),
+    *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (errors, icrf_agent)),
     "<frozen",
 )
 
@@ -126,16 +129,10 @@ class HostNodes:
             # Only where the submitter's machine is this one: elsewhere the path would be somebody else's choice.
             sys.path.insert(0, activation.code_path)
         dataset = configured_dataset(self.config)
-        module = build_model(
-            self.config.model_type,
-            dataset.input_shape,
-            dataset.num_classes,
-            derive_seed(self.config.seed, 0, 0, "model"),
-        )
         named = [MODELS.get(self.config.model_type), *map(METRICS.get, self.config.metrics)]
         self._own_code = not all(map(_is_ours, named))
         self.layout = Layout(activation.layout)
-        self.model = FlatModule(module, self.layout)
+        self.model = self._fresh_model(dataset)
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
         self._nodes: dict[int, FederatedNode] = {}
@@ -171,6 +168,13 @@ class HostNodes:
             yield
         finally:
             context.round = entered
+
+    def initial_models(self, count: int) -> FlatArray:
+        """So many models as they start, `initial` the first, shape (count * num_parameters,)."""
+        if count == 1:
+            return self.initial
+        dataset = configured_dataset(self.config)
+        return np.concatenate([self.initial, *(self._fresh_model(dataset, k).snapshot() for k in range(1, count))])
 
     def get(self, index: int) -> FederatedNode:
         return self._nodes[index]
@@ -232,16 +236,34 @@ class HostNodes:
         try:
             return {str(name): float(value) for name, value in ({} if found is None else found).items()}
         except (AttributeError, TypeError, ValueError) as error:
-            node = self._nodes[index]
-            raise NodeError(
-                "U002",
-                f"{node.id}.{method} returned {type(found).__name__}",
-                place=f"{node.id} on {self.cluster}, {method}",
-                value=repr(found)[:80],
-                allowed="a dict of numbers by name, or None",
-            ) from error
+            raise self._no_numbers(index, method, found, "a dict of numbers by name, or None") from error
+
+    def loss_of(self, index: int) -> float:
+        """A node's training loss with the model that is loaded, infinite in place of NaN; U002 for no number."""
+        found = self.call(index, "training_loss")
+        try:
+            loss = float(found)
+        except (TypeError, ValueError) as error:
+            raise self._no_numbers(index, "training_loss", found, "a number") from error
+        return math.inf if math.isnan(loss) else loss
 
     # ------------------------------------------------------------ inside
+
+    def _no_numbers(self, index: int, method: str, found: object, allowed: str) -> NodeError:
+        node = self._nodes[index]
+        return NodeError(
+            "U002",
+            f"{node.id}.{method} returned {type(found).__name__}",
+            place=f"{node.id} on {self.cluster}, {method}",
+            value=repr(found)[:80],
+            allowed=allowed,
+        )
+
+    def _fresh_model(self, dataset: Dataset, number: int = 0) -> FlatModule:
+        """The federation's model of this number as it starts."""
+        c = self.config
+        seed = model_seed(c.seed, number)
+        return FlatModule(build_model(c.model_type, dataset.input_shape, dataset.num_classes, seed), self.layout)
 
     def _build(self, dataset: Dataset) -> None:
         trains = [i for i, spec in enumerate(self._specs) if "train" in spec.role.split("-")]

@@ -3,7 +3,6 @@ updates, and mixes what their neighbours sent."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from icrf.topology import Gossip, mixing_matrix
 from icrf.update import weighted_mix
 from icrf_agent.checkpoint import pack_rows, unpack_rows
 from icrf_agent.host_state import VersionedState
-from icrf_agent.host_tools import HostTools, MetricSums
+from icrf_agent.host_tools import HostTools, MetricSums, row_hashes
 
 Array = np.ndarray[Any, Any]
 
@@ -51,8 +50,8 @@ class DecentralizedFlow:
         return Activated(
             t.activation.run_id,
             t.activation.generation,
-            absmax=self._absmax(state),
-            state_hashes=b"".join(self._digest(row) for row in state),
+            absmax=t.absmax(state),
+            state_hashes=row_hashes(state),
         )
 
     def publish_model(self, start: StartRound) -> None:
@@ -113,8 +112,8 @@ class DecentralizedFlow:
         crossing = sum(1 for j in self._needed - set(self._rows) if t.activation.assignment[j] == local)
         return PhaseReport(
             overflow=tuple(sorted(overflow)),
-            absmax=self._absmax(state),
-            state_hashes=b"".join(self._digest(row) for row in state),
+            absmax=t.absmax(state),
+            state_hashes=row_hashes(state),
             metric_sums=sums,
             node_metrics=t.by_node.take(start),
             bytes_intra_cluster=crossing * state[0, :size].nbytes,
@@ -165,6 +164,10 @@ class DecentralizedFlow:
         state = self._state.at(round_number)
         return None if state is None else pack_rows({str(i): state[k] for i, k in self._rows.items()}, round_number)
 
+    def install(self, start: StartRound) -> PhaseReport:
+        """Nothing: there is no global model."""
+        return PhaseReport()
+
     @property
     def rounds(self) -> tuple[int, ...]:
         """The rounds that can be started from here."""
@@ -174,11 +177,3 @@ class DecentralizedFlow:
         """The node's own newest state."""
         state: Array = self._state.latest[self._rows[index]]
         return state
-
-    def _absmax(self, state: Array) -> tuple[float, ...]:
-        rows = [self._t.layout.absmax(row) for row in state]
-        return tuple(max(column) for column in zip(*rows, strict=True))
-
-    @staticmethod
-    def _digest(row: Array) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(row).data).digest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from icrf.errors import InternalError, NodeError, WeightsError
 from icrf.exchange import CONSENSUS, MODEL, PARTIAL
 from icrf.federation.node import FederatedNode
+from icrf.learning.aggregation import clip_update
 from icrf.learning.layout import Layout
 from icrf.protocol import Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
@@ -135,6 +137,18 @@ class HostTools:
             raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
         return total
 
+    def best_of(self, index: int, models: Array) -> int:
+        """Which of these models has the lowest loss on a node's own data; of equal ones the first.
+
+        Args:
+            models: one model after the other, flat.
+        """
+        losses = []
+        for model in models.reshape(-1, self.layout.num_parameters):
+            self.nodes.model.load(model)
+            losses.append(self.nodes.loss_of(index))
+        return losses.index(min(losses))
+
     def train_node(
         self, start: StartRound, index: int, sums: MetricSums, finished: FinishedWork | None = None
     ) -> Array:
@@ -150,7 +164,7 @@ class HostTools:
             self.nodes.model.load(model)
         else:
             metrics = self.nodes.measure(index, "train")
-        self._count(start, index, "train", metrics, self.nodes.weight(index), sums)
+        self.count(start, index, "train_", metrics, self.nodes.weight(index), sums)
         with self.nodes.blamed(index):
             flat = self.nodes.model.flat
         if finished and not found:
@@ -160,32 +174,60 @@ class HostTools:
     def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where clients are evaluated: count what a node's roles measure on the model that is loaded.
 
-        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out, the same for all.
+        ``eval`` is its own data, and weighs by samples; ``test`` is what is held out. Of several models nobody but the
+        clients can tell which is meant for what: then theirs is the accuracy of the round.
         """
-        node = self.nodes.get(index)
-        if not (start.evaluate and self.nodes.config.evaluate_clients):
+        node, config = self.nodes.get(index), self.nodes.config
+        if not start.evaluate:
             return
-        if node.is_eval_node and node.is_train_node:
+        if config.evaluate_clients and node.is_eval_node and node.is_train_node:
             metrics = self.nodes.measure(index, "evaluate", "eval")
-            self._count(start, index, "eval", metrics, self.nodes.weight(index), sums)
-        if node.is_test_node:
-            self._count(start, index, "test", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+            self.count(start, index, "eval_", metrics, self.nodes.weight(index), sums)
+        prefixes = ["test_"] * config.evaluate_clients + [""] * (config.num_models > 1)
+        if prefixes and node.is_test_node:
+            metrics = self.nodes.measure(index, "evaluate", "test")
+            for prefix in prefixes:
+                self.count(start, index, prefix, metrics, 1, sums)
 
     def evaluate_own(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where models are private in part, a common one is no model: a node evaluates its own, and all count one."""
         if start.evaluate and self.layout.private:
-            self._count(start, index, "", self.nodes.measure(index, "evaluate", "test"), 1, sums)
+            self.count(start, index, "", self.nodes.measure(index, "evaluate", "test"), 1, sums)
 
-    def _count(
-        self, start: StartRound, index: int, phase: str, metrics: dict[str, float], weight: int, sums: MetricSums
+    def count(
+        self, start: StartRound, index: int, prefix: str, metrics: dict[str, float], weight: int, sums: MetricSums
     ) -> None:
-        named = {f"{phase}_{name}" if phase else name: value for name, value in metrics.items()}
-        for name, value in named.items():
+        """Add what a node has measured to the exact sums, each under `prefix` and its name."""
+        named = {f"{prefix}{name}": value for name, value in metrics.items()}
+        self.add_up(index, named, weight, sums)
+        self.by_node.add(start, index, named)
+
+    def add_up(self, index: int, metrics: Mapping[str, float], weight: int, sums: MetricSums) -> None:
+        """Add a node's metrics to the exact sums of all."""
+        for name, value in metrics.items():
             old = sums.get(name, (0, 0))
             with self.nodes.blamed(index):
                 part = exact_metric(value, weight)
             sums[name] = (old[0] + part, old[1] + weight)
-        self.by_node.add(start, index, named)
+
+    def clip(self, index: int, before: Array, trained: Array, learned: Sequence[slice]) -> None:
+        """Where the configuration says so, shorten in place what a node has changed the `learned` parts by."""
+        clip_norm = self.nodes.config.clip_norm
+        if clip_norm is not None:
+            self.require_finite(index, trained)
+            clip_update(before, trained, clip_norm, learned)
+
+    def require_finite(self, index: int, flat: Array) -> None:
+        """Raise W020, blaming the node, for values that are not finite."""
+        with self.nodes.blamed(index):
+            bad = self.layout.first_nonfinite(flat)
+            if bad:
+                raise WeightsError("W020", f"non-finite values in {bad}", hint="lower the learning rate")
+
+    def absmax(self, state: Array) -> tuple[float, ...]:
+        """Largest absolute value per tensor over several models, shape (num_models, num_parameters)."""
+        rows = [self.layout.absmax(row) for row in state]
+        return tuple(max(column) for column in zip(*rows, strict=True))
 
     def last_word(self, index: int, state: Array) -> None:
         """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""
@@ -207,3 +249,8 @@ class HostTools:
             raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
         np.copyto(shared, changed)
         self.layout.settle(shared)
+
+
+def row_hashes(state: Array) -> bytes:
+    """The sha256 of every model, shape (num_models, num_parameters), 32 bytes each."""
+    return b"".join(hashlib.sha256(np.ascontiguousarray(row).data).digest() for row in state)

@@ -15,8 +15,9 @@ from icrf import values
 from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
 from icrf.ports import ModelFile, PhaseReport
-from icrf.protocol import CENTRALIZED, Activated, StartRound
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activated, StartRound
 from icrf_agent.host_flows import CentralizedFlow
+from icrf_agent.host_groups import HierarchicalFlow
 from icrf_agent.host_nodes import HostNodes, HostSetup
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_peers import DecentralizedFlow
@@ -28,7 +29,13 @@ from icrf_agent.topology_manager import HybridTopologyManager, References
 
 NUM_THREADS = 1
 
-Flow = CentralizedFlow | DecentralizedFlow
+Flow = CentralizedFlow | DecentralizedFlow | HierarchicalFlow
+
+_FLOWS: dict[str, type[Flow]] = {
+    CENTRALIZED: CentralizedFlow,
+    DECENTRALIZED: DecentralizedFlow,
+    HIERARCHICAL: HierarchicalFlow,
+}
 
 
 class NodeHost:
@@ -58,8 +65,7 @@ class NodeHost:
         nodes = HostNodes(setup, self._manager, self._notes)
         by_node = NodeMetrics(setup.activation.nodes)
         tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references, by_node)
-        kind = CentralizedFlow if setup.activation.flow == CENTRALIZED else DecentralizedFlow
-        flow: Flow = kind(tools, setup.state)
+        flow: Flow = _FLOWS[setup.activation.flow](tools, setup.state)
         self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation
         found = flow.initial()
         return Activated(
@@ -67,7 +73,7 @@ class NodeHost:
             found.generation,
             num_samples=nodes.sample_counts(),
             absmax=found.absmax,
-            state_hashes=nodes.states.hashed(found.state_hashes),
+            state_hashes=self._identity(found.state_hashes),
             model_hash=found.model_hash,
         )
 
@@ -89,7 +95,7 @@ class NodeHost:
         return wrap(packed, states, round_number)
 
     def host_publish_model(self, start: StartRound) -> None:
-        """See ``CentralizedFlow.publish_model``."""
+        """Publish the models that are kept here (hosts with an aggregator)."""
         self._at(start).publish_model(start)
 
     def host_train(self, start: StartRound) -> PhaseReport:
@@ -100,17 +106,21 @@ class NodeHost:
         """Merge or mix, as the flow has it."""
         return self._staged(start, self._at(start).aggregate(start))
 
+    def host_install(self, start: StartRound) -> PhaseReport:
+        """Take over the global model of a hierarchy (hosts with an aggregator)."""
+        return self._staged(start, self._at(start).install(start))
+
     def host_evaluate(self, start: StartRound) -> PhaseReport:
         """Make and evaluate the consensus model (first host of the coordinator)."""
         return self._staged(start, self._at(start).evaluate(start))
 
     def host_model(self, round_number: int) -> ModelFile:
-        """The global or consensus model of a committed round; F006 where this host has none."""
+        """The global or consensus model of a committed round, or all of several; F006 where this host has none."""
         nodes, flow = self._ready()
         flat = flow.model_at(round_number)
         if flat is None:
             raise RunError("F006", f"no model of round {round_number} on {nodes.cluster}")
-        layout = nodes.layout
+        layout = nodes.layout.repeated(nodes.config.num_models)
         # One entry: safetensors writes several in no fixed order, and equal models shall be equal files.
         metadata = {"icrf": f"{nodes.config.federation_id} round {round_number}"}
         return ModelFile(layout.to_safetensors(flat, metadata), layout.model_sha256(flat))
@@ -134,12 +144,17 @@ class NodeHost:
         return flow
 
     def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:
-        """Stage the nodes' own states after a phase, and have their hashes cover them."""
+        """Stage the nodes' own states after a phase."""
         states = self._ready()[0].states
         if not states.used:
             return report
         states.stage(start)
-        return replace(report, node_states=True, state_hashes=states.hashed(report.state_hashes))
+        return replace(report, node_states=True, state_hashes=self._identity(report.state_hashes))
+
+    def _identity(self, hashes: bytes) -> bytes:
+        """Among peers the hash of a node covers its own state too; where servers make models, no hash does."""
+        nodes, flow = self._ready()
+        return nodes.states.hashed(hashes) if isinstance(flow, DecentralizedFlow) else hashes
 
     def _ready(self) -> tuple[HostNodes, Flow]:
         if self._nodes is None or self._flow is None:

@@ -15,6 +15,12 @@ Decentralized::
     train ─> send one update per (node, remote cluster) ─┐
                                                          ├─> aggregate (mix) ─> [consensus ─> evaluate] ─> report
     updates of remote neighbours ────────────────────────┘
+
+Hierarchical: as centralized, with a coordinator per group and models and partials of several groups side by side. In a
+round that ends with the global model every cluster sends the root one sum over all groups instead::
+
+    sums of all clusters ─> aggregate (root) ─> send the global model ─┬─> install (clusters with aggregators) ─> report
+                            the global model arrives (other clusters) ─┘
 """
 
 from __future__ import annotations
@@ -22,11 +28,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
+from icrf.exchange import CONSENSUS, MERGED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
 from icrf.ports import Arrival, PhaseReport
-from icrf.protocol import CENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
+from icrf.protocol import DECENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
+INSTALL = "install"
+
+_Expected = tuple[str, int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -65,12 +74,13 @@ class RoundMachine:
     num_nodes: int
     _phase: PhaseReport = field(default_factory=PhaseReport)
     _merged: list[PhaseReport] = field(default_factory=list)
-    _expected: set[tuple[str, int, int]] = field(default_factory=set)
+    _expected: set[_Expected] = field(default_factory=set)
     _sending: int = 0
+    _published: bool = False
     _trained: bool = False
     _mixing: bool = False
     _mixed: bool = False
-    _evaluating: bool = False
+    _ending: bool = False
     _finished: bool = False
     _overflow: tuple[int, ...] = ()
     _wire_bytes: int = 0
@@ -79,23 +89,22 @@ class RoundMachine:
     def begin(self, now_s: float) -> list[Step]:
         """The first steps, and what has to arrive."""
         plan, here = self.plan, self.cluster
-        kinds = (MODEL, PARTIAL, UPDATE, CONSENSUS) if self.start.evaluate else (MODEL, PARTIAL, UPDATE)
-        self._expected = {(t.kind, t.sender, t.source) for kind in kinds for t in plan.inbound(here, kind)}
-        if plan.flow != CENTRALIZED:
+        kinds = [MODEL, PARTIAL, UPDATE, MERGED]
+        if self._mixes_consensus or plan.flow != DECENTRALIZED:
+            kinds.append(CONSENSUS)
+        inbound = [transfer for kind in kinds for transfer in plan.inbound(here, kind)]
+        self._expected = {_key(t.kind, t.sender, t.source, t.recipients) for t in inbound}
+        if plan.flow == DECENTRALIZED:
             return [Step(TRAIN)]
-        if self._coordinates:
+        if here in plan.publishing:
             return [Step(PUBLISH)]
-        if self._waits_for(MODEL):
-            self._seconds.exchange_from = now_s
-            return []
-        if self.plan.rows.anybody_keeps:
-            return [Step(TRAIN)]
-        return self._maybe_report(now_s)
+        self._published = True
+        return self._train_when_there(now_s)
 
     def arrived(self, arrival: Arrival, source: int, now_s: float) -> list[Step]:
         """A payload of this attempt came in from cluster `source`."""
         header = arrival.header
-        key = (header.kind, header.sender, source)
+        key = _key(header.kind, header.sender, source, header.recipients)
         if header.kind == MESSAGE:
             self._wire_bytes += arrival.wire_bytes
         if self._finished or key not in self._expected:
@@ -103,9 +112,8 @@ class RoundMachine:
         # Counted here, so that a payload that comes twice counts once.
         self._wire_bytes += arrival.wire_bytes
         self._expected.discard(key)
-        if header.kind == MODEL and not self._trained:
-            self._exchanged(now_s)
-            return [Step(TRAIN)]
+        if header.kind == MODEL:
+            return self._train_when_there(now_s) if self._published else []
         return self._go_on(now_s)
 
     def done(self, step: Step, result: PhaseReport | None, took_s: float, now_s: float) -> list[Step]:
@@ -115,11 +123,8 @@ class RoundMachine:
         if step.kind == PUBLISH:
             sends = [Step(SEND, t) for t in self.plan.outbound(self.cluster, MODEL)]
             self._sending += len(sends)
-            if self.plan.local_participants(self.cluster) or self.plan.rows.anybody_keeps:
-                return [*sends, Step(TRAIN)]
-            self._trained = True
-            self._seconds.exchange_from = now_s
-            return sends + self._go_on(now_s)
+            self._published = True
+            return sends + self._train_when_there(now_s)
         if step.kind == SEND:
             self._sending -= 1
             return self._go_on(now_s)
@@ -136,7 +141,7 @@ class RoundMachine:
         self._seconds.aggregate += took_s
         if step.kind == AGGREGATE:
             self._mixed = True
-            return self._send_consensus() + self._go_on(now_s)
+            return self._send_after_aggregating() + self._go_on(now_s)
         return self._finish()
 
     # ------------------------------------------------------------ inside
@@ -148,43 +153,66 @@ class RoundMachine:
     def _waits_for(self, kind: str) -> bool:
         return any(key[0] == kind for key in self._expected)
 
-    def _send_after_training(self) -> list[Step]:
-        transfers = (*self.plan.outbound(self.cluster, PARTIAL), *self.plan.outbound(self.cluster, UPDATE))
+    @property
+    def _mixes_consensus(self) -> bool:
+        """Whether peers make a consensus model after they have mixed."""
+        return self.plan.flow == DECENTRALIZED and self.start.evaluate
+
+    def _train_when_there(self, now_s: float) -> list[Step]:
+        """Train once all models are there that this cluster's nodes start from; go on at once where nobody trains."""
+        if self._waits_for(MODEL):
+            self._seconds.exchange_from = now_s
+            return []
+        if self.plan.local_participants(self.cluster) or self.plan.rows.anybody_keeps:
+            self._exchanged(now_s)
+            return [Step(TRAIN)]
+        self._trained = True
+        self._seconds.exchange_from = now_s
+        return self._go_on(now_s)
+
+    def _send(self, *kinds: str) -> list[Step]:
+        transfers = [transfer for kind in kinds for transfer in self.plan.outbound(self.cluster, kind)]
         self._sending += len(transfers)
         return [Step(SEND, t) for t in transfers]
 
-    def _send_consensus(self) -> list[Step]:
-        if self.plan.flow == CENTRALIZED or not self.start.evaluate:
-            return []
-        transfers = self.plan.outbound(self.cluster, CONSENSUS)
-        self._sending += len(transfers)
-        return [Step(SEND, t) for t in transfers]
+    def _send_after_training(self) -> list[Step]:
+        if self.plan.flow == DECENTRALIZED:
+            return self._send(UPDATE)
+        return self._send(PARTIAL, UPDATE, CONSENSUS)
+
+    def _send_after_aggregating(self) -> list[Step]:
+        return self._send(CONSENSUS) if self._mixes_consensus else self._send(MERGED)
 
     def _go_on(self, now_s: float) -> list[Step]:
         if not self._trained or self._sending:
             return []
-        centralized = self.plan.flow == CENTRALIZED
-        if not self._mixing and (self._coordinates or not centralized):
-            if self._waits_for(PARTIAL) or self._waits_for(UPDATE):
+        if not self._mixing and self.cluster in self.plan.aggregating:
+            awaited = [PARTIAL, UPDATE] + ([] if self.plan.flow == DECENTRALIZED else [CONSENSUS])
+            if any(self._waits_for(kind) for kind in awaited):
                 return []
             self._exchanged(now_s)
             self._mixing = True
             return [Step(AGGREGATE)]
-        return self._maybe_report(now_s)
+        if self._mixing and not self._mixed:
+            return []
+        return self._end_round(now_s)
 
-    def _maybe_report(self, now_s: float) -> list[Step]:
+    def _end_round(self, now_s: float) -> list[Step]:
+        """What follows when the new states are made, wherever they are made: a last step, or the report."""
+        if self._ending:
+            return []
+        if self._mixes_consensus and self._coordinates:
+            awaited, last = CONSENSUS, EVALUATE
+        elif self.cluster in self.plan.installing:
+            awaited, last = MERGED, INSTALL
+        else:
+            self._exchanged(now_s)
+            return self._finish()
+        if self._waits_for(awaited):
+            return []
         self._exchanged(now_s)
-        centralized = self.plan.flow == CENTRALIZED
-        if centralized and not self._coordinates:
-            return self._finish()
-        if not self._mixed:
-            return []
-        if centralized or not (self.start.evaluate and self._coordinates):
-            return self._finish()
-        if self._waits_for(CONSENSUS) or self._evaluating:
-            return []
-        self._evaluating = True
-        return [Step(EVALUATE)]
+        self._ending = True
+        return [Step(last)]
 
     def _exchanged(self, now_s: float) -> None:
         if self._seconds.exchange_from >= 0.0:
@@ -223,6 +251,11 @@ class RoundMachine:
             state_hashes=state.state_hashes,
         )
         return [Step(REPORT, report=report)]
+
+
+def _key(kind: str, sender: int, source: int, recipients: Sequence[int]) -> _Expected:
+    """What tells one payload of a round from another: partials by whom they are for, all others by their sender."""
+    return kind, sender, source, tuple(recipients) if kind == PARTIAL else ()
 
 
 def _by_node(phases: Sequence[PhaseReport]) -> dict[str, dict[str, float]]:

@@ -218,22 +218,24 @@ class HostedRuntime:
 
     async def publish_model(self, run_id: str, start: StartRound) -> None:
         run = await self._begin(run_id, start)
-        await run.model_host.call("host_publish_model", start)
+        await asyncio.gather(*(run.hosts[slot].call("host_publish_model", start) for slot in run.aggregating_slots))
 
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
         run = await self._begin(run_id, start)
-        report = await self._on_all(run, "host_train", start)
+        report = await self._on(run, range(len(run.hosts)), "host_train", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
-        if run.centralized:
-            report: PhaseReport = await run.model_host.call("host_aggregate", start)
-        else:
-            report = await self._on_all(run, "host_aggregate", start)
+        slots = [run.model_slot] if start.merge else run.aggregating_slots
+        report = await self._on(run, slots, "host_aggregate", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
+
+    async def install(self, run_id: str, start: StartRound) -> PhaseReport:
+        run = self._run(run_id)
+        return await self._on(run, run.aggregating_slots, "host_install", start)
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
@@ -410,15 +412,15 @@ class HostedRuntime:
         await self._manager.call("begin_round", run_id, start.generation, start.round, start.attempt)
         return run
 
-    async def _on_all(self, run: Hosted, method: str, start: StartRound) -> PhaseReport:
-        reports = await asyncio.gather(*(host.call(method, start) for host in run.hosts))
-        run.stateful.update(slot for slot, report in enumerate(reports) if report.node_states)
+    async def _on(self, run: Hosted, slots: Sequence[int], method: str, start: StartRound) -> PhaseReport:
+        reports = await asyncio.gather(*(run.hosts[slot].call(method, start) for slot in slots))
+        run.stateful.update(slot for slot, report in zip(slots, reports, strict=True) if report.node_states)
         return merge_reports(reports)
 
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
         """The posting that a transfer sends, and which row of it (-1: all)."""
         if transfer.kind in (PARTIAL, CONSENSUS):
-            args = (start.run_id, start.round, start.attempt, transfer.kind)
+            args = (start.run_id, start.round, start.attempt, transfer.kind, transfer.recipients or None)
             return await self._manager.call("cluster_partial", *args), -1
         postings = await self._manager.call("collect", start.run_id, start.round, start.attempt, transfer.kind)
         for posting in postings:

@@ -42,7 +42,7 @@ from icrf.protocol import (
 )
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
 from icrf_agent.journal import AgentJournal
-from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, SEND, TRAIN
+from icrf_agent.round_machine import AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
 
 log = logging.getLogger("icrf.agent")
 
@@ -52,7 +52,14 @@ DRAIN_S = 60.0
 DRAIN_UNHEARD_S, UNHEARD_BEATS = 2.0, 2
 DRAIN_POLL_S = 0.5
 LEASE_LOST = "A002"
-_PHASE_OF = {PUBLISH: "train", TRAIN: "train", SEND: "exchange", AGGREGATE: "aggregate", EVALUATE: "aggregate"}
+_PHASE_OF = {
+    PUBLISH: "train",
+    TRAIN: "train",
+    SEND: "exchange",
+    AGGREGATE: "aggregate",
+    EVALUATE: "aggregate",
+    INSTALL: "aggregate",
+}
 _PHASE_BY_ORDER: dict[type, str] = {Reserve: "reserve", Activate: "activate", StoreModel: "result"}
 
 
@@ -265,6 +272,8 @@ class AgentService:
             return await runtime.aggregate(start.run_id, start)
         if step.kind == EVALUATE:
             return await runtime.evaluate(start.run_id, start)
+        if step.kind == INSTALL:
+            return await runtime.install(start.run_id, start)
         if step.kind == PUBLISH:
             await runtime.publish_model(start.run_id, start)
         elif step.kind == SEND and step.transfer is not None:

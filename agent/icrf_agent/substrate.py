@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
-from icrf.protocol import CENTRALIZED, Activate, Activated, Reserve
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Reserve
 from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.node_state import merge, unwrap, wrap
@@ -122,20 +122,28 @@ class Hosted:
         """Whether the host of a node runs others too."""
         return len(self.nodes[self._slot_of[index]]) > 1
 
-    @property
-    def centralized(self) -> bool:
-        return self.activation.flow == CENTRALIZED
-
     @cached_property
-    def aggregator(self) -> int:
-        """Index of the node that makes the global model of a centralized run; -1 if there is none."""
-        roles = [node.role.split("-") for node in self.activation.nodes]
-        return next((i for i, words in enumerate(roles) if self.centralized and "aggregate" in words), -1)
+    def aggregators(self) -> tuple[int, ...]:
+        """The nodes that make models for others, ascending; none among peers."""
+        if self.activation.flow == DECENTRALIZED:
+            return ()
+        return tuple(i for i, node in enumerate(self.activation.nodes) if "aggregate" in node.role.split("-"))
+
+    @property
+    def model_slot(self) -> int:
+        """The slot whose host makes the global or consensus model, on the coordinator's cluster."""
+        return self._slot_of[self.aggregators[0]] if self.aggregators else 0
 
     @property
     def model_host(self) -> Actor:
         """The host that makes the global or consensus model, on the coordinator's cluster."""
-        return self.host_of(self.aggregator) if self.centralized else self.hosts[0]
+        return self.hosts[self.model_slot]
+
+    @cached_property
+    def aggregating_slots(self) -> tuple[int, ...]:
+        """The slots whose hosts make new states: those with an aggregator, or among peers all."""
+        makers = frozenset(self.aggregators)
+        return tuple(slot for slot, nodes in enumerate(self.nodes) if not makers or makers & set(nodes))
 
     def keeps_state(self, slot: int) -> bool:
         """Whether a host keeps what rounds start from."""
@@ -143,12 +151,12 @@ class Hosted:
 
     def _keepers(self, slot: int) -> list[str]:
         """Whose state the flow keeps on a host, as checkpoints name it."""
-        nodes = self.nodes[slot]
-        if not self.centralized:
-            return [str(node) for node in nodes]
+        nodes, flow = self.nodes[slot], self.activation.flow
+        if flow != CENTRALIZED:
+            return [str(node) for node in nodes if flow == DECENTRALIZED or node in self.aggregators]
         trains = {i for i in nodes if "train" in self.activation.nodes[i].role.split("-")}
         clients = sorted(trains) if self.activation.rows.clients_keep else []
-        return [*([SERVER] if self.aggregator in nodes else []), *(str(node) for node in clients)]
+        return [*([SERVER] if self.aggregators[0] in nodes else []), *(str(node) for node in clients)]
 
     def states_from(self, checkpoint: bytes) -> list[bytes]:
         """Each host's part of what the flow keeps; W010 if it is not there."""

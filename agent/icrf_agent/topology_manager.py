@@ -16,15 +16,17 @@ import numpy as np
 
 from icrf import values
 from icrf.errors import ProtocolError, RoutingError, WeightsError
-from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, num_elements
+from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
-from icrf.protocol import Activate, element_type, shared_size
+from icrf.protocol import HIERARCHICAL, Activate, element_type, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.object_store import GlobalObjectStore, object_key
 from icrf_agent.room import Letter, TopologyManager, decode_letters
 
 Position = tuple[int, int]
+# What one node sends its neighbours.
+_FROM_A_NODE = (MODEL, UPDATE, MERGED)
 
 
 class References(Protocol):
@@ -196,9 +198,16 @@ class HybridTopologyManager:
             found = room.postings.get(((round_number, attempt), kind), {})
             return [found[senders] for senders in sorted(found)]
 
-    def cluster_partial(self, run_id: str, round_number: int, attempt: int, kind: str) -> Posting:
-        """The exact sum of this cluster's partials, as the one posting that leaves the cluster."""
+    def cluster_partial(
+        self, run_id: str, round_number: int, attempt: int, kind: str, recipients: tuple[int, ...] | None = None
+    ) -> Posting:
+        """The exact sum of this cluster's partials, as the one posting that leaves the cluster.
+
+        Args:
+            recipients: only what is addressed to these; None: all of them.
+        """
         postings = self.collect(run_id, round_number, attempt, kind)
+        postings = [posting for posting in postings if recipients in (None, posting.recipients)]
         if not postings:
             raise RoutingError("P003", f"no {kind} of round {round_number} attempt {attempt} on {self._cluster}")
         if len(postings) == 1:
@@ -224,7 +233,7 @@ class HybridTopologyManager:
             room = self._room(header.run_id, header.generation)
             self._require_open(room, (header.round, header.attempt))
             senders = self._senders_of(room, header)
-            if header.kind in (MODEL, UPDATE):
+            if header.kind in _FROM_A_NODE:
                 neighbours = room.topology.adjacency.out_neighbors(header.sender)
                 if not room.local([int(j) for j in neighbours]):
                     node = room.activation.nodes[header.sender].id
@@ -389,7 +398,7 @@ class HybridTopologyManager:
             self._require_owner(room, recipient, self._cluster)
 
     def _require_shape(self, room: _Room, header: PayloadHeader) -> None:
-        whole = header.kind in (MODEL, UPDATE)
+        whole = header.kind in _FROM_A_NODE
         elements = num_elements(header.kind, room.num_parameters, room.activation.rows)
         wanted = (element_type(room.activation.layout) if whole else "float64", elements)
         if (header.dtype, header.num_elements) != wanted:
@@ -402,13 +411,16 @@ class HybridTopologyManager:
             )
 
     def _senders_of(self, room: _Room, header: PayloadHeader) -> tuple[int, ...]:
-        if header.kind in (MODEL, UPDATE):
+        if header.kind in _FROM_A_NODE:
             self._require_owner(room, header.sender, header.source)
             return (header.sender,)
         clusters, groups = room.activation.clusters, room.members if header.kind == CONSENSUS else room.participants
         senders = groups.get(clusters.index(header.source), ()) if header.source in clusters else ()
         if header.kind not in (PARTIAL, CONSENSUS):
             raise ProtocolError("P001", f"unknown kind of payload '{header.kind}'", place=header.source)
+        if header.kind == PARTIAL and room.activation.flow == HIERARCHICAL:
+            above = room.topology.adjacency
+            senders = tuple(n for n in senders if all(above.has_edge(n, to) for to in header.recipients))
         if not senders or header.source == self._cluster:
             raise RoutingError("P010", f"{header.source} owns nothing that makes a {header.kind}", place=header.source)
         return senders

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from icrf.participation import register_sampler
     from icrf.registry import register
     from icrf.spec import FederationConfig
-    from icrf.topology import register_mixing, register_network_builder, register_topology
+    from icrf.topology import register_grouping, register_mixing, register_network_builder, register_topology
 
 __version__ = "0.1.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "get_resources_split",
     "register",
     "register_aggregator",
+    "register_grouping",
     "register_mixing",
     "register_model",
     "register_network_builder",
@@ -89,6 +90,7 @@ _HOME = {
     "contributions": "icrf.federation.contribution",
     "get_resources_split": "icrf.federation.resources",
     "register": "icrf.registry",
+    "register_grouping": "icrf.topology",
     "register_mixing": "icrf.topology",
     "register_network_builder": "icrf.topology",
     "register_topology": "icrf.topology",

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from icrf.console.format import short_id
-from icrf.errors import IcrfError, LocalError, ResourceError, RunError, error_from_dict
+from icrf.errors import ConfigError, IcrfError, LocalError, ResourceError, RunError, error_from_dict
 from icrf.model_file import ARTIFACT, receive_model, write_file
 from icrf.ports import MediatorPort
 from icrf.protocol import (
@@ -407,26 +407,37 @@ class Result:
         return target
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors by name."""
+        """The tensors by name; those of several models under ``model_0.NAME``, ``model_1.NAME``, ..."""
         from safetensors.torch import load  # noqa: PLC0415 - torch takes seconds to load
 
         state: dict[str, torch.Tensor] = load(self._model)
         return state
 
-    def load_model(self, *, code_path: str = "") -> torch.nn.Module:
+    def load_model(self, number: int = 0, *, code_path: str = "") -> torch.nn.Module:
         """The trained model as a module in evaluation mode.
 
         Args:
+            number: which one, where the federation has learned several.
             code_path: folder of the user's own modules, if the configuration names ``module:attr``.
+
+        Raises:
+            ConfigError: C007 if there is no such model.
         """
         from icrf.learning import build_model, configured_dataset  # noqa: PLC0415 - torch takes seconds to load
+        from icrf.learning.layout import model_names  # noqa: PLC0415
 
-        config = self.config
+        config, state = self.config, self.state_dict()
+        if not 0 <= number < config.num_models:
+            allowed = f"0 to {config.num_models - 1}"
+            raise ConfigError("C007", "no such model", place="number", value=number, allowed=allowed)
+        if config.num_models > 1:
+            prefix = f"{model_names(config.num_models)[number]}."
+            state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         with on_path(code_path):
             dataset = configured_dataset(config)
             module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
         # The file does not have what stayed with the nodes.
-        module.load_state_dict(self.state_dict(), strict=not config.private_keys)
+        module.load_state_dict(state, strict=not config.private_keys)
         return module.eval()
 
     def __repr__(self) -> str:

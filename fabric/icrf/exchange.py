@@ -16,10 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from icrf.errors import ConfigError, RoutingError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Rows
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Rows
+from icrf.topology.hierarchy import Hierarchy
 from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 
 MODEL, UPDATE, PARTIAL, CONSENSUS = "model", "update", "partial", "consensus"
+# The global model of a hierarchy on its way to the aggregators of the groups.
+MERGED = "merged"
 # What nodes say to each other; it is not planned.
 MESSAGE = "message"
 
@@ -38,7 +41,7 @@ class Transfer:
     """One payload from one cluster to another.
 
     Attributes:
-        kind: ``model``, ``update``, ``partial`` or ``consensus``.
+        kind: ``model``, ``update``, ``partial``, ``consensus`` or ``merged``.
         sender: node index, or -1 for a cluster's partial.
         source: cluster index it leaves.
         target: cluster index it goes to.
@@ -62,6 +65,9 @@ class ExchangePlan:
         participants: the nodes that train, ascending.
         transfers: payloads of a round without evaluation.
         evaluation: consensus partials that an evaluated round of a decentralized flow adds.
+        aggregators: the nodes that make models for others, ascending.
+        merging: payloads of a round of a hierarchical flow that ends with one model for all groups.
+        merges: whether this is the plan of such a round.
         rows: what the aggregation rule moves.
     """
 
@@ -71,8 +77,32 @@ class ExchangePlan:
     coordinator: int
     participants: tuple[int, ...]
     transfers: tuple[Transfer, ...]
-    evaluation: tuple[Transfer, ...]
+    evaluation: tuple[Transfer, ...] = ()
+    aggregators: tuple[int, ...] = ()
+    merging: tuple[Transfer, ...] = ()
+    merges: bool = False
     rows: Rows = field(default_factory=Rows)
+
+    def merged(self) -> ExchangePlan:
+        """The plan of a round of a hierarchical flow that ends with one model for all groups."""
+        return replace(self, transfers=self.merging, merges=True)
+
+    @cached_property
+    def publishing(self) -> frozenset[int]:
+        """The clusters whose aggregators send models to those that train."""
+        return frozenset(self.assignment[node] for node in self.aggregators)
+
+    @cached_property
+    def aggregating(self) -> frozenset[int]:
+        """The clusters that make new states out of what nodes have contributed."""
+        if self.merges:
+            return frozenset({self.coordinator})
+        return self.publishing or frozenset(self.assignment)
+
+    @property
+    def installing(self) -> frozenset[int]:
+        """The clusters whose aggregators take a global model over at the end of the round."""
+        return self.publishing if self.merges else frozenset()
 
     def of_round(self, chosen: Sequence[int]) -> ExchangePlan:
         """The plan of a round in which only the `chosen` nodes train.
@@ -171,14 +201,15 @@ def compile_exchange(
     """Compile the exchange plan of a federation.
 
     Args:
-        flow: ``centralized`` or ``decentralized``.
-        roles: dash-separated words per node; ``train`` makes a participant, ``aggregate`` the one aggregator.
+        flow: ``centralized``, ``decentralized`` or ``hierarchical``.
+        roles: dash-separated words per node; ``train`` makes a participant, ``aggregate`` the one aggregator, or that
+            of a group.
         assignment: cluster index per node.
         rows: what the aggregation rule of a centralized flow moves.
 
     Raises:
-        ConfigError: C008 not exactly one aggregator, or lists of different length; C010 unknown flow.
-        RoutingError: P011 a participant without the edges to and from the aggregator.
+        ConfigError: C008 not exactly one aggregator, no hierarchy, or lists of different length; C010 unknown flow.
+        RoutingError: P011 a participant without the edges to and from its aggregator.
     """
     if not adjacency.num_nodes == len(roles) == len(assignment):
         raise ConfigError(
@@ -189,31 +220,33 @@ def compile_exchange(
     clusters = np.array(assignment, dtype=np.int64)
     words = [frozenset(role.split("-")) for role in roles]
     participants = np.array([i for i, role in enumerate(words) if "train" in role], dtype=np.int64)
-    coordinator: int
+    aggregators: tuple[int, ...] = ()
     evaluation: tuple[Transfer, ...] = ()
+    merging: tuple[Transfer, ...] = ()
     if flow == CENTRALIZED:
-        aggregator = _aggregator(words)
-        _require_star_edges(adjacency, aggregator, participants)
-        coordinator = int(clusters[aggregator])
-        transfers = _centralized(aggregator, participants, clusters, rows.every_update)
+        aggregators = (_aggregator(words),)
+        _require_star_edges(adjacency, aggregators[0], participants)
+        transfers = _centralized(aggregators[0], participants, clusters, rows.every_update)
+    elif flow == HIERARCHICAL:
+        hierarchy = Hierarchy.of(adjacency, roles)
+        aggregators = hierarchy.aggregators
+        transfers, merging = _hierarchical(hierarchy, clusters)
     elif flow == DECENTRALIZED:
-        coordinator = int(clusters[0]) if len(clusters) else 0
         transfers = _updates(adjacency, clusters)
-        evaluation = tuple(
-            Transfer(CONSENSUS, CLUSTER_SENDER, source, coordinator, ())
-            for source in np.unique(clusters).tolist()
-            if source != coordinator
-        )
+        evaluation = _totals(clusters, int(clusters[0])) if len(clusters) else ()
     else:
-        raise ConfigError("C010", f"unknown flow {flow!r}", place="flow", allowed=f"{CENTRALIZED}, {DECENTRALIZED}")
+        allowed = ", ".join((CENTRALIZED, DECENTRALIZED, HIERARCHICAL))
+        raise ConfigError("C010", f"unknown flow {flow!r}", place="flow", allowed=allowed)
     return ExchangePlan(
         flow=flow,
         num_clusters=int(clusters.max()) + 1 if len(clusters) else 0,
         assignment=tuple(clusters.tolist()),
-        coordinator=coordinator,
+        coordinator=int(clusters[aggregators[0] if aggregators else 0]) if len(clusters) else 0,
         participants=tuple(participants.tolist()),
         transfers=transfers,
         evaluation=evaluation,
+        aggregators=aggregators,
+        merging=merging,
         rows=rows,
     )
 
@@ -261,6 +294,32 @@ def _centralized(
         return (*models, *_fan_out(UPDATE, remote, np.full_like(remote, aggregator), clusters))
     partials = [Transfer(PARTIAL, CLUSTER_SENDER, model.target, coordinator, (aggregator,)) for model in models]
     return (*models, *partials)
+
+
+def _hierarchical(
+    hierarchy: Hierarchy, clusters: np.ndarray[Any, np.dtype[np.int64]]
+) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+    """The payloads of a round within the groups, and of one that ends with the global model.
+
+    What crosses is what a group has outside of its aggregator's cluster: nothing of a group that lies whole on one.
+    The sums of a merging round go to the root at once, one per cluster, whichever groups they are of.
+    """
+    nodes = np.array(list(hierarchy.group_of), dtype=np.int64)
+    above = np.array(list(hierarchy.group_of.values()), dtype=np.int64)
+    away = clusters[nodes] != clusters[above]
+    models = _fan_out(MODEL, above[away], nodes[away], clusters)
+    partials = tuple(Transfer(PARTIAL, CLUSTER_SENDER, m.target, m.source, (m.sender,)) for m in models)
+    root, coordinator = hierarchy.root, int(clusters[hierarchy.root])
+    totals = _totals(clusters[nodes], coordinator)
+    others = np.array([a for a in hierarchy.aggregators if clusters[a] != coordinator], dtype=np.int64)
+    back = _fan_out(MERGED, np.full_like(others, root), others, clusters)
+    return (*models, *partials), (*models, *totals, *back)
+
+
+def _totals(clusters: np.ndarray[Any, np.dtype[np.int64]], coordinator: int) -> tuple[Transfer, ...]:
+    """An exact sum of all that a cluster has, from each of `clusters` to the coordinator."""
+    sources = [source for source in np.unique(clusters).tolist() if source != coordinator]
+    return tuple(Transfer(CONSENSUS, CLUSTER_SENDER, source, coordinator, ()) for source in sources)
 
 
 def _updates(adjacency: HybridAdjacencyMatrix, clusters: np.ndarray[Any, Any]) -> tuple[Transfer, ...]:

@@ -139,9 +139,10 @@ class ClusterFacts:
 class PayloadHeader:
     """Identifies one payload between clusters. `sender` is a node index, or -1 for a cluster's partial.
 
-    kind: ``model`` (global model, float32), ``update`` (one node's parameters), ``partial`` and ``consensus``
-    (exact sums, float64), ``message`` (an encoded user message, uint8). Recipients of a model or an update are the
-    sender's neighbours on the receiving cluster; of a message they are listed.
+    kind: ``model`` (global model, or that of a group, float32), ``merged`` (the global model for the aggregators of a
+    hierarchy), ``update`` (one node's parameters), ``partial`` and ``consensus`` (exact sums, float64), ``message`` (an
+    encoded user message, uint8). Recipients of a model or an update are the sender's neighbours on the receiving
+    cluster; of a partial and a message they are listed.
     """
 
     run_id: str
@@ -239,7 +240,7 @@ class ClusterRuntime(Protocol):
         """After `lost`: connect to a new (or revived) cluster and start what `start` starts; all runs are gone."""
 
     async def publish_model(self, run_id: str, start: StartRound) -> None:
-        """Coordinator: publish the committed global model to all participants (edges are checked)."""
+        """Every aggregator here publishes the committed model to its participants (edges are checked)."""
 
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
         """Every host trains its nodes from the committed state and publishes what they send."""
@@ -249,7 +250,11 @@ class ClusterRuntime(Protocol):
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
         """Centralized: merge the partials into the new global model (coordinator only). Decentralized: every host
-        mixes its nodes, and, if the round is evaluated, the cluster's consensus partial is published."""
+        mixes its nodes, and, if the round is evaluated, the cluster's consensus partial is published. Hierarchical:
+        every aggregator here makes its group's model; where the round merges, the root makes the one for all."""
+
+    async def install(self, run_id: str, start: StartRound) -> PhaseReport:
+        """Hierarchical: every aggregator here takes over the model for all groups."""
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
         """Coordinator of a decentralized run: merge the consensus partials and evaluate the consensus model."""

@@ -25,6 +25,11 @@ def derive_seed(federation_seed: int, node_index: int, round_number: int, purpos
     return int.from_bytes(digest, "little") >> 1
 
 
+def model_seed(federation_seed: int, number: int = 0) -> int:
+    """The seed of the initial weights of a federation's models, counted from 0."""
+    return derive_seed(federation_seed, 0, 0, f"model-{number}" if number else "model")
+
+
 def stable_random_state(seed: int, purpose: str, round_number: int = 0) -> np.random.RandomState:
     """A generator of the federation itself whose streams NumPy has frozen for good, for choices that must be agreed on.
 

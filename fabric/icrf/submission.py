@@ -21,6 +21,7 @@ from icrf.participation import UNIFORM, schedule
 from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
+    HIERARCHICAL,
     STAGES,
     Graph,
     NodeSpec,
@@ -30,15 +31,20 @@ from icrf.protocol import (
     nodes_of,
     sample_size,
 )
+from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
-from icrf.spec.choices import TRADITIONAL
+from icrf.spec.choices import WITH_SERVER, in_groups
 from icrf.topology import (
     MIXINGS,
+    Hierarchy,
     HybridAdjacencyMatrix,
     build_topology,
+    group_clients,
+    hierarchy_of_groups,
     mixing_matrix,
     require_connected,
     require_consensus,
+    wants_labels,
     weigh,
 )
 
@@ -98,13 +104,21 @@ def build_submission(
 
 
 def flow_of(config: FederationConfig) -> str:
-    """``centralized`` for the traditional schema, where one node aggregates; ``decentralized`` for all others."""
-    return CENTRALIZED if config.federated_learning_schema == TRADITIONAL else DECENTRALIZED
+    """``hierarchical`` where one node of each group aggregates, ``centralized`` for the other schemas with a server,
+    ``decentralized`` for all others."""
+    schema = config.federated_learning_schema
+    if in_groups(schema, config.federated_learning_topology):
+        return HIERARCHICAL
+    return CENTRALIZED if schema in WITH_SERVER else DECENTRALIZED
 
 
 def default_nodes(config: FederationConfig, flow: str) -> tuple[NodeSpec, ...]:
-    """The server at index 0 if centralized, then ``client_0``, ``client_1``, ..."""
+    """The server at index 0 if centralized, then ``client_0``, ``client_1``, ...; in a hierarchy ``server_0``, the
+    clients, and then the servers of the other groups, so that clients are the same nodes as in a star."""
     clients = tuple(NodeSpec(f"client_{i}", config.client_role) for i in range(config.number_of_clients))
+    if flow == HIERARCHICAL:
+        first, *others = (NodeSpec(f"{SERVER_ID}_{k}", SERVER_ROLE) for k in range(config.number_of_groups))
+        return (first, *clients, *others)
     return (NodeSpec(SERVER_ID, SERVER_ROLE), *clients) if flow == CENTRALIZED else clients
 
 
@@ -159,8 +173,10 @@ def _graph(
     config: FederationConfig, nodes: Sequence[NodeSpec], adjacency: HybridAdjacencyMatrix | np.ndarray[Any, Any] | None
 ) -> HybridAdjacencyMatrix:
     together = not config.allow_no_consensus
-    if adjacency is None:
-        parameters: Mapping[str, Any] = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
+    parameters: Mapping[str, Any] = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
+    if adjacency is None and flow_of(config) == HIERARCHICAL:
+        matrix = hierarchy_of_groups(_groups(config, nodes, parameters))
+    elif adjacency is None:
         matrix = build_topology(config.federated_learning_topology, len(nodes), parameters, connected=together)
     elif isinstance(adjacency, HybridAdjacencyMatrix):
         matrix = adjacency
@@ -175,9 +191,21 @@ def _graph(
     return matrix
 
 
+def _groups(config: FederationConfig, nodes: Sequence[NodeSpec], parameters: Mapping[str, Any]) -> tuple[int, ...]:
+    """The group of each client, from the configuration and, where the grouping looks at it, the data."""
+    clients = [node.id for node in nodes if "train" in node.role.split("-")]
+    more: dict[str, Any] = {"client_ids": tuple(clients)}
+    if wants_labels(config.group_by):
+        labels, parts = _dealt(config, len(clients))
+        more["label_counts"] = np.stack([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
+    return group_clients(config.group_by, len(clients), config.number_of_groups, {**parameters, **more})
+
+
 def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: HybridAdjacencyMatrix, flow: str) -> Graph:
     """The graph with what its nodes mix by; T012 where they could never agree."""
-    if flow == CENTRALIZED:
+    if flow == HIERARCHICAL:
+        Hierarchy.of(matrix, [node.role for node in nodes], [node.id for node in nodes])
+    if flow != DECENTRALIZED:
         return matrix.to_graph()
     parameters = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
     if _wants_samples(config):
@@ -197,13 +225,22 @@ def _wants_samples(config: FederationConfig) -> bool:
 
 def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Training samples per node, as the hosts deal them; 0 for a node that does not train."""
+    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    _, parts = _dealt(config, len(trains))
+    counts = np.zeros(len(nodes), dtype=np.int64)
+    counts[trains] = [len(part) for part in parts]
+    return counts
+
+
+def _dealt(
+    config: FederationConfig, num_parts: int
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[np.ndarray[Any, np.dtype[np.int64]]]]:
+    """The training labels, and the samples that hosts deal to each node that trains."""
     from icrf.learning import configured_dataset, configured_partition  # noqa: PLC0415 - torch takes seconds
 
-    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
-    parts = configured_partition(config, configured_dataset(config), len(trains))
-    counts = np.zeros(len(nodes), dtype=np.int64)
-    counts[trains] = [len(parts[k]) for k in range(len(trains))]
-    return counts
+    dataset = configured_dataset(config)
+    parts = configured_partition(config, dataset, num_parts)
+    return np.asarray(dataset.train_y), [parts[k] for k in range(num_parts)]
 
 
 def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str, ...]:
@@ -221,13 +258,15 @@ def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec
 
     Raises:
         ConfigError: C010 or C017 for names that cannot be loaded, C008 for a split that does not exist, C015 for files
-            that are missing or broken, C018 for a model that does not take the data.
+            that are missing or broken, C018 for a model that does not take the data, or that always starts alike where
+            several are learned.
         WeightsError: W010, W011 for a model with tensors that have no aggregation rule.
     """
     from icrf.learning import (  # noqa: PLC0415 - torch takes seconds
         Layout,
         build_model,
         check_fit,
+        check_starts,
         configured_dataset,
         configured_partition,
         require_metrics,
@@ -235,10 +274,12 @@ def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec
 
     require_metrics(config.metrics)
     dataset = configured_dataset(config)
-    module = build_model(config.model_type, dataset.input_shape, dataset.num_classes, config.seed)
-    check_fit(module, dataset)
+    seeds = [model_seed(config.seed, number) for number in range(min(2, config.num_models))]
+    modules = [build_model(config.model_type, dataset.input_shape, dataset.num_classes, seed) for seed in seeds]
+    check_fit(modules[0], dataset)
+    check_starts(modules, config.model_type)
     configured_partition(config, dataset, num_parts)
-    return Layout.of_module(module, config.private_keys).tensors
+    return Layout.of_module(modules[0], config.private_keys).tensors
 
 
 def resolve_rows(
@@ -259,7 +300,7 @@ def resolve_rows(
     nodes_keep = config.client_template is not None
     if flow_of(config) != CENTRALIZED:
         return Rows(nodes_keep=nodes_keep)
-    rule = build_aggregator(config.aggregation_strategy, config.model_dump())
+    rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
     rule.require(_fewest_participants(config, nodes, turns))
     rows = rule.rows.with_private(layout)
     if rows.clients_keep and config.min_nodes is not None:

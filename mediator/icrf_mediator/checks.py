@@ -22,17 +22,23 @@ class ReportChecks:
     """The checks of one run.
 
     Args:
-        flow: ``centralized`` or ``decentralized``.
+        flow: ``centralized``, ``decentralized`` or ``hierarchical``.
         num_tensors: tensors that are summed, see :meth:`icrf.protocol.Rows.num_summed`.
         members: node indices per cluster.
-        coordinator: the cluster that makes the global or consensus model.
+        keepers: node indices with a state of their own, per cluster.
     """
 
-    def __init__(self, flow: str, num_tensors: int, members: dict[str, tuple[int, ...]], coordinator: str) -> None:
+    def __init__(
+        self,
+        flow: str,
+        num_tensors: int,
+        members: dict[str, tuple[int, ...]],
+        keepers: dict[str, tuple[int, ...]],
+    ) -> None:
         self._centralized = flow == CENTRALIZED
         self._num_tensors = num_tensors
         self._members = members
-        self._coordinator = coordinator
+        self._keepers = keepers
 
     def activated(self, cluster: str, report: Activated) -> None:
         """Raise P001 or W030 unless this can be what `cluster` has set up."""
@@ -67,7 +73,7 @@ class ReportChecks:
 
     def _state(self, cluster: str, report: Activated | RoundReport) -> None:
         """The hashes and maxima of a new state."""
-        makes_state = not self._centralized or cluster == self._coordinator
+        makes_state = bool(self._keepers[cluster])
         if makes_state or report.absmax:
             if len(report.absmax) != self._num_tensors:
                 raise _malformed(cluster, "absmax", f"{len(report.absmax)} values for {self._num_tensors} tensors")
@@ -76,8 +82,8 @@ class ReportChecks:
         if self._centralized:
             if makes_state and not _MODEL_HASH.fullmatch(report.model_hash):
                 raise _malformed(cluster, "model_hash", "no sha256")
-        elif len(report.state_hashes) != HASH_BYTES * len(self._members[cluster]):
-            found = f"{len(report.state_hashes)} bytes for {len(self._members[cluster])} nodes"
+        elif len(report.state_hashes) != HASH_BYTES * len(self._keepers[cluster]):
+            found = f"{len(report.state_hashes)} bytes for {len(self._keepers[cluster])} nodes"
             raise _malformed(cluster, "state_hashes", found)
 
 

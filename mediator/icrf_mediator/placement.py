@@ -8,7 +8,7 @@ from typing import Any
 
 from icrf.ports import Write
 from icrf.protocol import (
-    CENTRALIZED,
+    DECENTRALIZED,
     Activate,
     Instruction,
     LinkBytes,
@@ -52,19 +52,27 @@ class Placement:
             found[self.clusters[position]].append(node)
         return {c: tuple(nodes) for c, nodes in found.items()}
 
+    def keepers(self, submission: Submission) -> dict[str, tuple[int, ...]]:
+        """Per cluster the nodes with a state of their own, whose hashes together are the identity of a round."""
+        members = self.members()
+        if submission.flow == DECENTRALIZED:
+            return members
+        roles = [spec.role.split("-") for spec in submission.nodes]
+        return {c: tuple(i for i in nodes if "aggregate" in roles[i]) for c, nodes in members.items()}
+
     def coordinator(self, submission: Submission) -> int:
         """Index of the cluster that makes the global or consensus model."""
-        if submission.flow == CENTRALIZED:
+        if submission.flow != DECENTRALIZED:
             for node, spec in enumerate(submission.nodes):
                 if "aggregate" in spec.role.split("-"):
                     return self.assignment[node]
         return self.assignment[0]
 
     def stateful(self, submission: Submission) -> tuple[str, ...]:
-        """The clusters that hold committed state: the coordinator; all where every node keeps some, or may."""
-        if submission.flow == CENTRALIZED and not submission.rows.anybody_keeps:
-            return (self.clusters[self.coordinator(submission)],)
-        return self.clusters
+        """The clusters that hold committed state: those of the aggregators; all where every node keeps some, or may."""
+        if submission.rows.anybody_keeps:
+            return self.clusters
+        return tuple(cluster for cluster, nodes in self.keepers(submission).items() if nodes)
 
     def reserve(
         self, run_id: str, generation: int, federation: str, strategy: str, within_s: float

@@ -20,6 +20,8 @@ from icrf.exchange import ExchangePlan, compile_exchange
 from icrf.participation import Participation
 from icrf.protocol import (
     CENTRALIZED,
+    DECENTRALIZED,
+    HIERARCHICAL,
     STAGES,
     ClusterInfo,
     Fingerprint,
@@ -31,8 +33,8 @@ from icrf.protocol import (
     nodes_of,
     shared_size,
 )
-from icrf.topology import HybridAdjacencyMatrix, check_mixing, mixing_matrix
-from icrf_mediator.assignment import Assignment, assign, resolve_pins
+from icrf.topology import Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
+from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
 # A host with torch imported and one optimizer step made (measured), before any model.
 HOST_BYTES = 360 * 1_000_000
@@ -54,6 +56,8 @@ _NEEDED: dict[str, tuple[type, ...]] = {
     "placement_group_strategy": (str,),
 }
 
+_NEEDED_OF_GROUPS: dict[str, tuple[type, ...]] = {"global_every": (int,)}
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -62,6 +66,7 @@ class _Settings:
     federation_id: str
     rounds: int
     evaluate_every: int
+    global_every: int
     assignment_strategy: str
     placement: Mapping[str, str | Mapping[str, str]]
     placement_group_strategy: str
@@ -75,6 +80,7 @@ class _Settings:
             federation_id=config.get("federation_id", ""),
             rounds=config.get("federated_learning_rounds", 1),
             evaluate_every=config.get("evaluate_every", 1),
+            global_every=config.get("global_every", 1),
             assignment_strategy=config.get("assignment_strategy") or "locality",
             placement=config.get("placement") or {},
             placement_group_strategy=config.get("placement_group_strategy") or "PACK",
@@ -89,6 +95,11 @@ class _Settings:
         if self.evaluate_every < 1:
             return min(1, self.rounds)
         return -(-self.rounds // self.evaluate_every)
+
+    @property
+    def num_merges(self) -> int:
+        """Rounds of a hierarchy that end with one model for all groups: every so many do, and the last one."""
+        return -(-self.rounds // max(1, self.global_every))
 
 
 def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
@@ -109,7 +120,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     node_ids = [node.id for node in submission.nodes]
     if clusters:
         pins = resolve_pins(settings.placement, node_ids, clusters)
-        assignment = assign(settings.assignment_strategy, adjacency, clusters, pins)
+        assignment = _assign(submission, settings.assignment_strategy, adjacency, clusters, pins)
     else:
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
@@ -119,10 +130,11 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     slots = _slots(assignment, clusters)
     num_parameters = shared_size(submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
-    links = _links(exchange, Participation(submission, config), settings.rounds, num_parameters, _itemsize(submission))
+    links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
-    centralized = submission.flow == CENTRALIZED
-    mixing = None if centralized else check_mixing(mixing_matrix(submission.graph, settings.mixing))
+    grouped = _grouped(submission, exchange, adjacency, num_parameters)
+    peers = submission.flow == DECENTRALIZED
+    mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -147,6 +159,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
         mixing=mixing,
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
+        **grouped,
     )
     return plan, assignment
 
@@ -158,11 +171,13 @@ def check_submission(submission: Submission) -> None:
         ConfigError: C001, C006, C016, C010 about the configuration or the stage; C008 no node trains.
     """
     config = _parse(submission.config_json)
-    for key, kinds in _NEEDED.items():
+    for key, kinds in {**_NEEDED, **(_NEEDED_OF_GROUPS if submission.flow == HIERARCHICAL else {})}.items():
         if key not in config:
             raise ConfigError("C016", f"{key} is missing", place="config_json", hint="submit a resolved configuration")
         if not isinstance(config[key], kinds) or isinstance(config[key], bool):
             raise ConfigError("C006", f"{key}: {type(config[key]).__name__}", place="config_json", value=config[key])
+    if submission.flow == HIERARCHICAL and config["global_every"] < 1:
+        raise ConfigError("C007", "global_every < 1", place="config_json", value=config["global_every"])
     if submission.stage not in STAGES:
         raise ConfigError("C010", f"no such stage: {submission.stage!a}", place="stage", allowed=", ".join(STAGES))
     if not any("train" in node.role.split("-") for node in submission.nodes):
@@ -213,10 +228,48 @@ def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: i
 # ---------------------------------------------------------------- parts of the plan
 
 
+def _assign(
+    submission: Submission,
+    strategy: str,
+    adjacency: HybridAdjacencyMatrix,
+    clusters: Sequence[ClusterInfo],
+    pins: Pins,
+) -> Assignment:
+    """Where nodes live; groups of a hierarchy are kept whole where the strategy is to keep neighbours together."""
+    if submission.flow == HIERARCHICAL and strategy == "locality":
+        hierarchy = Hierarchy.of(adjacency, [node.role for node in submission.nodes])
+        whole = assign_groups(hierarchy, [node.id for node in submission.nodes], clusters, pins)
+        if whole is not None:
+            return whole
+    return assign(strategy, adjacency, clusters, pins)
+
+
+def _grouped(
+    submission: Submission, exchange: ExchangePlan, adjacency: HybridAdjacencyMatrix, num_parameters: int
+) -> dict[str, Any]:
+    """What a plan says about the groups of a hierarchy."""
+    if submission.flow != HIERARCHICAL:
+        return {}
+    names, itemsize = [node.id for node in submission.nodes], _itemsize(submission)
+    hierarchy = Hierarchy.of(adjacency, [node.role for node in submission.nodes])
+    return {
+        "groups": {names[node]: names[aggregator] for node, aggregator in hierarchy.group_of.items()},
+        "bytes_inter_cluster_within_groups": exchange.payload_bytes(num_parameters, itemsize),
+        "bytes_inter_cluster_per_merge": exchange.merged().payload_bytes(num_parameters, itemsize),
+    }
+
+
 def _links(
-    exchange: ExchangePlan, participation: Participation, rounds: int, num_parameters: int, itemsize: int
+    exchange: ExchangePlan, participation: Participation, settings: _Settings, num_parameters: int, itemsize: int
 ) -> dict[tuple[int, int], int]:
-    """Payload bytes per round over each link: the mean over the rounds, whose participants are known beforehand."""
+    """Payload bytes per round over each link: the mean over the rounds, whose payloads are known beforehand."""
+    rounds = settings.rounds
+    if exchange.flow == HIERARCHICAL:
+        merged = exchange.merged().links(num_parameters, itemsize)
+        within = exchange.links(num_parameters, itemsize)
+        share = settings.num_merges / rounds
+        every = sorted({**within, **merged})
+        return {link: round(within.get(link, 0) * (1 - share) + merged.get(link, 0) * share) for link in every}
     if participation.is_constant or exchange.flow != CENTRALIZED:
         return exchange.links(num_parameters, itemsize)
     looked_at = max(1, min(rounds, _SAMPLED_ROUNDS, _SAMPLED_NODES // len(participation.clients)))
@@ -255,12 +308,12 @@ def _peak_memory_bytes(
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
     rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum, and where
     nodes keep rows the committed and the next ones. Decentralized adds the committed and the next state of every local
-    node. Both add the payloads that arrive from other clusters in a round.
+    node, hierarchical those of every local aggregator. All add the payloads that arrive from other clusters in a round.
     """
     rows = exchange.rows
     model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
     arriving: Counter[int] = Counter()
-    for transfer in exchange.transfers + exchange.evaluation:
+    for transfer in exchange.merging or exchange.transfers + exchange.evaluation:
         arriving[transfer.target] += exchange.transfer_bytes(transfer, num_parameters)
     peak = 0
     for index, cluster in enumerate(clusters):
@@ -270,8 +323,10 @@ def _peak_memory_bytes(
         if exchange.flow == CENTRALIZED:
             needed += rows.server * model + partial if index == exchange.coordinator else 0
             needed += 2 * rows.client * model * len(exchange.local_participants(index))
-        else:
+        elif exchange.flow == DECENTRALIZED:
             needed += 2 * model * len(exchange.local_nodes(index))
+        else:
+            needed += 2 * model * len(set(exchange.local_nodes(index)) & set(exchange.aggregators)) + partial
         peak = max(peak, needed)
     return peak
 

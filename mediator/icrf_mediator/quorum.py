@@ -7,7 +7,7 @@ from typing import Any
 
 from icrf.errors import RunError
 from icrf.participation import Participation
-from icrf.protocol import CENTRALIZED, Submission, bitmap, nodes_of
+from icrf.protocol import CENTRALIZED, HIERARCHICAL, Submission, bitmap, nodes_of
 from icrf_mediator.lateness import Lateness
 
 
@@ -34,7 +34,7 @@ class Quorum:
         self._cluster_of, self._coordinator = cluster_of, coordinator
         # Peers mix with all of their neighbours: there the absence of a cluster is none of participants only.
         self._least: int | None = config.get("min_nodes") if submission.flow == CENTRALIZED else None
-        self._centralized = submission.flow == CENTRALIZED
+        self._flow = submission.flow
         self._decided: dict[int, bytes] = {}
         # Who may take part, by the first round for which it holds.
         self._members: dict[int, tuple[int, ...]] = {}
@@ -75,7 +75,9 @@ class Quorum:
     def require_possible(self, nodes: tuple[int, ...]) -> None:
         """Raise F005 unless rounds can go on with these members."""
         problem = ""
-        if not self._centralized:
+        if self._flow == HIERARCHICAL:
+            problem = "every member of a group takes part in its rounds"
+        elif self._flow != CENTRALIZED:
             problem = "peers mix with all of their neighbours"
         elif not self._rule.draws:
             problem = "its sampler was asked for the nodes that it was submitted with"

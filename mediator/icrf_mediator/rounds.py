@@ -81,9 +81,9 @@ class RoundLedger:
     """The chain of committed states of one run and the attempt that is open.
 
     Args:
-        flow: ``centralized`` or ``decentralized``.
+        flow: ``centralized``, ``decentralized`` or ``hierarchical``.
         clusters: names of the clusters that take part, in assignment order.
-        members: node indices per cluster, ascending, in the order of the cluster's state hashes.
+        keepers: nodes with a state of their own per cluster, ascending, in the order of the cluster's state hashes.
         coordinator: the cluster that makes the global or consensus model.
         by_samples: whether a node weighs as much as it has samples; else all weigh one.
     """
@@ -92,14 +92,14 @@ class RoundLedger:
         self,
         flow: str,
         clusters: tuple[str, ...],
-        members: dict[str, tuple[int, ...]],
+        keepers: dict[str, tuple[int, ...]],
         coordinator: str,
         *,
         by_samples: bool = True,
     ) -> None:
         self.flow = flow
         self.clusters = clusters
-        self.members = members
+        self.keepers = keepers
         self.coordinator = coordinator
         self.round = 0
         self.head_hash = ""
@@ -110,6 +110,7 @@ class RoundLedger:
         self.open: Attempt | None = None
         self._escalation: list[int] = []
         self._history: dict[int, tuple[str, tuple[float, ...]]] = {}
+        self._with_model: set[int] = set()
 
     def begin(self, absmax: Sequence[Sequence[float]], head_hash: str, total_weight: int) -> None:
         """Set the state before the first round: initial maxima per cluster, hash, and the sum of sample counts."""
@@ -118,9 +119,11 @@ class RoundLedger:
         self.total_weight = total_weight
         self._history.setdefault(0, (head_hash, self.absmax))
 
-    def remember(self, number: int, model_hash: str, absmax: Sequence[float]) -> None:
+    def remember(self, number: int, model_hash: str, absmax: Sequence[float], with_model: bool) -> None:
         """Take over a commit of the journal; the last one remembered is the head."""
         self._history[number] = (model_hash, tuple(absmax))
+        if with_model:
+            self._with_model.add(number)
         self.round, self.head_hash, self.absmax = number, model_hash, tuple(absmax)
 
     def rewind(self, number: int) -> str:
@@ -134,6 +137,10 @@ class RoundLedger:
         """The hash that a round was committed with before; empty for a round that is new."""
         return self._history[number][0] if number in self._history else ""
 
+    def made_model(self, number: int) -> bool:
+        """Whether a committed round has made a global or consensus model."""
+        return number in self._with_model
+
     def open_round(
         self,
         run_id: str,
@@ -143,6 +150,7 @@ class RoundLedger:
         attempt: int = 1,
         participants: bytes = b"",
         without: Collection[str] = (),
+        merge: bool = False,
         late: tuple[LateUpdates, ...] = (),
         kept: tuple[int, ...] = (),
     ) -> StartRound:
@@ -152,6 +160,7 @@ class RoundLedger:
             attempt: larger than any that clusters have seen of it.
             participants: bitmap of the nodes that train; empty: all that have the role.
             without: clusters that are not asked.
+            merge: hierarchical: end with one model for all groups.
             late: what participants bring of earlier rounds.
             kept: the rounds whose updates are still owed afterwards.
         """
@@ -167,6 +176,7 @@ class RoundLedger:
             total_weight=weight,
             evaluate=evaluate,
             participants=participants,
+            merge=merge,
             late=late,
             kept=kept,
         )
@@ -243,18 +253,20 @@ class RoundLedger:
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
         self._history.setdefault(commit.round, (model_hash, absmax))
+        if commit.consensus_hash:
+            self._with_model.add(commit.round)
         return commit
 
     @staticmethod
     def root(leaves: list[bytes]) -> str:
-        """The hash of a decentralized state: the Merkle root over (index, node-state hash)."""
+        """The hash of a state that several nodes keep: the Merkle root over (index, node-state hash)."""
         return merkle_root(leaves)
 
     def leaves(self, hashes: dict[str, bytes]) -> list[bytes]:
-        """State hashes of all nodes in node-index order, from the clusters' packed hashes."""
+        """State hashes in node-index order, from the clusters' packed hashes."""
         by_node: dict[int, bytes] = {}
         for cluster, packed in hashes.items():
-            for k, node in enumerate(self.members[cluster]):
+            for k, node in enumerate(self.keepers[cluster]):
                 by_node[node] = packed[32 * k : 32 * k + 32]
         return [by_node[node] for node in sorted(by_node)]
 

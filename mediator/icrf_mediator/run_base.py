@@ -149,10 +149,11 @@ class RunBase:
         flow, members = self.submission.flow, placement.members()
         coordinator = placement.clusters[placement.coordinator(self.submission)]
         by_samples = bool(self.config.get("aggregation_sample_scaling", True))
-        self._ledger = RoundLedger(flow, placement.clusters, members, coordinator, by_samples=by_samples)
+        keepers = placement.keepers(self.submission)
+        self._ledger = RoundLedger(flow, placement.clusters, keepers, coordinator, by_samples=by_samples)
         self._quorum = Quorum(self.submission, self.config, placement.cluster_of, coordinator)
         num_summed = self.submission.rows.num_summed(len(shared_tensors(self.submission.layout)))
-        self._checks = ReportChecks(flow, num_summed, members, coordinator)
+        self._checks = ReportChecks(flow, num_summed, members, keepers)
 
     def _save_goal(self, effects: Effects) -> None:
         goal = {"stage": self._stage, "rounds_wanted": self._rounds_wanted, "finishing": self._finishing}

@@ -77,7 +77,10 @@ def restore_run(
     run.load_placement(int(assignments[-1].key[1]), Placement.from_row(assignments[-1].row))
     run.load_progress(
         [a.row for a in activations],
-        [(int(c.key[1]), str(c.row["model_sha256"]), tuple(c.row["absmax"])) for c in commits],
+        [
+            (int(c.key[1]), str(c.row["model_sha256"]), tuple(c.row["absmax"]), bool(c.row["consensus_sha256"]))
+            for c in commits
+        ],
     )
     for row in _rows(tables, "members", run_id):
         run.load_members(int(row.key[1]), str(row.row["nodes"]))

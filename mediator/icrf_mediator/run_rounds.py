@@ -7,7 +7,7 @@ from typing import Any
 
 from icrf.errors import RunError
 from icrf.ports import Write
-from icrf.protocol import RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
+from icrf.protocol import HIERARCHICAL, RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
 from icrf.staleness import IN_TIME
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
@@ -31,16 +31,17 @@ class RunRounds(RunBase):
         self._place(placement)
 
     def load_progress(
-        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...]]]
+        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...], bool]]
     ) -> None:
-        """What it had reached: the initial state, and (round, hash, maxima) of every commit in order."""
+        """What it had reached: the initial state; of every commit in order round, hash, maxima, and whether it made a
+        global or consensus model."""
         assert self._ledger is not None
         for row in activations:
             self._ledger.samples = {int(node): int(count) for node, count in row.get("samples", ())}
             if int(row["round"]) == 0:
                 self._ledger.begin([row["absmax"]], str(row["head_hash"]), int(row["total_weight"]))
-        for number, model_hash, absmax in commits:
-            self._ledger.remember(number, model_hash, absmax)
+        for commit in commits:
+            self._ledger.remember(*commit)
 
     def load_participants(self, number: int, participants: str, late: str) -> None:
         """Out of the journal, in hexadecimal, where it was not the rule that decided: who takes part in a round, and
@@ -173,12 +174,34 @@ class RunRounds(RunBase):
             attempt,
             participants,
             self._gone,
+            merge=self._merges(number),
             late=lateness.late(number, nodes),
             kept=lateness.kept(number, nodes),
         )
         self._opened_wall_s = now.wall_s
         self._ask_round(effects, now, start)
         return True
+
+    def _merges(self, number: int) -> bool:
+        """Whether a round of a hierarchy ends with one model for all groups: every so many do, and the last one.
+
+        A round that was committed before does what it did then, whichever was to be the last at that time.
+        """
+        assert self._ledger is not None
+        if self.submission.flow != HIERARCHICAL:
+            return False
+        if self._ledger.recorded(number):
+            return self._ledger.made_model(number)
+        return number >= self._rounds_wanted or number % int(self.config["global_every"]) == 0
+
+    def _last_round(self) -> int:
+        """The round after which the run can end soonest with a model."""
+        ledger, done = self._ledger, self.info.rounds_done
+        start = ledger.open.start if ledger and ledger.open else None
+        last = max(done, start.round if start else done)
+        opened = start is not None and start.round == last and start.merge
+        merged = opened or (ledger is not None and ledger.made_model(last))
+        return last if self.submission.flow != HIERARCHICAL or merged or not last else last + 1
 
     def _ask_round(self, effects: Effects, now: Now, start: StartRound) -> None:
         assert self._ledger is not None and self._ledger.open is not None

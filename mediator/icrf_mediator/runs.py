@@ -24,6 +24,7 @@ from icrf.protocol import (
     CANCELLED,
     CENTRALIZED,
     COMPLETED,
+    DECENTRALIZED,
     FAILED,
     IDLE,
     QUEUED,
@@ -113,8 +114,7 @@ class RunMachine(RunRounds):
         """End in order and soon: after the open round, without waiting for clusters that are away."""
         if self.terminal or self._stopping:
             return
-        ledger, done = self._ledger, self.info.rounds_done
-        self._rounds_wanted = max(done, ledger.round + 1) if ledger and ledger.open else done
+        self._rounds_wanted = self._last_round()
         if not self._rounds_wanted:
             return self._end(effects, now, CANCELLED, RunError("F003", "stopped before its first round"))
         self._stopping = self._finishing = True
@@ -367,7 +367,7 @@ class RunMachine(RunRounds):
     def _activate(self, effects: Effects, now: Now) -> None:
         assert self.placement is not None
         done = self.info.rounds_done
-        over = done >= self._rounds_wanted and self.submission.flow != CENTRALIZED
+        over = done >= self._rounds_wanted and self.submission.flow == DECENTRALIZED
         # A consensus model is no part of the state: its round has to run again to make it.
         self._restored_round = self.checkpoints.latest(done - 1 if over and done else done)
         artifacts = {c: self.checkpoints.artifact(self._restored_round, c) for c in self.clusters}
@@ -436,7 +436,8 @@ class RunMachine(RunRounds):
             target = self.config.get("target_accuracy")
             # Only the first time: whoever asks for more rounds after that gets them.
             first = not self.info.rounds_to_target
-            reached = target is not None and commit.metrics.get("accuracy", -1.0) >= target and first
+            accuracy = commit.metrics.get("accuracy", -1.0) if commit.consensus_hash else -1.0
+            reached = target is not None and accuracy >= target and first
             wall_s = max(0.0, now.wall_s - self._opened_wall_s)
             ids = [node.id for node in self.submission.nodes] if commit.late else []
             self.record.committed(effects, now, commit, commit.result(self.generation, wall_s, ids), reached)

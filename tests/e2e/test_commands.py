@@ -66,7 +66,15 @@ def test_a_run_leaves_its_folder(here: Any, local_run: LocalRun) -> None:
     two = local_run(RING, 2)
     local_run(RING, 1)
     folder = here.folder / f"{RING}-2"
-    names = ["config.yaml", "model.safetensors", "plan.json", "report.html", "rounds.jsonl", "summary.json"]
+    names = [
+        "config.yaml",
+        "model.safetensors",
+        "nodes.jsonl",
+        "plan.json",
+        "report.html",
+        "rounds.jsonl",
+        "summary.json",
+    ]
     assert sorted(path.name for path in folder.iterdir()) == names
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [r["round"] for r in rounds] == list(range(1, 16))

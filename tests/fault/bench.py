@@ -67,8 +67,9 @@ class Outcome:
         return None
 
     def recovered_s(self, since: float) -> float:
-        """Seconds until the first new round, or the end."""
-        return next(at - since for at, event in self.events if at >= since and (event.round or event.kind == "end"))
+        """Seconds until the first round after the user was told of it (else after the fault), or the end."""
+        told = since + (self.detected_s(since) or 0.0)
+        return next(at - since for at, event in self.events if at >= told and (event.round or event.kind == "end"))
 
 
 class Watch:
@@ -123,7 +124,13 @@ class Bench:
             self._references[key] = found
         return self._references[key]
 
-    def disturbed(self, config: FederationConfig, points: str, harm: Callable[[], None] | None = None) -> Outcome:
+    def disturbed(
+        self,
+        config: FederationConfig,
+        points: str,
+        harm: Callable[[], None] | None = None,
+        limit_s: float = RUN_LIMIT_S,
+    ) -> Outcome:
         """A run of `config` with fail-points and, once it is submitted, `harm`. Checks that it is as if nothing was."""
         expected = self.reference(config)
         self.environment.wait_ready()
@@ -133,7 +140,7 @@ class Bench:
             try:
                 if harm is not None:
                     harm()
-                found = watch.outcome()
+                found = watch.outcome(limit_s)
             except BaseException as error:
                 error.add_note(self.environment.tails(25))
                 raise

@@ -21,7 +21,7 @@ from icrf.errors import IcrfError, NodeError
 from icrf.exchange import MODEL, Transfer
 from icrf.federation.node import FederatedNode
 from icrf.ports import Arrival
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activate
 from icrf.testing.round_driver import CLUSTER, RUN, SCHEMAS, RoundDriver, activation, restored
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
 from icrf_agent.inline_substrate import InlineSubstrate
@@ -97,7 +97,10 @@ def test_a_host_without_state_is_set_up_again_and_the_round_is_retried(undisturb
     assert "death 1" in warned[0]
 
 
-@pytest.mark.parametrize(("flow", "slot"), [(CENTRALIZED, 0), (DECENTRALIZED, 0), (DECENTRALIZED, 1)])
+@pytest.mark.parametrize(
+    ("flow", "slot"),
+    [(CENTRALIZED, 0), (DECENTRALIZED, 0), (DECENTRALIZED, 1), (HIERARCHICAL, 0), (HIERARCHICAL, 1)],
+)
 @pytest.mark.parametrize("num_slots", [2, 1])
 def test_lost_state_is_restored_from_a_checkpoint_on_any_number_of_slots(
     undisturbed: dict[str, dict[int, str]], flow: str, slot: int, num_slots: int
@@ -267,7 +270,7 @@ def test_a_killed_manager_is_linked_again_and_forgets_the_attempt(
     async def work(driver: RoundDriver, substrate: InlineSubstrate) -> None:
         await driver.round(1)
         start = driver.next_start(2)
-        if flow == CENTRALIZED:
+        if flow != DECENTRALIZED:
             await driver.runtime.publish_model(RUN, start)
         else:
             await driver.runtime.train(RUN, start)

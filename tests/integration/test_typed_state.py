@@ -22,6 +22,7 @@ from icrf.testing.inline import InlineFabric
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}
+HIERARCHY = {"schema": "HierarchicalFederatedLearning", "federated_learning_topology": "hierarchy"}
 NUM_CLIENTS = 6
 BATCHES = -(-240 // 32)
 
@@ -107,13 +108,14 @@ def hashes(rounds: list[RoundResult]) -> list[Any]:
     [
         STAR,
         RING,
+        HIERARCHY,
         *({**schema, "private_keys": ["norm.*"]} for schema in (STAR, RING)),
         {**STAR, "private_keys": ["norm.*"], "sampled_clients": 2},
         {**STAR, "aggregation_strategy": "SCAFFOLD", "private_keys": ["norm.*"]},
         {**STAR, "aggregation_strategy": "DiLoCo", "optimizer": "AdamW", "learning_rate": 0.003},
         {**STAR, "aggregation_strategy": "Median"},
     ],
-    ids=["star", "ring", "FedBN", "ring private", "FedBN sampled", "FedBN SCAFFOLD", "DiLoCo", "Median"],
+    ids=["star", "ring", "hierarchy", "FedBN", "ring private", "FedBN sampled", "FedBN SCAFFOLD", "DiLoCo", "Median"],
 )
 def test_typed_states_have_the_same_bits_on_any_number_of_clusters(keys: dict[str, Any]) -> None:
     config = config_of(**keys)
@@ -128,6 +130,14 @@ def test_typed_states_have_the_same_bits_on_any_number_of_clusters(keys: dict[st
         attempts = sum(r.attempt for r in many)
         planned = plan.bytes_inter_cluster_per_round * attempts + plan.bytes_inter_cluster_per_evaluation
         assert 0.999 * planned <= crossed <= 1.1 * planned
+
+
+def test_merged_groups_have_the_statistics_that_a_star_has() -> None:
+    _, star, _, _ = run_on(1, config_of(**STAR))
+    _, grouped, _, _ = run_on(2, config_of(**HIERARCHY, global_every=1))
+    assert {name: array.tobytes() for name, array in grouped.items()} == {
+        name: array.tobytes() for name, array in star.items()
+    }
 
 
 def test_running_statistics_are_learnt_and_counters_stay_integers() -> None:

@@ -99,6 +99,14 @@ def test_a_mediator_without_a_generation_check_is_caught(monkeypatch: pytest.Mon
     assert "I6" in caught("cluster dies", "report is replayed")
 
 
+def test_a_manager_that_takes_one_groups_sum_for_anothers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_of_them(original: Any, self: HybridTopologyManager, *arguments: Any) -> Any:
+        return original(self, *arguments[:4])
+
+    wrap(monkeypatch, HybridTopologyManager, "cluster_partial", all_of_them)
+    assert "I1" in caught()
+
+
 def test_a_cluster_without_a_generation_check_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def any_generation(original: Any, self: HybridTopologyManager, header: PayloadHeader, *rest: Any) -> Any:
         room = self._rooms.get(header.run_id)

@@ -15,6 +15,7 @@ from icrf.ports import Arrival, PayloadHeader, PhaseReport
 from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
+    HIERARCHICAL,
     AbortAttempt,
     Activate,
     Activated,
@@ -43,11 +44,16 @@ WIRE_BYTES = 10
 
 
 def activation_of(flow: str, assignment: Sequence[int], *, generation: int = 1, run_id: str = "run") -> Activate:
-    """A star around node 0, or a ring; every node of a ring and every client of a star trains."""
+    """A star around node 0, a hierarchy of two groups around the first and the last node, or a ring; every node that
+    does not aggregate trains."""
     num_nodes = len(assignment)
     if flow == CENTRALIZED:
         pairs = [(0, i) for i in range(1, num_nodes)]
         roles = ["aggregate", *["train"] * (num_nodes - 1)]
+    elif flow == HIERARCHICAL:
+        last = num_nodes - 1
+        pairs = [(0, last), *((0 if i % 2 else last, i) for i in range(1, last))]
+        roles = ["aggregate", *["train"] * (num_nodes - 2), "aggregate"]
     else:
         pairs = [(i, (i + 1) % num_nodes) for i in range(num_nodes)]
         roles = ["train"] * num_nodes
@@ -76,13 +82,27 @@ def plan_of(activation: Activate) -> ExchangePlan:
     return compile_exchange(activation.flow, adjacency, roles, activation.assignment)
 
 
-def start_of(number: int = 1, attempt: int = 1, *, generation: int = 1, evaluate: bool = True) -> StartRound:
-    return StartRound("run", generation, number, attempt, "", (0,), 10, evaluate)
+def start_of(
+    number: int = 1, attempt: int = 1, *, generation: int = 1, evaluate: bool = True, merge: bool = False
+) -> StartRound:
+    return StartRound("run", generation, number, attempt, "", (0,), 10, evaluate, merge=merge)
 
 
-def payload(start: StartRound, kind: str, sender: int, source: str, target: str) -> Arrival:
+def payload(
+    start: StartRound, kind: str, sender: int, source: str, target: str, recipients: tuple[int, ...] = (0,)
+) -> Arrival:
     header = PayloadHeader(
-        start.run_id, start.generation, start.round, start.attempt, kind, sender, source, target, "float32", 4
+        run_id=start.run_id,
+        generation=start.generation,
+        round=start.round,
+        attempt=start.attempt,
+        kind=kind,
+        sender=sender,
+        source=source,
+        target=target,
+        dtype="float32",
+        num_elements=4,
+        recipients=recipients if kind == PARTIAL else (),
     )
     return Arrival(header, WIRE_BYTES)
 
@@ -334,7 +354,7 @@ class Fabric:
             start, step = event.what.start, event.what.step
             if step.kind == SEND and step.transfer is not None:
                 t, names = step.transfer, self.activation.clusters
-                arrival = payload(start, t.kind, t.sender, names[t.source], names[t.target])
+                arrival = payload(start, t.kind, t.sender, names[t.source], names[t.target], t.recipients)
                 self.loose += [Event(t.target, arrival)] * (2 if copy else 1)
             actions = core.step_done(start, step, PhaseReport(), 0.0, 0.0)
         else:
@@ -349,10 +369,10 @@ class Fabric:
 
 @st.composite
 def any_activation(draw: st.DrawFn) -> Activate:
-    num_nodes = draw(st.integers(2, 6))
+    flow = draw(st.sampled_from([CENTRALIZED, DECENTRALIZED, HIERARCHICAL]))
+    num_nodes = draw(st.integers(4 if flow == HIERARCHICAL else 2, 6))
     wanted = draw(st.lists(st.integers(0, 3), min_size=num_nodes, max_size=num_nodes))
     names = sorted(set(wanted))
-    flow = draw(st.sampled_from([CENTRALIZED, DECENTRALIZED]))
     return activation_of(flow, [names.index(c) for c in wanted])
 
 
@@ -361,14 +381,14 @@ def test_a_round_ends_on_every_cluster_whatever_comes_when(
     activation: Activate, evaluate: bool, data: st.DataObject
 ) -> None:
     fabric = Fabric(activation)
-    start = start_of(evaluate=evaluate)
-    fabric.tell(start)
+    merge = activation.flow == HIERARCHICAL and data.draw(st.booleans())
+    fabric.tell(start_of(evaluate=evaluate, merge=merge))
     while events := fabric.possible():
         event = data.draw(st.sampled_from(events))
         fabric.happen(event, copy=data.draw(st.booleans()))
     assert sorted(cluster for cluster, _ in fabric.reports) == list(range(len(activation.clusters)))
     plan = plan_of(activation)
-    crossing = len(plan.transfers) + (len(plan.evaluation) if evaluate else 0)
+    crossing = len(plan.merging if merge else plan.transfers) + (len(plan.evaluation) if evaluate else 0)
     assert sum(r.bytes_inter_cluster for _, r in fabric.reports) == WIRE_BYTES * crossing
     assert all(not r.error_json for _, r in fabric.reports)
 
@@ -399,7 +419,8 @@ def test_rounds_follow_each_other_with_and_without_evaluation(
     fabric = Fabric(activation)
     for number in range(1, num_rounds + 1):
         fabric.reports.clear()
-        fabric.tell(start_of(number, evaluate=number % 2 == 0))
+        merge = activation.flow == HIERARCHICAL and number % 3 == 0
+        fabric.tell(start_of(number, evaluate=number % 2 == 0, merge=merge))
         while events := fabric.possible():
             fabric.happen(data.draw(st.sampled_from(events)))
         assert sorted(c for c, r in fabric.reports if r.round == number) == list(range(len(activation.clusters)))

@@ -168,6 +168,9 @@ def test_contributions_of_other_federations_are_refused() -> None:
     with pytest.raises(ConfigError, match="C010 metric: metric 'f1' unknown"):
         contributions(small, metric="f1")
 
+    with pytest.raises(ConfigError, match="C008 client_fraction: coalitions train with all"):
+        contributions(FederationConfig.from_mapping({**small.model_dump(), "client_fraction": 0.5}))
+
     class Chatty(FederatedNode):
         def train(self, **kwargs: Any) -> dict[str, float]:
             self.send("hello", {})

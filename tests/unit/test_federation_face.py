@@ -225,6 +225,13 @@ def test_a_configuration_that_fits_is_left_alone() -> None:
     assert StarFederatedLearningSchema(roles=["train"] * 2, config=plain).config is plain
 
 
+def test_a_star_may_learn_several_models() -> None:
+    clustered = config(number_of_clients=2, number_of_models=2, federated_learning_schema="ClusterFederatedLearning")
+    assert StarFederatedLearningSchema(roles=["train"] * 2, config=clustered).config is clustered
+    base = schema_factory("ClusterFederatedLearning", "star")(config(number_of_models=2))
+    assert (base.node_ids[0], base.config.num_models) == ("server", 2)
+
+
 def test_resources_of_a_slot() -> None:
     assert FederatedBase(config()).config.resources == "uniform"
     found = FederatedBase(config(), resources={"num_cpus": 0.5}).config.resources

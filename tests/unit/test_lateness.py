@@ -268,7 +268,7 @@ KEYS = {
         (
             {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring", "min_nodes": 4},
             "C012",
-            "every peer mixes",
+            "with federated_learning_schema TraditionalFederatedLearning also weigh",
         ),
         ({"min_nodes": 2, "late_updates": "wait"}, "C010", "drop, weigh"),
         ({"min_nodes": 2, "max_staleness": 0}, "C0", "max_staleness"),

@@ -40,10 +40,20 @@ def machine_of(plan: ExchangePlan, cluster: int, *, evaluate: bool = True) -> Ro
 
 
 def arrival_of(transfer: Transfer, wire_bytes: int = WIRE_BYTES) -> Arrival:
-    return Arrival(
-        PayloadHeader("run", 1, 1, 1, transfer.kind, transfer.sender, f"c{transfer.source}", "here", "float32", 1),
-        wire_bytes,
+    header = PayloadHeader(
+        run_id="run",
+        generation=1,
+        round=1,
+        attempt=1,
+        kind=transfer.kind,
+        sender=transfer.sender,
+        source=f"c{transfer.source}",
+        target="here",
+        dtype="float32",
+        num_elements=1,
+        recipients=transfer.recipients if transfer.kind == PARTIAL else (),
     )
+    return Arrival(header, wire_bytes)
 
 
 class Play:

@@ -397,7 +397,7 @@ def test_unknown_names_suggest_the_nearest(tmp_path: Path) -> None:
         ("DecentralizedFederatedLearning", "exponential", "C008"),
         ("DecentralizedFederatedLearning", "rnig", "C010"),
         ("DecentralizedFederatedLearning", "custom", "C016"),
-        ("ClusterFederatedLearning", "star", "C012"),
+        ("ClusterFederatedLearning", "star", "C016"),
         ("Federated", "star", "C010"),
     ],
 )

@@ -10,11 +10,12 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.text import Text
 
 from icrf.client import Fabric, Run, cause_of
+from icrf.console.doors import Doors
 from icrf.console.format import format_bytes, format_count, safe_text, short_id
 from icrf.console.live import RunView, Steps, open_view
 from icrf.console.plan_view import nodes_by_cluster
@@ -33,9 +34,6 @@ from icrf.errors import IcrfError, LocalError, ResourceError, RunError, error_fr
 from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, TERMINAL, Plan, RunInfo, Submission
 from icrf.run_folder import RunFolder, default_folder, require_writable, summarize
 from icrf.sinks import MetricsSink
-
-if TYPE_CHECKING:
-    from icrf.cli import Doors
 
 Outcome = tuple[dict[str, Any], int]
 

@@ -43,6 +43,18 @@ def limit_text(plan: Plan) -> str:
     return "approaches a weighted mean of the nodes: rows sum to 1, columns do not"
 
 
+def _groups(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """Per aggregator: how many train in its group, on which clusters, and who."""
+    members: dict[str, list[str]] = {}
+    for node, aggregator in plan.groups.items():
+        members.setdefault(aggregator, []).append(node)
+    rows = []
+    for aggregator, nodes in members.items():
+        clusters = dict.fromkeys(plan.assignment[node] for node in (aggregator, *nodes) if node in plan.assignment)
+        rows.append((aggregator, f"{len(nodes):,}", ", ".join(clusters), compress_names(nodes)))
+    return rows
+
+
 def show_plan(terminal: Terminal, plan: Plan) -> None:
     """Print a plan."""
     title = Text.assemble((safe_text(plan.federation), "bold"), f"  {plan.flow}, placed by ", (plan.strategy, "cyan"))
@@ -59,6 +71,9 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     ]
     terminal.table(("cluster", "nodes", "slots", "which"), rows, right=("nodes", "slots"), wrap=("which",))
     terminal.line()
+    if plan.groups:
+        terminal.table(("group of", "nodes", "on", "which"), _groups(plan), right=("nodes",), wrap=("which",))
+        terminal.line()
     if plan.links:
         links = [(link.source, link.target, format_bytes(link.bytes_per_round)) for link in plan.links]
         terminal.table(("from", "to", "bytes per round"), links, right=("bytes per round",))
@@ -74,6 +89,9 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     ]
     if plan.bytes_inter_cluster_per_evaluation:
         facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_evaluation)} more per evaluation"))
+    if plan.groups:
+        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_within_groups)} in a round within the groups"))
+        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_merge)} in a round that merges them"))
     facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"))
     if mixing := consensus_text(plan):
         facts += [("mixing", mixing), ("", limit_text(plan))]

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from icrf.console.commands import Outcome, run_here
+from icrf.console.doors import Doors
 from icrf.console.format import format_count
 from icrf.console.terminal import Terminal
 from icrf.errors import ConfigError, IcrfError, InternalError
@@ -18,9 +19,6 @@ from icrf.model_file import write_file
 from icrf.protocol import COMPLETED, Submission
 from icrf.run_folder import default_folder, json_bytes
 from icrf.sinks import MetricsSink
-
-if TYPE_CHECKING:
-    from icrf.cli import Doors
 
 # What of a round decides, or is decided by, its bits; the rest is time and traffic.
 _COMPARED = ("model_sha256", "consensus_sha256", "participants", "metrics")

@@ -23,6 +23,16 @@ from icrf.submission import default_nodes, flow_of
 
 Array = np.ndarray[Any, Any]
 
+# What would make a round something else than the average of all clients' models.
+_AT_THEIR_DEFAULTS = (
+    "client_fraction",
+    "sampled_clients",
+    "client_sampler",
+    "aggregation_sample_scaling",
+    "clip_norm",
+    "private_keys",
+)
+
 
 def contributions(
     config: FederationConfig,
@@ -43,7 +53,8 @@ def contributions(
         metric: a metric of the evaluation; ``accuracy``, ``loss`` or one of ``metrics``.
 
     Raises:
-        ConfigError: C008 for another kind of federation, C010 for an unknown metric.
+        ConfigError: C008 for another kind of federation, or one whose clients do not all count in full; C010 for an
+            unknown metric.
     """
     wanted = (TRADITIONAL, "FedAvg")
     if (config.federated_learning_schema, config.aggregation_strategy) != wanted:
@@ -54,6 +65,11 @@ def contributions(
             value=f"{config.federated_learning_schema} with {config.aggregation_strategy}",
             allowed=" with ".join(wanted),
         )
+    for key in _AT_THEIR_DEFAULTS:
+        found, allowed = getattr(config, key), FederationConfig.model_fields[key].get_default(call_default_factory=True)
+        if found != allowed:
+            message = "coalitions train with all of their clients in every round, and average whole models"
+            raise ConfigError("C008", message, place=key, value=found, allowed=repr(allowed))
     game = CoalitionGame(config, client_template, metric)
     return shapley(config.number_of_clients, game, permutations=permutations, seed=config.seed)
 

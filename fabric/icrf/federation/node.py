@@ -21,7 +21,7 @@ from icrf.errors import NodeError, NodeWouldBlock
 from icrf.federation.message import Message
 from icrf.learning.layout import FlatModule
 from icrf.learning.rng import torch_generator
-from icrf.learning.training import LocalTrainer, evaluate
+from icrf.learning.training import LocalTrainer, evaluate, mean_loss
 from icrf.spec import FederationConfig
 
 Array = np.ndarray[Any, Any]
@@ -50,6 +50,7 @@ class NodeContext:
         model: the host's shared model; it holds this node's state while the node runs.
         trainer: the standard local training.
         round: the round being run, 0 before the first.
+        chosen_model: see :attr:`FederatedNode.chosen_model`.
     """
 
     index: int
@@ -61,6 +62,7 @@ class NodeContext:
     trainer: LocalTrainer
     mailbox: Mailbox
     round: int = 0
+    chosen_model: int = 0
 
 
 class FederatedNode:
@@ -153,8 +155,14 @@ class FederatedNode:
         features, labels = self.context.test_data if phase == "test" else self.train_data
         return evaluate(self.model, features, labels, metrics=self.config.metrics)
 
+    def training_loss(self) -> float:
+        """The mean of `loss` over the node's own data; where there are several models, it trains the one of lowest."""
+        features, labels = self.train_data
+        return mean_loss(self.model, features, labels, self.loss)
+
     def aggregate(self, state: Array) -> Array:
-        """A last word on the node's new state of a round (the aggregator: on the new global model).
+        """A last word on the node's new state of a round (the aggregator: on the new global model, or on one after the
+        other where there are several).
 
         Args:
             state: flat parameters, shape (num_parameters,), in the layout's name order; may be changed in place.
@@ -206,6 +214,11 @@ class FederatedNode:
     @property
     def round(self) -> int:
         return self.context.round
+
+    @property
+    def chosen_model(self) -> int:
+        """Which of the federation's models the node has trained last; 0 before, and where there is only one."""
+        return self.context.chosen_model
 
     @property
     def version(self) -> int:

@@ -12,9 +12,9 @@ from icrf.federation.node import FederatedNode
 from icrf.federation.virtual_node import VirtualNode
 from icrf.registry import Registry
 from icrf.spec import FederationConfig
+from icrf.spec.choices import CLUSTERED, DECENTRALIZED, HIERARCHICAL, TRADITIONAL, WITH_SERVER
 from icrf.submission import SERVER_ID, SERVER_ROLE
 
-TRADITIONAL, DECENTRALIZED = "TraditionalFederatedLearning", "DecentralizedFederatedLearning"
 Executor = Callable[..., FederatedBase]
 
 
@@ -36,7 +36,7 @@ def _shaped(config: FederationConfig, schema: str, topology: str, clients: int) 
 
 
 class StarFederatedLearningSchema(FederatedBase):
-    """One server and clients: sample-weighted federated averaging (McMahan et al. 2017).
+    """One server and clients: sample-weighted federated averaging (McMahan et al. 2017), also of several models.
 
     Args:
         server_template: class of the server; the default is the fabric's own.
@@ -56,7 +56,8 @@ class StarFederatedLearningSchema(FederatedBase):
         log: Any = None,
         **kw: Any,
     ) -> None:
-        config = _shaped(_required(config), TRADITIONAL, "star", len(roles))
+        schema = _required(config).federated_learning_schema
+        config = _shaped(_required(config), schema if schema in WITH_SERVER else TRADITIONAL, "star", len(roles))
         server = VirtualNode(server_template or FederatedNode, server_id, SERVER_ROLE, config, log)
         clients = _clients(client_template or FederatedNode, roles, config, log)
         super().__init__(config, nodes=[server, *clients], topology="star", **kw)
@@ -130,4 +131,6 @@ def _built_in(config: FederationConfig, **keywords: Any) -> FederatedBase:
 
 schema_factory = SchemaFactory()
 schema_factory.register(TRADITIONAL, _built_in)
+schema_factory.register(CLUSTERED, _built_in)
 schema_factory.register(DECENTRALIZED, _built_in)
+schema_factory.register(HIERARCHICAL, _built_in)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from icrf.learning.datasets import Dataset, configured_dataset, load_dataset
     from icrf.learning.layout import FlatModule, Layout
     from icrf.learning.metrics import require_metrics
-    from icrf.learning.models import build_model, check_fit, register_model
+    from icrf.learning.models import build_model, check_fit, check_starts, register_model
     from icrf.learning.partition import configured_partition, partition
     from icrf.learning.training import LocalTrainer, evaluate
 
@@ -34,6 +34,7 @@ __all__ = [
     "build_aggregator",
     "build_model",
     "check_fit",
+    "check_starts",
     "configured_dataset",
     "configured_partition",
     "evaluate",
@@ -57,6 +58,7 @@ _HOME = {
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",
+    "check_starts": "models",
     "require_metrics": "metrics",
     "register_model": "models",
     "configured_partition": "partition",

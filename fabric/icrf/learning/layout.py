@@ -17,7 +17,7 @@ import itertools
 import math
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -179,6 +179,16 @@ class Layout:
                 allowed=f"{self.dtype} ({sizes[0]},)",
             )
 
+    def repeated(self, count: int) -> Layout:
+        """The layout of so many models one after the other, whose tensors carry the names of :func:`model_names`.
+
+        None of the tensors may be private.
+        """
+        if count == 1:
+            return self
+        tensors = (replace(t, name=f"{name}.{t.name}") for name in model_names(count) for t in self.tensors)
+        return Layout(tuple(tensors))
+
     def settle(self, array: FlatArray) -> None:
         """Round the integers of a buffer that a mean has made to the nearest ones, half to even; in place."""
         for tensor, part in self.parts(array):
@@ -261,6 +271,12 @@ class Layout:
             for tensor, part in self.places
             if tensor.rule != PRIVATE
         )
+
+
+def model_names(count: int) -> tuple[str, ...]:
+    """``model_0``, ``model_1``, ...: the models of a federation that learns several, in an order that sorting keeps."""
+    width = len(str(count - 1))
+    return tuple(f"model_{number:0{width}d}" for number in range(count))
 
 
 def put(tensor: TensorSpec, part: FlatArray, values: FlatArray, *, place: str = "") -> None:

@@ -99,3 +99,15 @@ def check_fit(module: Any, dataset: Dataset) -> None:
             value=found,
             allowed=f"float {wanted}, one score per class",
         )
+
+
+def check_starts(modules: Sequence[Any], model_type: str) -> None:
+    """Refuse, with C018, modules of which two start with equal weights: models of one federation would stay equal."""
+    starts = {b"".join(p.detach().numpy().tobytes() for p in module.parameters()) for module in modules}
+    if len(starts) < len(modules):
+        raise ConfigError(
+            "C018",
+            f"model factory '{model_type}' starts every model with the same weights",
+            place="model_type",
+            allowed="initial weights that are drawn at random where number_of_models is set",
+        )

@@ -13,9 +13,16 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from icrf.seeds import derive_seed, stable_random_state
+from icrf.seeds import derive_seed, model_seed, stable_random_state
 
-__all__ = ["derive_seed", "global_randomness", "numpy_generator", "stable_random_state", "torch_generator"]
+__all__ = [
+    "derive_seed",
+    "global_randomness",
+    "model_seed",
+    "numpy_generator",
+    "stable_random_state",
+    "torch_generator",
+]
 
 
 def torch_generator(federation_seed: int, node_index: int, round_number: int, purpose: str) -> torch.Generator:

@@ -386,6 +386,21 @@ def _as_accepted(
         yield held
 
 
+def mean_loss(module: Any, x: Any, y: Any, loss: Loss, batch: int = 1024) -> float:
+    """The mean of a loss over samples, nothing being trained; 0 without samples.
+
+    Args:
+        loss: mean loss of a batch from (scores, labels); a scalar tensor.
+
+    The others are those of :func:`evaluate`.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.inference_mode():
+        for scores, labels in _scores(module, x, y, batch):
+            total.add_(loss(scores, labels), alpha=len(labels))
+    return total.item() / len(y) if len(y) else 0.0
+
+
 def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[str] = ()) -> dict[str, float]:
     """Accuracy and mean cross entropy of a module, and other metrics by name.
 
@@ -401,22 +416,27 @@ def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[s
     """
     if not len(y):
         return {"accuracy": 0.0, "loss": 0.0, **{metric_key(name): 0.0 for name in metrics}}
-    parameter = next(module.parameters(), None)
-    x, y = to_tensor(x, None if parameter is None else parameter.dtype), to_tensor(y)
     total = torch.zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.int64)
     kept = []
+    with torch.inference_mode():
+        for scores, labels in _scores(module, x, y, batch):
+            total += functional.cross_entropy(scores, labels, reduction="sum")
+            correct += (scores.argmax(1) == labels).sum()
+            if metrics:
+                kept.append(scores.numpy())
+    more = measure(metrics, np.concatenate(kept), to_tensor(y).numpy()) if metrics else {}
+    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y), **more}
+
+
+def _scores(module: Any, x: Any, y: Any, batch: int) -> Iterator[tuple[Any, Any]]:
+    """(scores, labels) of one batch after the other, in evaluation mode; the mode is put back."""
+    parameter = next(module.parameters(), None)
+    x, y = to_tensor(x, None if parameter is None else parameter.dtype), to_tensor(y)
     was_training = module.training
     module.eval()
     try:
-        with torch.inference_mode():
-            for features, labels in zip(x.split(batch), y.split(batch), strict=True):
-                scores = module(features)
-                total += functional.cross_entropy(scores, labels, reduction="sum")
-                correct += (scores.argmax(1) == labels).sum()
-                if metrics:
-                    kept.append(scores.numpy())
+        for features, labels in zip(x.split(batch), y.split(batch), strict=True) if len(y) else ():
+            yield module(features), labels
     finally:
         module.train(was_training)
-    more = measure(metrics, np.concatenate(kept), y.numpy()) if metrics else {}
-    return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y), **more}

@@ -27,7 +27,7 @@ QUEUED, RECOVERING, RESERVING, RESERVED, ACTIVATING, READY, RUNNING, IDLE = (
 COMPLETED, FAILED, CANCELLED = "COMPLETED", "FAILED", "CANCELLED"
 TERMINAL = frozenset({COMPLETED, FAILED, CANCELLED})
 
-CENTRALIZED, DECENTRALIZED = "centralized", "decentralized"
+CENTRALIZED, DECENTRALIZED, HIERARCHICAL = "centralized", "decentralized", "hierarchical"
 
 
 # How the tensors of several nodes become one: as the aggregation rule or the mixing says (parameters); by the weighted
@@ -148,7 +148,8 @@ class Submission:
     Attributes:
         client_request_id: the same id submitted twice is one federation.
         config_json: the resolved configuration.
-        flow: ``centralized`` (one aggregating node) or ``decentralized`` (every node mixes with its neighbours).
+        flow: ``centralized`` (one aggregating node), ``decentralized`` (every node mixes with its neighbours) or
+            ``hierarchical`` (groups with an aggregating node each; the first of these is the root).
         layout: the model's tensors in name order, which is the order of the flat buffer.
         keep: stay allocated after the configured rounds until ``finish``.
         stage: how far to go without being asked, one of :data:`STAGES`.
@@ -266,6 +267,9 @@ class Plan:
         problems: why it is not feasible, one sentence each.
         mixing: what the mixing matrix can do; None for a centralized flow.
         links: (from cluster, to cluster, payload bytes per round).
+        groups: node id -> id of its aggregator; empty where there is one aggregator, or none.
+        bytes_inter_cluster_within_groups: payload bytes of one round of a hierarchy within its groups.
+        bytes_inter_cluster_per_merge: payload bytes of one that ends with one model for all groups.
         num_parameters: elements of a model on its way.
         tensors: rule -> how many tensors of the model follow it.
     """
@@ -292,6 +296,9 @@ class Plan:
     explanation: dict[str, str] = field(default_factory=dict)
     mixing: MixingReport | None = None
     tensors: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    bytes_inter_cluster_within_groups: int = 0
+    bytes_inter_cluster_per_merge: int = 0
 
 
 @dataclass(frozen=True)

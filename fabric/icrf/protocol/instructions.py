@@ -83,6 +83,7 @@ class StartRound:
         late: those of them that bring an update of an earlier round, one item per round, ascending.
         kept: rounds whose updates clusters that do not take part still owe after this round, ascending; the aggregator
             keeps the models that they started from.
+        merge: hierarchical: the round ends with one model for all groups.
     """
 
     run_id: str
@@ -96,6 +97,7 @@ class StartRound:
     participants: bytes = b""
     late: tuple[LateUpdates, ...] = ()
     kept: tuple[int, ...] = ()
+    merge: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class RoundResult:
     Attributes:
         participants: how many nodes contributed.
         metrics: ``train_loss`` always; ``accuracy`` and ``loss`` in evaluated rounds.
-        model_sha256: hash of the global model; decentralized: the Merkle root over the node states.
+        model_sha256: hash of the global model, or of all where there are several; decentralized: the Merkle root over
+            the node states.
         node_metrics: node id -> name -> value of what each node reported: in evaluated rounds of federations of up to
             256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.

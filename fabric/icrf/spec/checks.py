@@ -7,7 +7,17 @@ from typing import Any
 
 from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
 from icrf.protocol import sample_size
-from icrf.spec.choices import CHOICES, DECENTRALIZED, TRADITIONAL, not_built
+from icrf.spec.choices import (
+    CHOICES,
+    CLUSTERED,
+    DECENTRALIZED,
+    HIERARCHICAL,
+    HIERARCHY,
+    TRADITIONAL,
+    WITH_SERVER,
+    in_groups,
+    not_built,
+)
 from icrf.spec.problems import Problem
 
 Values = Mapping[str, Any]
@@ -108,8 +118,8 @@ def _late_updates(values: Values) -> Iterator[Problem]:
     key, rule = "late_updates", values["aggregation_strategy"]
     if values[key] == "drop":
         return
-    if values["federated_learning_schema"] == DECENTRALIZED:
-        yield not_built(key, values[key], "drop: every peer mixes with all of its neighbours")
+    if values["federated_learning_schema"] != TRADITIONAL:
+        yield not_built(key, values[key], f"drop; with federated_learning_schema {TRADITIONAL} also weigh")
     elif rule not in _WITH_LATE_UPDATES:
         yield not_built(key, values[key], f"drop with aggregation_strategy {rule}; {', '.join(_WITH_LATE_UPDATES)}")
     elif values["min_nodes"] is None:
@@ -128,22 +138,61 @@ def _too_many(key: str, value: int, most: int, of_what: str) -> Problem:
 def _schema_and_topology(values: Values) -> Iterator[Problem]:
     schema, topology = values["federated_learning_schema"], values["federated_learning_topology"]
     path = ("federated_learning_topology",)
-    if schema == TRADITIONAL and topology != "star":
+    if schema == HIERARCHICAL and topology != HIERARCHY:
         yield Problem(
             "C008",
             path,
-            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {TRADITIONAL}",
-            allowed="star",
+            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {HIERARCHICAL}",
+            allowed=HIERARCHY,
+        )
+    if schema in WITH_SERVER and topology != "star" and not in_groups(schema, topology):
+        yield Problem(
+            "C008",
+            path,
+            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {schema}",
+            allowed=f"star, {HIERARCHY} for communities" if schema == CLUSTERED else "star",
             hint=f"For peers that learn from each other set federated_learning_schema: {DECENTRALIZED}.",
         )
-    if schema == DECENTRALIZED and topology == "star":
+    if schema == DECENTRALIZED and topology in ("star", HIERARCHY):
         yield Problem(
             "C008",
             path,
-            f"federated_learning_topology 'star' contradicts federated_learning_schema {DECENTRALIZED}",
+            f"federated_learning_topology '{topology}' contradicts federated_learning_schema {DECENTRALIZED}",
             allowed="ring, mesh, k_connected, custom, ..., a registered name, module:attr",
             hint=f"For one server and its clients set federated_learning_schema: {TRADITIONAL}.",
         )
+
+
+def _hierarchy(values: Values) -> Iterator[Problem]:
+    schema = values["federated_learning_schema"]
+    if not in_groups(schema, values["federated_learning_topology"]):
+        return
+    if schema == CLUSTERED and values["group_by"] == "contiguous":
+        yield Problem(
+            "C008",
+            ("group_by",),
+            f"group_by 'contiguous' contradicts federated_learning_schema {CLUSTERED}: its groups follow from data",
+            allowed="labels, a registered name, module:attr",
+            hint=f"For groups by number set federated_learning_schema: {HIERARCHICAL}.",
+        )
+    if schema == CLUSTERED and values["number_of_models"] is not None:
+        text = "number_of_models contradicts federated_learning_topology 'hierarchy', where every group has a model"
+        yield Problem("C008", ("number_of_models",), text, allowed="null", hint="Set number_of_groups.")
+    groups, clients = values["number_of_groups"], values["number_of_clients"]
+    if groups > clients:
+        yield _too_many("number_of_groups", groups, clients, "clients (number_of_clients)")
+    built: dict[str, object] = {
+        "aggregation_strategy": "FedAvg",
+        "client_fraction": 1.0,
+        "sampled_clients": None,
+        "client_sampler": "uniform",
+        "min_nodes": None,
+        "private_keys": [],
+    }
+    for key, only in built.items():
+        if values[key] != only:
+            shown = "null" if only is None else str(only)
+            yield not_built(key, values[key], f"{shown} with federated_learning_topology {HIERARCHY}")
 
 
 def _custom_matrix(values: Values) -> Iterator[Problem]:
@@ -239,7 +288,7 @@ _LOCAL_OPTIMIZERS = {"SCAFFOLD": ("SGD",), "FedNova": ("SGD",), "DiLoCo": ("SGD"
 
 def _aggregation(values: Values) -> Iterator[Problem]:
     rule = values["aggregation_strategy"]
-    if values["federated_learning_schema"] != TRADITIONAL:
+    if values["federated_learning_schema"] not in WITH_SERVER:
         return
     if rule == "FedProx" and values["mu"] is None:
         yield _needs(rule, "mu", "mu: 0.01, the weight of its proximal term")
@@ -293,14 +342,44 @@ def _table(values: Values) -> Iterator[Problem]:
             )
 
 
+# Rules that a clustered federation averages each of its models by; those of one's own are asked later.
+_PER_MODEL = ("FedAvg", "FedProx")
+
+
+def _models(values: Values) -> Iterator[Problem]:
+    number, nodes, rule = values["number_of_models"], values["number_of_clients"], values["aggregation_strategy"]
+    schema, topology = values["federated_learning_schema"], values["federated_learning_topology"]
+    if schema != CLUSTERED or in_groups(schema, topology):
+        return
+    if number is None:
+        yield Problem(
+            "C016",
+            ("federated_learning_schema",),
+            f"number_of_models is missing: {CLUSTERED} learns that many models",
+            hint="Set number_of_models: 2, or as many as there are groups of clients with similar data.",
+        )
+    elif number > nodes:
+        yield _too_many("number_of_models", number, nodes, "nodes (number_of_clients), each of which trains one")
+    if rule not in _PER_MODEL and rule in CHOICES["aggregation_strategy"].built:
+        text = f"aggregation_strategy {rule} contradicts federated_learning_schema {CLUSTERED}"
+        yield Problem("C008", ("aggregation_strategy",), text, allowed=", ".join((*_PER_MODEL, "a FedAvg of your own")))
+    if values["target_accuracy"] is not None and "test" not in values["client_role"].split("-"):
+        text = f"target_accuracy contradicts client_role '{values['client_role']}': with {CLUSTERED} clients measure it"
+        yield Problem("C008", ("target_accuracy",), text, allowed="null without 'test' in client_role")
+    if values["private_keys"]:
+        yield not_built("private_keys", values["private_keys"], f"[] with {CLUSTERED}")
+
+
 CHECKS: tuple[Check, ...] = (
     _aggregation,
+    _models,
     _byzantine,
     _sampled_clients,
     _min_nodes,
     _cluster_loss,
     _late_updates,
     _schema_and_topology,
+    _hierarchy,
     _custom_matrix,
     _neighbours,
     _custom_weights,

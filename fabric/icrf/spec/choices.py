@@ -9,6 +9,16 @@ from icrf.spec.problems import Problem
 
 TRADITIONAL = "TraditionalFederatedLearning"
 DECENTRALIZED = "DecentralizedFederatedLearning"
+HIERARCHICAL = "HierarchicalFederatedLearning"
+CLUSTERED = "ClusterFederatedLearning"
+# Schemas in which one node, the server, aggregates.
+WITH_SERVER = (TRADITIONAL, CLUSTERED)
+HIERARCHY = "hierarchy"
+
+
+def in_groups(schema: str, topology: str) -> bool:
+    """Whether the nodes of a federation form groups with a server each; of a clustered one, communities do."""
+    return schema == HIERARCHICAL or (schema == CLUSTERED and topology == HIERARCHY)
 
 
 @dataclass(frozen=True)
@@ -62,11 +72,12 @@ def not_built(key: str, value: object, works: str) -> Problem:
 
 CHOICES: dict[str, Choice] = {
     "federated_learning_schema": Choice(
-        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED), ("ClusterFederatedLearning",), kind="schema"
+        (TRADITIONAL, "StarFederatedLearning", DECENTRALIZED, CLUSTERED, HIERARCHICAL), kind="schema"
     ),
     "federated_learning_topology": Choice(
         (
             "star",
+            HIERARCHY,
             "ring",
             "line",
             "mesh",
@@ -159,6 +170,8 @@ CHOICES: dict[str, Choice] = {
     "late_updates": Choice(("drop", "weigh")),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
+    "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),
+    "first_choice": Choice(("drawn", "loss")),
     "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),
     "determinism": Choice(("strict", "recorded")),
 }

@@ -20,7 +20,7 @@ from pydantic import (
 
 from icrf.errors import ConfigError, ConfigErrors
 from icrf.spec.checks import find_contradictions
-from icrf.spec.choices import TRADITIONAL
+from icrf.spec.choices import CLUSTERED, TRADITIONAL
 from icrf.spec.complaints import problems_of
 from icrf.spec.documents import dump_yaml
 from icrf.spec.fields import (
@@ -75,10 +75,13 @@ class FederationConfig(BaseModel):
     federation_id: FederationId
     """Name of the federation; it names actors and folders. Runs of it have ids of their own."""
     federated_learning_schema: Annotated[Text, BeforeValidator(_one_name_per_schema)]
-    """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same) or
-    ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
+    """Who aggregates: ``TraditionalFederatedLearning`` (one server; ``StarFederatedLearning`` is the same),
+    ``ClusterFederatedLearning`` (one server with several models, of which every client trains the one that suits its
+    data best; with topology ``hierarchy``, communities by data), ``HierarchicalFederatedLearning`` (a server per group,
+    see hierarchy.md) or ``DecentralizedFederatedLearning`` (every node mixes with its neighbours)."""
     federated_learning_topology: Text
-    """The graph: ``star`` for traditional; for peers any other, see topologies.md."""
+    """The graph: ``star`` with a server, ``hierarchy`` with a server per group; for peers any other, see
+    topologies.md."""
     k_value: Nodes | None = None
     """Neighbours per node of ``k_connected``, ``random_regular`` and ``small_world``."""
     adjacency_matrix_file_name: Text | None = None
@@ -108,6 +111,13 @@ class FederationConfig(BaseModel):
     """Who is chosen: ``uniform`` draws, anew for every round; or a registered name or ``module:attr`` of a function."""
     min_nodes: Nodes | None = None
     """Fewest participants that make a round valid when others are late or lost; null: all of them. Star only."""
+    number_of_groups: Nodes = 2
+    """Groups of a hierarchy, each with a server of its own."""
+    group_by: Text = "contiguous"
+    """Who forms a group: ``contiguous`` numbers, ``labels`` (communities of clients with similar labels), or a
+    registered name or ``module:attr`` of a function."""
+    global_every: Count = 2
+    """Rounds of a hierarchy from one model for all groups to the next; those between stay within the groups."""
     client_role: ClientRole = "train-eval-test"
     """What clients do: a dash-separated subset of ``train``, ``eval``, ``test``, ``aggregate``."""
     client_template: Template | None = None
@@ -187,6 +197,11 @@ class FederationConfig(BaseModel):
     """Updates that ``MultiKrum`` averages; null: as many as it may, participants - f - 2."""
     clip_norm: Annotated[float, Field(gt=0, le=1e12)] | None = None
     """Scale every node's change of the model down to this L2 norm before it is sent to a server; null: never."""
+    number_of_models: Annotated[int, Field(ge=2, le=1000)] | None = None
+    """Models of ``ClusterFederatedLearning``, one for each group of clients with similar data."""
+    first_choice: Text = "drawn"
+    """Which of them a client trains in the first round: ``drawn`` by chance, evenly; or the one of lowest ``loss``,
+    as in all later rounds."""
     aggregation_sample_scaling: bool = True
     """Weight updates by the nodes' sample counts; false: every node counts the same."""
     private_keys: Names = Field(default_factory=list)
@@ -245,6 +260,12 @@ class FederationConfig(BaseModel):
     """Where tensors live: ``cpu`` or ``cuda``."""
     determinism: Text = "strict"
     """``strict`` refuses clusters of different numeric fingerprint, ``recorded`` writes the difference down."""
+
+    @property
+    def num_models(self) -> int:
+        """How many models the federation learns: one, but for a clustered one."""
+        clustered = self.federated_learning_schema == CLUSTERED
+        return self.number_of_models if clustered and self.number_of_models else 1
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from icrf.errors import IcrfError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, PeerAddress, Reserve, Resources, StartRound
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    HIERARCHICAL,
+    Activate,
+    Activated,
+    PeerAddress,
+    Reserve,
+    Resources,
+    StartRound,
+)
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.update import choose_grid
@@ -15,7 +25,10 @@ from icrf_agent.runtime import HostedRuntime
 SCHEMAS = {
     CENTRALIZED: ("TraditionalFederatedLearning", "star"),
     DECENTRALIZED: ("DecentralizedFederatedLearning", "ring"),
+    HIERARCHICAL: ("HierarchicalFederatedLearning", "hierarchy"),
 }
+# Of six nodes those that train.
+_CLIENTS = {CENTRALIZED: 5, DECENTRALIZED: 6, HIERARCHICAL: 4}
 CLUSTER, RUN = "a", "run-1"
 
 
@@ -27,7 +40,7 @@ def activation(flow: str, num_slots: int = 2, clusters: tuple[str, ...] = (CLUST
             "federation_id": "recovery",
             "federated_learning_schema": schema,
             "federated_learning_topology": topology,
-            "number_of_clients": 6 if flow == DECENTRALIZED else 5,
+            "number_of_clients": _CLIENTS[flow],
             "federated_learning_rounds": 3,
             "dataset_type": "digits",
             **settings,
@@ -90,19 +103,23 @@ class RoundDriver:
         self.hashes[self.request.restore_round] = found.model_hash or found.state_hashes.hex()
 
     def next_start(self, number: int) -> StartRound:
-        """The next attempt of a round."""
+        """The next attempt of a round; in a hierarchy every second one merges the groups."""
         self.attempt += 1
         grid = choose_grid(self.absmax, self.total)
-        return StartRound(RUN, self.request.generation, number, self.attempt, "", grid, self.total, evaluate=False)
+        merge = self.request.flow == HIERARCHICAL and number % 2 == 0
+        generation = self.request.generation
+        return StartRound(RUN, generation, number, self.attempt, "", grid, self.total, evaluate=False, merge=merge)
 
     async def round(self, number: int) -> str:
         """Run a round; the hash of its state."""
         start = self.next_start(number)
-        if self.request.flow == CENTRALIZED:
+        if self.request.flow != DECENTRALIZED:
             await self.runtime.publish_model(RUN, start)
         await self.runtime.train(RUN, start)
         report = await self.runtime.aggregate(RUN, start)
         assert not report.overflow
+        if start.merge:
+            report = await self.runtime.install(RUN, start)
         self.absmax, self.attempt = report.absmax, 0
         self.hashes[number] = report.model_hash or report.state_hashes.hex()
         return self.hashes[number]

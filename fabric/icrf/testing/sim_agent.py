@@ -39,7 +39,7 @@ from icrf.testing.sim_cluster import SimCluster
 from icrf.testing.sim_mediator import Connection, SimMediator
 from icrf.testing.sim_world import World
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
-from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, SEND, TRAIN
+from icrf_agent.round_machine import AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
 
 FINGERPRINT = Fingerprint("sim", "sim", "off", 1, "cpu")
 LEASE_LOST = "A002"
@@ -335,6 +335,7 @@ class SimAgent:
                 TRAIN: cluster.train,
                 AGGREGATE: cluster.aggregate,
                 EVALUATE: cluster.evaluate,
+                INSTALL: cluster.install,
             }
             phases[step.kind](start.run_id, start, mine)
 

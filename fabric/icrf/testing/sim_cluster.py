@@ -244,9 +244,9 @@ class SimCluster:
     # ------------------------------------------------------------ rounds
 
     def publish_model(self, run_id: str, start: StartRound, done: Done) -> None:
-        """Coordinator: publish the committed model to the participants."""
+        """Publish the committed models to the participants."""
         if self._begin(run_id, start, done):
-            self._phase(run_id, start, (0.01, 0.3), sim_hosts.publish_model, done, model_host=True)
+            self._phase(run_id, start, (0.01, 0.3), sim_hosts.publish_model, done, _makers)
 
     def train(self, run_id: str, start: StartRound, done: Done) -> None:
         """Every host trains its nodes and publishes what they send."""
@@ -260,14 +260,17 @@ class SimCluster:
             self._world.soon(*LATE_S, ("late in round", start.round, self.name), train)
 
     def aggregate(self, run_id: str, start: StartRound, done: Done) -> None:
-        """Merge the partials (coordinator), or mix every node's neighbours."""
-        run = self.runs.get(run_id)
-        centralized = run is not None and run.tally.centralized
-        self._phase(run_id, start, (0.05, 0.5), sim_hosts.aggregate, done, model_host=centralized)
+        """Merge the partials, or mix every node's neighbours."""
+        where = _model_host if start.merge else _makers
+        self._phase(run_id, start, (0.05, 0.5), sim_hosts.aggregate, done, where)
+
+    def install(self, run_id: str, start: StartRound, done: Done) -> None:
+        """Take over the model of all groups."""
+        self._phase(run_id, start, (0.05, 0.5), sim_hosts.install, done, _makers)
 
     def evaluate(self, run_id: str, start: StartRound, done: Done) -> None:
         """Make the consensus model."""
-        self._phase(run_id, start, (0.05, 0.5), sim_hosts.evaluate, done, model_host=True)
+        self._phase(run_id, start, (0.05, 0.5), sim_hosts.evaluate, done, _model_host)
 
     def send_payload(self, run_id: str, start: StartRound, transfer: Transfer, done: Done) -> None:
         """Send what was posted to the cluster it is for."""
@@ -392,7 +395,7 @@ class SimCluster:
         takes_s: tuple[float, float],
         phase: Phase,
         done: Done,
-        model_host: bool = False,
+        where: Callable[[SimRun], Sequence[SimHost]] = lambda run: run.hosts,
     ) -> None:
         try:
             run = self._run(run_id)
@@ -407,7 +410,7 @@ class SimCluster:
             reports = [p for p in parts if p is not None]
             done(sim_hosts.merged(reports) if reports else None, error)
 
-        self._on_hosts([run.model_host] if model_host else run.hosts, takes_s, call, merge)
+        self._on_hosts(where(run), takes_s, call, merge)
 
     def _on_hosts(
         self,
@@ -439,3 +442,11 @@ class SimCluster:
         for slot, host in enumerate(hosts):
             host.clear_s = max(host.clear_s, self._world.now_s) + self._world.work_s(*takes_s)
             self._world.at(host.clear_s, None, lambda s=slot, h=host, n=host.life: finish(s, h, n))  # type: ignore[misc]
+
+
+def _makers(run: SimRun) -> Sequence[SimHost]:
+    return run.makers
+
+
+def _model_host(run: SimRun) -> Sequence[SimHost]:
+    return [run.model_host]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from icrf.errors import InternalError, NodeError, RunError, WeightsError
-from icrf.exchange import CONSENSUS, MODEL, PARTIAL, UPDATE, Transfer
+from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL, UPDATE, Transfer
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import Activate, Activated, StartRound, nodes_of
 from icrf.staleness import late_nodes, scaled
@@ -63,14 +63,25 @@ class SimRun:
     position: tuple[int, int] = (0, 0)
     active: bool = False
 
+    def keepers(self, host: SimHost) -> tuple[int, ...]:
+        """The nodes of a host whose states rounds start from."""
+        return tuple(n for n in host.nodes if n in self.tally.keepers)
+
     def keeps_state(self, host: SimHost) -> bool:
-        return not self.tally.centralized or self.tally.aggregator in host.nodes
+        return bool(self.keepers(host))
 
     @property
     def model_host(self) -> SimHost:
-        if not self.tally.centralized:
-            return self.hosts[0]
-        return next(h for h in self.hosts if self.tally.aggregator in h.nodes)
+        return next(h for h in self.hosts if self.tally.keepers[0] in h.nodes) if self.has_server else self.hosts[0]
+
+    @property
+    def has_server(self) -> bool:
+        return self.tally.centralized or self.tally.hierarchy is not None
+
+    @property
+    def makers(self) -> list[SimHost]:
+        """The hosts that make new states."""
+        return [host for host in self.hosts if self.keeps_state(host)]
 
 
 Phase = Callable[[HybridTopologyManager, SimRun, SimHost, StartRound], PhaseReport | None]
@@ -80,9 +91,13 @@ Phase = Callable[[HybridTopologyManager, SimRun, SimHost, StartRound], PhaseRepo
 
 
 def publish_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> None:
-    """Coordinator: publish the committed model to the participants."""
+    """Publish the committed model, or those of the groups, to the participants."""
     assert host.state is not None
     tally = run.tally
+    if tally.hierarchy:
+        for aggregator, row in zip(run.keepers(host), host.state.rebase(start), strict=True):
+            manager.publish_many(_posting(start, MODEL, (aggregator,), row, tally.hierarchy.members[aggregator]))
+        return
     recipients = tuple(i for i in tally.chosen(start.round) if i != tally.aggregator)
     model = host.state.rebase(start)
     host.earlier.enter(start, host.state, len(model))
@@ -98,7 +113,12 @@ def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: Sta
     overflow: tuple[int, ...] = ()
     late = late_nodes(start.late)
     of_round = {n: late[n].round if n in late else start.round for n in local}
-    if tally.centralized:
+    if tally.hierarchy:
+        if local and local[0] == chosen[0] and tally.overflows(start.round, start.grid):
+            overflow = (0,)
+        else:
+            _train_groups(manager, tally, local, start)
+    elif tally.centralized:
         if not local:
             return PhaseReport()
         postings = manager.collect(start.run_id, start.round, start.attempt, MODEL)
@@ -121,10 +141,56 @@ def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: Sta
     return PhaseReport(nodes=local, overflow=overflow, metric_sums=sums)
 
 
+def _train_groups(manager: HybridTopologyManager, tally: Tally, local: Sequence[int], start: StartRound) -> None:
+    """Publish what the members of groups on a host hand on: a sum per group, or one where the groups are merged."""
+    assert tally.hierarchy is not None
+    models = {p.senders[0]: array_of(p) for p in manager.collect(start.run_id, start.round, start.attempt, MODEL)}
+    everything: list[Vector] = []
+    for aggregator, group in tally.hierarchy.members.items():
+        members = tuple(n for n in local if n in group)
+        if members:
+            made = tally.within(members, start.round, models[aggregator])
+            everything += made
+            if not start.merge:
+                manager.publish_many(_posting(start, PARTIAL, members, total(made), (aggregator,)))
+    if start.merge and everything:
+        manager.publish_many(_posting(start, CONSENSUS, tuple(local), total(everything)))
+
+
+def _aggregate_groups(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
+    """The next state of every group that is kept here, or, at the root, the one of all."""
+    tally, at = run.tally, (start.run_id, start.round, start.attempt)
+    assert host.state is not None and tally.hierarchy is not None
+    if start.merge:
+        root, *others = tally.hierarchy.aggregators
+        model = total([array_of(p) for p in manager.collect(*at, CONSENSUS)])
+        manager.publish_many(_posting(start, MERGED, (root,), model, tuple(others)))
+        metrics = {"accuracy": start.round / tally.rounds} if start.evaluate else {}
+        return PhaseReport(metrics=metrics, model_hash=digest(model).hex())
+    found = manager.collect(*at, PARTIAL)
+    rows = [total([array_of(p) for p in found if p.recipients == (a,)]) for a in run.keepers(host)]
+    return _stage_groups(host, rows, start)
+
+
+def install(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
+    """Take over what all groups were merged into."""
+    (posting,) = manager.collect(start.run_id, start.round, start.attempt, MERGED)
+    return _stage_groups(host, [run.tally.installed(a, array_of(posting)) for a in run.keepers(host)], start)
+
+
+def _stage_groups(host: SimHost, rows: Sequence[Vector], start: StartRound) -> PhaseReport:
+    assert host.state is not None
+    host.state.rebase(start)
+    host.state.stage(start, np.stack(rows))
+    return PhaseReport(absmax=absmax(rows), state_hashes=b"".join(digest(row) for row in rows))
+
+
 def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
     """Merge the partials into the new model, or mix each node's neighbours, in node order."""
     tally = run.tally
     assert host.state is not None
+    if tally.hierarchy:
+        return _aggregate_groups(manager, run, host, start)
     if tally.centralized:
         partials = manager.collect(start.run_id, start.round, start.attempt, PARTIAL)
         weight = sum(p.weight for p in partials)
@@ -163,7 +229,7 @@ def posted(manager: HybridTopologyManager, start: StartRound, transfer: Transfer
     """What a transfer carries."""
     key = (start.run_id, start.round, start.attempt, transfer.kind)
     if transfer.kind in (PARTIAL, CONSENSUS):
-        posting = manager.cluster_partial(*key)
+        posting = manager.cluster_partial(*key, transfer.recipients or None)
         return posting, array_of(posting)
     for posting in manager.collect(*key):
         if transfer.sender in posting.senders:
@@ -182,8 +248,7 @@ def set_up(run: SimRun, host: SimHost, states: Mapping[int, Vector]) -> list[Vec
     tally, order = run.tally, run.activation
     host.consensus, host.state = None, None
     held: list[Vector] = []
-    if run.keeps_state(host):
-        keys = (tally.aggregator,) if tally.centralized else host.nodes
+    if keys := run.keepers(host):
         missing = [n for n in keys if n not in states] if order.restore_round else []
         if missing:
             raise WeightsError("W010", f"the state of node {missing[0]} is missing", place="checkpoint")
@@ -213,7 +278,7 @@ def state_rows(run: SimRun, host: SimHost, round_number: int) -> dict[str, list[
     state = host.state.at(round_number) if host.state else None
     if state is None:
         raise RunError("F006", f"no state of round {round_number}")
-    keys = (run.tally.aggregator,) if run.tally.centralized else host.nodes
+    keys = run.keepers(host)
     earlier = {-1 - number: model for number, model in host.earlier.by_round.items()}
     rows = {**dict(zip(keys, np.atleast_2d(state), strict=True)), **earlier}
     return {str(n): [int(v) for v in row] for n, row in rows.items()}
@@ -236,8 +301,10 @@ def unpack_states(data: bytes, round_number: int) -> dict[int, Vector]:
 
 def model_file(run: SimRun, host: SimHost, round_number: int) -> ModelFile:
     """The global or consensus model of a round; F006 where there is none."""
-    if run.tally.centralized:
-        model = host.state.at(round_number) if host.state else None
+    if run.has_server:
+        # Of a hierarchy the root's, which is the first row of its host.
+        state = host.state.at(round_number) if host.state else None
+        model = None if state is None else np.atleast_2d(state)[0]
     else:
         model = host.consensus[1] if host.consensus and host.consensus[0] == round_number else None
     if model is None:

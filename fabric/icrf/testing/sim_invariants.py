@@ -203,7 +203,7 @@ class Checker:
         assert tally is not None
         model = np.frombuffer(self._read(run_id, "model.safetensors"), np.int64)
         wanted = tally.expected(tally.rounds)
-        if tally.centralized:
+        if tally.centralized or tally.hierarchy:
             wrong = {i: int(model[i]) for i in tally.participants if model[i] != tally.times(i)}
             self.require(not wrong, f"I1: in {tally.rounds} rounds these nodes were counted otherwise: {wrong}")
         self.require(bool((model == wanted.model).all()), "I8: the final model is another one than without faults")

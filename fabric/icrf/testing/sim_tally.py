@@ -2,7 +2,9 @@
 
 A state is a vector of ``num_nodes + 2`` integers. Slot i counts how often node i has contributed; slot ``num_nodes``
 sums ``round * prime_i mod 2^31``; the last slot depends on the state that a contribution was made from, so that work on
-a stale state shows. Addition of integers is exact in every order, so the states of a run are known beforehand.
+a stale state shows. In a hierarchy the first member of a group hands on the group's state with its contribution; where
+the groups are merged, the sum is the root's, and the other groups begin at nothing. Addition of integers is exact
+in every order, so the states of a run are known beforehand.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from icrf.protocol import CENTRALIZED, NodeSpec, Submission, TensorSpec
+from icrf.protocol import CENTRALIZED, HIERARCHICAL, NodeSpec, Submission, TensorSpec
+from icrf.topology import Hierarchy
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf.update import METRIC_UNIT_BITS, choose_grid, merkle_root, metric_mean
 
@@ -47,9 +50,9 @@ class Expected:
     """What a fault-free run commits in one round.
 
     Attributes:
-        states: the global model, or one state per node.
-        head: hash of the model, or the Merkle root over the nodes' states.
-        consensus: sum of all nodes' states (decentralized).
+        states: the global model, or one state per node that keeps one.
+        head: hash of the model, or the Merkle root over the states.
+        consensus: sum of all states, where there are several.
     """
 
     states: tuple[Vector, ...]
@@ -77,6 +80,14 @@ class Tally:
         self.participants = tuple(i for i, words in enumerate(roles) if "train" in words)
         self.aggregator = next((i for i, words in enumerate(roles) if "aggregate" in words), -1)
         self.config: Mapping[str, Any] = json.loads(submission.config_json)
+        self.hierarchy: Hierarchy | None = None
+        if submission.flow == HIERARCHICAL:
+            adjacency = HybridAdjacencyMatrix.from_graph(submission.graph)
+            self.hierarchy = Hierarchy.of(adjacency, [node.role for node in submission.nodes])
+        # The nodes with a state that rounds start from.
+        self.keepers = tuple(range(self.num_nodes))
+        if self.centralized or self.hierarchy:
+            self.keepers = self.hierarchy.aggregators if self.hierarchy else (self.aggregator,)
         self.rounds = int(self.config["federated_learning_rounds"])
         rows = [int.from_bytes(bytes.fromhex(row), "little") for row in submission.schedule]
         self._drawn = {
@@ -90,7 +101,7 @@ class Tally:
         # By round: the nodes whose clusters were late, and the rounds that nodes owed before it.
         self._late: dict[int, set[int]] = {}
         self._owed: dict[int, dict[int, int]] = {1: {}}
-        self._expected = [self._summary([self.initial() for _ in range(1 if self.centralized else self.num_nodes)])]
+        self._expected = [self._summary([self.initial() for _ in self.keepers])]
         self._foresee(1)
 
     # ------------------------------------------------------------ what nodes do
@@ -102,6 +113,22 @@ class Tally:
     def update(self, node: int, number: int, state: Vector) -> Vector:
         """What a peer sends its neighbours: its state, with its contribution if it takes part in the round."""
         return state + self.contribution(node, number, state) if node in self._chosen[number] else state
+
+    def merges(self, number: int) -> bool:
+        """Whether a round of a hierarchy ends with one model for all groups."""
+        return number == self.rounds or number % int(self.config["global_every"]) == 0
+
+    def within(self, members: Sequence[int], number: int, base: Vector) -> list[Vector]:
+        """What members of one group hand on in a round: the first of the group also the state that it started from."""
+        assert self.hierarchy is not None
+        group = self.hierarchy.members[self.hierarchy.group_of[members[0]]]
+        made = [self.contribution(node, number, base) for node in members]
+        return [*made, base] if group[0] in members else made
+
+    def installed(self, aggregator: int, merged: Vector) -> Vector:
+        """What a group goes on from once all are merged."""
+        assert self.hierarchy is not None
+        return merged if aggregator == self.hierarchy.root else self.initial()
 
     @staticmethod
     def samples(node: int) -> int:
@@ -228,6 +255,10 @@ class Tally:
                 for i in self._chosen[number]
             ]
             return [total([states[0], *added])]
+        if self.hierarchy:
+            groups = zip(self.hierarchy.members.values(), states, strict=True)
+            made = [total(self.within(members, number, state)) for members, state in groups]
+            return [self.installed(a, total(made)) for a in self.keepers] if self.merges(number) else made
         rows = {i: self.update(i, number, states[i]) for i in range(self.num_nodes)}
         return [self.mix(i, rows) for i in range(self.num_nodes)]
 
@@ -244,6 +275,7 @@ def tally_submission(
     num_nodes: int,
     config: Mapping[str, Any],
     schedule: Sequence[Sequence[int]] = (),
+    aggregators: Sequence[int] = (),
 ) -> Submission:
     """A tally federation.
 
@@ -251,10 +283,13 @@ def tally_submission(
         edges: undirected; of a centralized flow, a star around node 0, which aggregates.
         config: the resolved configuration; `tally_escalations` lists per round how often its grid is too fine.
         schedule: who takes part in each round; empty: all.
+        aggregators: of a hierarchy.
     """
     roles = ["train"] * num_nodes
     if flow == CENTRALIZED:
         roles[0] = "aggregate"
+    for node in aggregators:
+        roles[node] = "aggregate"
     return Submission(
         client_request_id=request_id,
         config_json=json.dumps(dict(config), sort_keys=True),

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 from icrf.errors import IcrfError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, RunEvent
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, RunEvent
 from icrf.testing.sim_agent import SimAgent
 from icrf.testing.sim_cluster import Network, SimCluster
 from icrf.testing.sim_invariants import Checker
@@ -238,9 +238,15 @@ class Fabric:
             "tally_escalations": [rng.choice((0, 0, 0, 0, 1, 2)) for _ in range(rounds)],
         }
         schedule: list[list[int]] = []
+        groups, aggregators = Random(f"groups of {number} under {self._seed}"), []
+        if size > 3 and groups.random() < 0.35 and not self._quorum:
+            flow, aggregators = HIERARCHICAL, [0, size - 1]
+            above = [0, size - 1, *(groups.choice((0, size - 1)) for _ in range(size - 4))]
+            edges = [(0, size - 1), *zip(above, range(1, size - 1), strict=True)]
+            config["global_every"] = groups.randint(1, 4)
         clients = list(range(flow == CENTRALIZED, size))
         draw = Random(f"participation of {number} under {self._seed}")
-        if draw.random() < 0.4 and not self._quorum:
+        if draw.random() < 0.4 and not self._quorum and not aggregators:
             schedule = [sorted(draw.sample(clients, draw.randint(1, len(clients)))) for _ in range(rounds)]
         if self._quorum:
             config |= {
@@ -253,8 +259,8 @@ class Fabric:
         if config.get("min_nodes") and draw.random() < 0.5:
             config |= {"late_updates": "weigh", "max_staleness": draw.randint(1, 3)}
             config |= {"min_nodes": 1, "round_deadline_s": 150.0}
-            config["staleness_exponent"] = draw.choice((0.0, 0.5, 1.0))
-        tally = Tally(tally_submission(f"request-{number}", flow, sorted(set(edges)), size, config, schedule))
+        request = f"request-{number}"
+        tally = Tally(tally_submission(request, flow, sorted(set(edges)), size, config, schedule, aggregators))
         self._tallies[tally.submission.config_json] = tally
         self.checker.know(tally)
         cancel_s = rng.uniform(0.0, 60.0) if rng.random() < 0.12 else -1.0

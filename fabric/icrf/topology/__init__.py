@@ -12,6 +12,8 @@ from icrf.topology.builders import (
 from icrf.topology.check import check_mixing, require_consensus
 from icrf.topology.csv_matrix import read_adjacency_csv, read_weights_csv
 from icrf.topology.gossip import Gossip
+from icrf.topology.grouping import GROUPINGS, group_clients, register_grouping, wants_labels
+from icrf.topology.hierarchy import Hierarchy, hierarchy_of_groups
 from icrf.topology.hybrid import INTER_CLUSTER, INTRA_CLUSTER, MAX_DENSE_NODES, HybridAdjacencyMatrix
 from icrf.topology.mixing import (
     MIXINGS,
@@ -24,21 +26,26 @@ from icrf.topology.mixing import (
 from icrf.topology.spectrum import rounds_to_consensus, spectrum
 
 __all__ = [
+    "GROUPINGS",
     "INTER_CLUSTER",
     "INTRA_CLUSTER",
     "MAX_DENSE_NODES",
     "MIXINGS",
     "TOPOLOGIES",
     "Gossip",
+    "Hierarchy",
     "HybridAdjacencyMatrix",
     "build_topology",
     "check_mixing",
     "from_network",
+    "group_clients",
+    "hierarchy_of_groups",
     "metropolis_hastings",
     "mixing_matrix",
     "mixing_row",
     "read_adjacency_csv",
     "read_weights_csv",
+    "register_grouping",
     "register_mixing",
     "register_network_builder",
     "register_topology",
@@ -46,5 +53,6 @@ __all__ = [
     "require_consensus",
     "rounds_to_consensus",
     "spectrum",
+    "wants_labels",
     "weigh",
 ]

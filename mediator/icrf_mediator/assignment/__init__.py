@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from icrf.protocol import ClusterInfo
 from icrf.topology import HybridAdjacencyMatrix
 from icrf_mediator.assignment.base import ASSIGNMENTS, Assignment, AssignmentStrategy, Pins, resolve_pins
+from icrf_mediator.assignment.groups import assign_groups
 from icrf_mediator.assignment.locality import LocalityAwareAssignment
 from icrf_mediator.assignment.round_robin import RoundRobinAssignment
 
@@ -16,6 +17,7 @@ __all__ = [
     "Pins",
     "RoundRobinAssignment",
     "assign",
+    "assign_groups",
     "resolve_pins",
 ]
 

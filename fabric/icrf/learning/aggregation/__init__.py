@@ -11,10 +11,11 @@ from icrf.learning.aggregation.base import (
     MeanAggregator,
     RoundFacts,
     UpdateAggregator,
-    build_aggregator,
     clip_update,
     register_aggregator,
 )
+from icrf.learning.aggregation.build import build_aggregator
+from icrf.learning.aggregation.clustered import Ifca
 from icrf.learning.aggregation.robust import Krum, Median, MultiKrum, TrimmedMean
 from icrf.learning.aggregation.scaffold import Scaffold
 from icrf.learning.aggregation.server_optimizers import DiLoCo, FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -31,6 +32,7 @@ __all__ = [
     "FedNova",
     "FedProx",
     "FedYogi",
+    "Ifca",
     "Krum",
     "MeanAggregator",
     "Median",

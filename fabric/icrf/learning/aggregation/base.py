@@ -10,14 +10,12 @@ depend on neither grouping nor order; :class:`UpdateAggregator` gets every updat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from icrf.errors import ConfigError
-from icrf.learning.injection import accepted_arguments
 from icrf.learning.training import LocalTerms
 from icrf.protocol import Rows
 from icrf.registry import Registry
@@ -37,36 +35,6 @@ def register_aggregator(name: str) -> Callable[[Callable[..., Any]], Callable[..
     return AGGREGATORS.register(name)
 
 
-def build_aggregator(name: str, settings: Mapping[str, Any]) -> MeanAggregator | UpdateAggregator:
-    """The rule of this name.
-
-    Args:
-        name: a registered name, ``module:attr`` or an entry point of ``icrf.aggregator``.
-        settings: the configuration's keys.
-
-    Raises:
-        ConfigError: C010 unknown name, C017 code that cannot be loaded, that raises, or that makes no rule;
-            C008 settings that contradict each other.
-    """
-    kind = AGGREGATORS.get(name)
-    given = {key: value for key, value in settings.items() if value is not None}
-    place = "aggregation_strategy"
-    try:
-        rule = kind(**accepted_arguments(kind, given))
-    except ConfigError:
-        raise
-    except Exception as error:
-        message = f"aggregator raised {type(error).__name__}: {error}"
-        raise ConfigError("C017", message, place=place, value=name) from error
-    if not isinstance(rule, MeanAggregator | UpdateAggregator):
-        message = f"'{name}' made a {type(rule).__name__}"
-        raise ConfigError("C017", message, place=place, allowed="a MeanAggregator or an UpdateAggregator")
-    if rule.rows.every_update != isinstance(rule, UpdateAggregator):
-        message = f"'{name}' has rows with every_update {rule.rows.every_update}"
-        raise ConfigError("C017", message, place=place, allowed="true for an UpdateAggregator only")
-    return rule
-
-
 @dataclass(frozen=True)
 class ClientUpdate:
     """What one node's training has led to; all arrays are flat.
@@ -79,6 +47,7 @@ class ClientUpdate:
             rows.client_scalars,); read only.
         next_state: what it keeps from now on; filled with `state`, to be changed in place.
         out: a buffer for the contribution, shape (rows.up * num_parameters + rows.scalars,).
+        chosen: which of the federation's models the node has trained. With several, `received` is that one alone.
     """
 
     received: Array
@@ -87,6 +56,7 @@ class ClientUpdate:
     state: Array
     next_state: Array
     out: Array
+    chosen: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,19 +81,22 @@ class Aggregator:
 
     Attributes:
         rows: what the rule moves and keeps.
+        num_models: how many models the federation learns, the first rows of the server's state. Where there are
+            several, they are what is sent, and a node trains the one that suits its data best.
     """
 
     rows: Rows = Rows()
+    num_models: int = 1
 
     def require(self, num_participants: int) -> None:
         """Raise C008 if the rule does not work with so many participants in a round."""
 
-    def first_state(self, model: Array) -> Array:
-        """The server's state before the first round: the model, and zeros in all other rows."""
-        if self.rows.server == 1:
-            return model
-        state = np.zeros(self.rows.server * len(model), model.dtype)
-        state[: len(model)] = model
+    def first_state(self, models: Array) -> Array:
+        """The server's state before the first round: the initial models, and zeros in all other rows."""
+        if self.rows.server == self.num_models:
+            return models
+        state = np.zeros(len(models) // self.num_models * self.rows.server, models.dtype)
+        state[: len(models)] = models
         return state
 
     def terms(self, received: Array, state: Array) -> LocalTerms | None:
@@ -145,7 +118,7 @@ class Aggregator:
         They choose the grid of exact sums, with 256-fold head room; beyond it the round is run again.
 
         Args:
-            model_absmax: the maxima of the committed model's tensors.
+            model_absmax: the maxima of the committed model's tensors, or those of every model, one after the other.
         """
         return (*tuple(model_absmax) * self.rows.up, *([1.0] if self.rows.scalars else []))
 

@@ -1,0 +1,42 @@
+"""From a rule's name to the rule that a federation follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from icrf.errors import ConfigError
+from icrf.learning.aggregation.base import AGGREGATORS, MeanAggregator, UpdateAggregator
+from icrf.learning.aggregation.clustered import Ifca
+from icrf.learning.injection import accepted_arguments
+
+
+def build_aggregator(name: str, settings: Mapping[str, Any], num_models: int = 1) -> MeanAggregator | UpdateAggregator:
+    """The rule of this name.
+
+    Args:
+        name: a registered name, ``module:attr`` or an entry point of ``icrf.aggregator``.
+        settings: the configuration's keys.
+        num_models: how many models the federation learns; with several, each follows the rule, see :class:`Ifca`.
+
+    Raises:
+        ConfigError: C010 unknown name, C017 code that cannot be loaded, that raises, or that makes no rule;
+            C008 settings that contradict each other.
+    """
+    kind = AGGREGATORS.get(name)
+    given = {key: value for key, value in settings.items() if value is not None}
+    place = "aggregation_strategy"
+    try:
+        rule = kind(**accepted_arguments(kind, given))
+    except ConfigError:
+        raise
+    except Exception as error:
+        message = f"aggregator raised {type(error).__name__}: {error}"
+        raise ConfigError("C017", message, place=place, value=name) from error
+    if not isinstance(rule, MeanAggregator | UpdateAggregator):
+        message = f"'{name}' made a {type(rule).__name__}"
+        raise ConfigError("C017", message, place=place, allowed="a MeanAggregator or an UpdateAggregator")
+    if rule.rows.every_update != isinstance(rule, UpdateAggregator):
+        message = f"'{name}' has rows with every_update {rule.rows.every_update}"
+        raise ConfigError("C017", message, place=place, allowed="true for an UpdateAggregator only")
+    return rule if num_models == 1 else Ifca(rule, num_models)
