@@ -65,7 +65,7 @@ class Lateness:
     def before(self, number: int) -> Debts:
         """Cluster -> what it owes when a round begins; all rounds before are committed."""
         while self.weighs and self._known < number:
-            found = self._after(self._known, self._taking_part(self._known))
+            found = self._owed_after(self._known)
             self._known += 1
             # One round more, and it would be too old: the cluster starts afresh.
             found = {c: debt for c, debt in found.items() if self._known - debt.round <= self._most}
@@ -78,7 +78,7 @@ class Lateness:
         if not self.weighs:
             return {}
         before = self.before(number + 1)
-        return {c: debt for c, debt in self._after(number, self._taking_part(number)).items() if before.get(c) != debt}
+        return {c: debt for c, debt in self._owed_after(number).items() if before.get(c) != debt}
 
     def late(self, number: int, nodes: Collection[int]) -> tuple[LateUpdates, ...]:
         """What those of a round's participants that owe something bring to it."""
@@ -94,6 +94,12 @@ class Lateness:
     def kept(self, number: int, nodes: Collection[int]) -> tuple[int, ...]:
         """Rounds whose updates are still owed after one with these participants."""
         return tuple(sorted({debt.round for debt in self._after(number, nodes).values()})) if self.weighs else ()
+
+    def _owed_after(self, number: int) -> Debts:
+        """What is owed after a committed round. Most rounds have nobody late, and who took part need not be asked."""
+        if not (self.before(number) or self.missed(number)):
+            return {}
+        return self._after(number, self._taking_part(number))
 
     def _after(self, number: int, nodes: Collection[int]) -> Debts:
         found = {c: debt for c, debt in self.before(number).items() if not any(node in nodes for node in debt.nodes)}

@@ -165,7 +165,7 @@ class RunRounds(RunBase):
         every = int(self.config["evaluate_every"])
         evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
         attempt = self._attempt_floor + 1
-        nodes, lateness = self._quorum.nodes(participants), self._quorum.lateness
+        nodes, lateness = frozenset(self._quorum.nodes(participants)), self._quorum.lateness
         start = self._ledger.open_round(
             self.run_id,
             self.generation,

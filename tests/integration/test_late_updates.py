@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from icrf.console.live import plain_round
 from icrf.federation.node import FederatedNode
 from icrf.learning.datasets import DATASETS, Dataset
 from icrf.learning.models import register_model
 from icrf.learning.training import LocalTrainer
 from icrf.ports import PhaseReport
 from icrf.protocol import IDLE, TERMINAL, Instruction, RoundResult, StartRound
+from icrf.run_folder import round_line
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric, MonotonicClock
@@ -189,6 +191,8 @@ def test_a_late_update_is_that_of_its_round_and_weighs_by_its_age(clock: MovedCl
         ((1, 2, 3), {"client_0": 2, "client_1": 2}),
         ((1, 2, 3), {}),
     ]
+    assert round_line(rounds[1])["staleness"] == {"client_0": 1, "client_1": 1}
+    assert "  late 2" in plain_round(rounds[1], 6) and "late" not in plain_round(rounds[2], 6)
     # The metrics of a late update are those of its round; the mean over nodes weighs by samples.
     assert rounds[1].metrics["train_loss"] == pytest.approx((1 + 1 + 2) / 3)
 
