@@ -9,7 +9,7 @@ learns several models, all are sent, and each node trains the one that suits its
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,18 +19,20 @@ import numpy as np
 from icrf.errors import ConfigError, IcrfError, InternalError, NodeError
 from icrf.exchange import MODEL, PARTIAL, UPDATE
 from icrf.learning.aggregation import (
+    AGGREGATORS,
     ClientUpdate,
     RoundFacts,
     UpdateAggregator,
     build_aggregator,
 )
 from icrf.learning.layout import model_names
-from icrf.learning.rng import stable_random_state
+from icrf.learning.rng import derive_seed, global_randomness, stable_random_state
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
 from icrf.staleness import WEIGH, late_nodes, scaled
 from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
 from icrf_agent.host_late import EarlierModels, FinishedWork
+from icrf_agent.host_nodes import is_ours
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
 from icrf_agent.topology_manager import Posting
@@ -61,6 +63,7 @@ class CentralizedFlow:
         self._row_of = {index: k for k, index in enumerate(self._participants)}
         config = t.nodes.config
         self._rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
+        self._rule_is_ours = is_ours(AGGREGATORS.get(config.aggregation_strategy))
         self._private = t.layout.row_size - t.layout.num_parameters
         if self._rule.rows.with_private(t.layout.tensors) != replace(t.activation.rows, nodes_keep=False):
             raise ConfigError(
@@ -85,6 +88,8 @@ class CentralizedFlow:
         row_bytes = t.layout.num_parameters * t.layout.dtype.itemsize
         weighs = t.nodes.config.late_updates == WEIGH
         self._finished = FinishedWork(len(self._participants), row_bytes) if weighs else None
+        # What each participant here has chosen last, to be shown between rounds.
+        self._chosen: dict[int, int] = {}
         self._server, self._clients = self._states(restored)
 
     def _states(self, restored: bytes) -> tuple[VersionedState | None, VersionedState | None]:
@@ -212,7 +217,7 @@ class CentralizedFlow:
         self._load(model, kept[own:])
         if t.nodes.get(index).context.round == start.round:
             t.evaluate_node(start, index, sums)
-        with self._blaming_the_rule():
+        with self._calling_the_rule(start, index, "terms"):
             t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
         trained = t.train_node(start, index, sums, self._finished)
         steps = t.nodes.trainer.steps
@@ -221,7 +226,7 @@ class CentralizedFlow:
         t.evaluate_own(start, index, sums)
         t.clip(index, model, trained, self._learned)
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
-        with self._blaming_the_rule():
+        with self._calling_the_rule(start, index, "contribution"):
             update = ClientUpdate(received, trained, steps, kept[:own], next_kept[:own], out, chosen)
             sent = rule.contribution(update)
         return self._with_buffers(sent, trained)
@@ -237,7 +242,7 @@ class CentralizedFlow:
         t = self._t
         drawn = start.round == 1 and t.nodes.config.first_choice == "drawn"
         chosen = self._drawn[index] if drawn else t.best_of(index, self._seen)
-        t.nodes.get(index).context.chosen_model = chosen
+        self._chosen[index] = t.nodes.get(index).context.chosen_model = chosen
         t.add_up(index, {f"{name}_share": float(k == chosen) for k, name in enumerate(self._names)}, 1, sums)
         t.by_node.add(start, index, {"model": float(chosen)})
         return chosen
@@ -309,22 +314,26 @@ class CentralizedFlow:
         if isinstance(rule, UpdateAggregator):
             postings = t.collect(start, UPDATE)
             rows = t.rows_of(postings, participants)
-            with self._blaming_the_rule():
+            with self._calling_the_rule(start, self._aggregator, "combine"):
                 rule.combine([rows[i] for i in participants], previous, state, facts)
             return postings
         postings = t.collect(start, PARTIAL)
         total = t.merge(start, postings, start.total_weight)
-        with self._blaming_the_rule():
+        with self._calling_the_rule(start, self._aggregator, "advance"):
             rule.finish(total, previous, state, facts)
         for part in self._buffers:
             state[part] = total.mean_part(part.start, part.stop, np.empty(part.stop - part.start))
         return postings
 
     @contextmanager
-    def _blaming_the_rule(self) -> Iterator[None]:
-        """Rules may be the user's own code: what they raise becomes U001, naming the rule."""
+    def _calling_the_rule(self, start: StartRound, index: int, method: str) -> Iterator[None]:
+        """Rules may be the user's own code: what they raise becomes U001, naming the rule, and what they draw from the
+        global generators depends on the federation's seed, the node, the round and the method alone."""
+        config = self._t.nodes.config
+        seed = derive_seed(config.seed, index, start.round, f"global rule {method}")
         try:
-            yield
+            with nullcontext() if self._rule_is_ours else global_randomness(seed):
+                yield
         except IcrfError:
             raise
         except Exception as error:
@@ -374,7 +383,7 @@ class CentralizedFlow:
         the node's own."""
         if self._server and index == self._aggregator:
             return self._row(self._server.latest, 0)
-        model = self._row(self._seen, self._t.nodes.get(index).chosen_model)
+        model = self._row(self._seen, self._chosen.get(index, 0))
         if not self._private or self._clients is None or index not in self._row_of:
             return model
         return np.concatenate([model, self._clients.latest[self._row_of[index], -self._private :]])

@@ -130,7 +130,7 @@ class HostNodes:
             sys.path.insert(0, activation.code_path)
         dataset = configured_dataset(self.config)
         named = [MODELS.get(self.config.model_type), *map(METRICS.get, self.config.metrics)]
-        self._own_code = not all(map(_is_ours, named))
+        self._own_code = not all(map(is_ours, named))
         self.layout = Layout(activation.layout)
         self.model = self._fresh_model(dataset)
         self.initial = self.model.snapshot()
@@ -151,6 +151,7 @@ class HostNodes:
     def enter(self, start: StartRound) -> None:
         """Tell all nodes which attempt they are in; harmless when they are in it."""
         self.mailbox.position = (start.round, start.attempt)
+        self.states.resume()
         if self._entered != self.mailbox.position:
             self._entered = self.mailbox.position
             self.states.enter(start)
@@ -364,6 +365,6 @@ class HostNodes:
         )
 
 
-def _is_ours(code: Any) -> bool:
+def is_ours(code: Any) -> bool:
     """Whether a function or class comes with this package."""
     return str(getattr(code, "__module__", "")).startswith("icrf.")

@@ -111,8 +111,13 @@ class NodeHost:
         return self._staged(start, self._at(start).install(start))
 
     def host_evaluate(self, start: StartRound) -> PhaseReport:
-        """Make and evaluate the consensus model (first host of the coordinator)."""
-        return self._staged(start, self._at(start).evaluate(start))
+        """Make and evaluate the consensus model (first host of the coordinator).
+
+        The hashes of the nodes are settled by then, so the node that evaluates keeps nothing of it.
+        """
+        flow = self._at(start)
+        self._ready()[0].states.set_aside()
+        return flow.evaluate(start)
 
     def host_model(self, round_number: int) -> ModelFile:
         """The global or consensus model of a committed round, or all of several; F006 where this host has none."""
@@ -166,7 +171,7 @@ class NodeHost:
         nodes, flow = self._ready()
         nodes.get(index).context.model.load(flow.state_of(index))
         nodes.mailbox.position = None
-        nodes.states.forget_changes()
+        nodes.states.set_aside()
         return nodes
 
 

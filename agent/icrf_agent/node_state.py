@@ -52,17 +52,19 @@ class NodeStates:
         self._committed: dict[int, bytes] = {}
         self._pending: tuple[int, dict[int, bytes]] | None = None
         self._entered = round_number
-        self._stale = False
+        # What the phases of rounds have made, while somebody else may have changed what nodes hold.
+        self._aside: dict[int, bytes] | None = None
         if round_number:
             self._committed = dict(restored or {})
-            self._load()
+            self._load(self._committed)
         else:
             self._committed = self._encoded()
 
     @property
     def used(self) -> bool:
         """Whether any node of this host has, or had, a state."""
-        return bool(self._committed or self._pending or any(node.state for node in self._nodes.values()))
+        now = any(node.state for node in self._nodes.values()) if self._aside is None else self._aside
+        return bool(self._committed or self._pending or now)
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -75,8 +77,8 @@ class NodeStates:
             self._round, self._committed = self._pending
         self._pending = None
         # Also an attempt that failed half-way, before anything was staged, has changed what nodes hold.
-        if self._stale or self._entered == start.round:
-            self._load()
+        if self._entered == start.round:
+            self._load(self._committed)
         self._entered = start.round
         if not self.used:
             self._round = start.round - 1
@@ -90,9 +92,16 @@ class NodeStates:
         if self.used:
             self._pending = (start.round, self._encoded())
 
-    def forget_changes(self) -> None:
-        """Somebody may have changed states between rounds: the next attempt does not see it."""
-        self._stale = self._stale or self.used
+    def set_aside(self) -> None:
+        """What is about to run is no part of a round: its changes of states last until the next phase only."""
+        if self._aside is None:
+            self._aside = self._encoded()
+
+    def resume(self) -> None:
+        """A phase begins: states are what the phase before has left."""
+        if self._aside is not None:
+            self._load(self._aside)
+            self._aside = None
 
     def at(self, round_number: int) -> ByNode | None:
         """The states of a round that is known to be committed, or None."""
@@ -118,10 +127,9 @@ class NodeStates:
 
     # ------------------------------------------------------------ inside
 
-    def _load(self) -> None:
-        self._stale = False
+    def _load(self, states: ByNode) -> None:
         for index, node in self._nodes.items():
-            packed = self._committed.get(index)
+            packed = states.get(index)
             if packed or node.state:
                 node.state = values.decode(packed) if packed else {}
 

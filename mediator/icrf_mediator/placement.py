@@ -12,6 +12,7 @@ from icrf.protocol import (
     Activate,
     Instruction,
     LinkBytes,
+    MixingReport,
     PeerAddress,
     Plan,
     Reserve,
@@ -136,5 +137,6 @@ class Placement:
         plan = dict(row["plan"])
         plan["clusters"], plan["problems"] = tuple(plan["clusters"]), tuple(plan["problems"])
         plan["links"] = tuple(LinkBytes(**link) for link in plan["links"])
+        plan["mixing"] = MixingReport(**plan["mixing"]) if plan.get("mixing") else None
         resources = {name: Resources(**each) for name, each in row["resources"].items()}
         return cls(Plan(**plan), tuple(row["assignment"]), resources)

@@ -92,6 +92,10 @@ class Quorum:
         """How many nodes a bitmap stands for."""
         return len(self.nodes(participants))
 
+    def is_decided(self, number: int) -> bool:
+        """Whether the participants of a round were decided, so that a change of the members comes too late for it."""
+        return number in self._decided
+
     def decide(self, number: int, participants: bytes, late: Iterable[int] = ()) -> None:
         """From now on these are the participants of a round; it goes on without the nodes `late`, who owe it then."""
         self._decided[number] = participants

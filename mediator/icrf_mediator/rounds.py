@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError, InternalError
-from icrf.protocol import CENTRALIZED, LateUpdates, RoundReport, RoundResult, StartRound, nodes_of
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, LateUpdates, RoundReport, RoundResult, StartRound, nodes_of
 from icrf.staleness import late_nodes, scaled
 from icrf.update import choose_grid, merkle_root, metric_mean
 
@@ -32,6 +32,7 @@ class Commit:
     train_s: float
     exchange_s: float
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluated: bool = False
     late: tuple[LateUpdates, ...] = ()
 
     def result(self, generation: int, wall_s: float, node_ids: Sequence[str] = ()) -> RoundResult:
@@ -111,6 +112,7 @@ class RoundLedger:
         self._escalation: list[int] = []
         self._history: dict[int, tuple[str, tuple[float, ...]]] = {}
         self._with_model: set[int] = set()
+        self._evaluated: set[int] = set()
 
     def begin(self, absmax: Sequence[Sequence[float]], head_hash: str, total_weight: int) -> None:
         """Set the state before the first round: initial maxima per cluster, hash, and the sum of sample counts."""
@@ -119,11 +121,15 @@ class RoundLedger:
         self.total_weight = total_weight
         self._history.setdefault(0, (head_hash, self.absmax))
 
-    def remember(self, number: int, model_hash: str, absmax: Sequence[float], with_model: bool) -> None:
+    def remember(
+        self, number: int, model_hash: str, absmax: Sequence[float], with_model: bool, evaluated: bool
+    ) -> None:
         """Take over a commit of the journal; the last one remembered is the head."""
         self._history[number] = (model_hash, tuple(absmax))
         if with_model:
             self._with_model.add(number)
+        if evaluated:
+            self._evaluated.add(number)
         self.round, self.head_hash, self.absmax = number, model_hash, tuple(absmax)
 
     def rewind(self, number: int) -> str:
@@ -140,6 +146,10 @@ class RoundLedger:
     def made_model(self, number: int) -> bool:
         """Whether a committed round has made a global or consensus model."""
         return number in self._with_model
+
+    def was_evaluated(self, number: int) -> bool:
+        """Whether a committed round was evaluated."""
+        return number in self._evaluated
 
     def open_round(
         self,
@@ -193,6 +203,11 @@ class RoundLedger:
         """What the weights of these nodes add up to, where some bring a late update."""
         older = late_nodes(late)
         return sum(scaled(self.samples[node] if self._by_samples else 1, node, older) for node in nodes)
+
+    def most_weight(self, nodes: Iterable[int]) -> int:
+        """The same for all that train, or what a sum of a round may come to: a consensus counts every peer as one."""
+        peers = sum(map(len, self.keepers.values())) if self.flow == DECENTRALIZED else 0
+        return max(self.weight_of(nodes), peers)
 
     def accepts(self, report: RoundReport) -> bool:
         """Whether a report belongs to the open attempt; everything else is stale and dropped."""
@@ -249,12 +264,15 @@ class RoundLedger:
             train_s=max(r.train_s for r in reports.values()),
             exchange_s=max(r.exchange_s for r in reports.values()),
             node_metrics={node: found for r in reports.values() for node, found in r.node_metrics.items()},
+            evaluated=attempt.start.evaluate,
             late=attempt.start.late,
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
         self._history.setdefault(commit.round, (model_hash, absmax))
         if commit.consensus_hash:
             self._with_model.add(commit.round)
+        if commit.evaluated:
+            self._evaluated.add(commit.round)
         return commit
 
     @staticmethod

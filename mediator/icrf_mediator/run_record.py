@@ -50,14 +50,18 @@ class RunRecord:
         return self.info.status in TERMINAL
 
     def change(self, **parts: Any) -> None:
-        """Change what is shown; journalled with the next status."""
+        """Change what is shown; journalled with the next status, or by `save`."""
         self.info = replace(self.info, **parts)
 
     def status(self, effects: Effects, now: Now, status: str, waiting_for: str = "", text: str = "") -> None:
         """Enter a status."""
         self.info = replace(self.info, status=status, waiting_for=waiting_for)
-        effects.writes.append(Write("runs", (self.info.run_id,), asdict(self.info)))
+        self.save(effects)
         self.event(effects, now, "status", text or waiting_for)
+
+    def save(self, effects: Effects) -> None:
+        """Journal what is shown, where it does not follow from the events."""
+        effects.writes.append(Write("runs", (self.info.run_id,), asdict(self.info)))
 
     def end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
         """Enter a terminal status and close the event stream."""
@@ -76,7 +80,7 @@ class RunRecord:
 
     def committed(self, effects: Effects, now: Now, commit: Commit, result: RoundResult, reached: bool) -> None:
         """Journal a round's one commit row, and show it."""
-        row = {**asdict(result), "absmax": list(commit.absmax)}
+        row = {**asdict(result), "absmax": list(commit.absmax), "evaluated": commit.evaluated}
         del row["node_metrics"]  # what decides nothing is in the event
         if self._fingerprints:
             row["fingerprints"] = self._fingerprints
@@ -88,6 +92,8 @@ class RunRecord:
             bytes_inter_cluster=self.info.bytes_inter_cluster + commit.bytes_inter_cluster,
             rounds_to_target=self.info.rounds_to_target or (commit.round if reached else 0),
         )
+        if reached:
+            self.save(effects)
         self.event(effects, now, "round", round_result=result)
 
     def fingerprints(self, effects: Effects, now: Now, determinism: str, found: Mapping[str, Fingerprint]) -> None:

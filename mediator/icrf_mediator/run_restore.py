@@ -78,7 +78,13 @@ def restore_run(
     run.load_progress(
         [a.row for a in activations],
         [
-            (int(c.key[1]), str(c.row["model_sha256"]), tuple(c.row["absmax"]), bool(c.row["consensus_sha256"]))
+            (
+                int(c.key[1]),
+                str(c.row["model_sha256"]),
+                tuple(c.row["absmax"]),
+                bool(c.row["consensus_sha256"]),
+                bool(c.row.get("evaluated")),
+            )
             for c in commits
         ],
     )

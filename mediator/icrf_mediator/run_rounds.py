@@ -31,10 +31,12 @@ class RunRounds(RunBase):
         self._place(placement)
 
     def load_progress(
-        self, activations: Sequence[Mapping[str, Any]], commits: Sequence[tuple[int, str, tuple[float, ...], bool]]
+        self,
+        activations: Sequence[Mapping[str, Any]],
+        commits: Sequence[tuple[int, str, tuple[float, ...], bool, bool]],
     ) -> None:
-        """What it had reached: the initial state; of every commit in order round, hash, maxima, and whether it made a
-        global or consensus model."""
+        """What it had reached: the initial state; of every commit in order round, hash, maxima, whether it made a
+        global or consensus model, and whether it was evaluated."""
         assert self._ledger is not None
         for row in activations:
             self._ledger.samples = {int(node): int(count) for node, count in row.get("samples", ())}
@@ -65,7 +67,8 @@ class RunRounds(RunBase):
         if self.terminal or ledger is None:
             raise RunError("F005", f"run {self.run_id[:8]} is {self.info.status}: its nodes cannot be changed now")
         added, removed = ({self.node_index(name) for name in names} for names in (add, remove))
-        first = max(self.info.rounds_done, ledger.round + 1 if ledger.open else 0) + 1
+        settled = ledger.open is not None or self._quorum.is_decided(ledger.round + 1)
+        first = max(self.info.rounds_done, ledger.round + settled) + 1
         before = self._quorum.members(first)
         nodes = tuple(sorted((set(before) | added) - removed))
         self._quorum.require_possible(nodes)
@@ -162,14 +165,12 @@ class RunRounds(RunBase):
             return False
         self._told_gone &= self._gone
         self._decide(effects, now, number, participants)
-        every = int(self.config["evaluate_every"])
-        evaluate = number == self._rounds_wanted or (every > 0 and number % every == 0)
         attempt = self._attempt_floor + 1
         nodes, lateness = frozenset(self._quorum.nodes(participants)), self._quorum.lateness
         start = self._ledger.open_round(
             self.run_id,
             self.generation,
-            evaluate,
+            self._evaluates(number),
             now.monotonic_s,
             attempt,
             participants,
@@ -181,6 +182,17 @@ class RunRounds(RunBase):
         self._opened_wall_s = now.wall_s
         self._ask_round(effects, now, start)
         return True
+
+    def _evaluates(self, number: int) -> bool:
+        """Whether a round is evaluated: every so many are, and the last one.
+
+        Nodes may go by what they measure: a round that was committed before does what it did then.
+        """
+        assert self._ledger is not None
+        if self._ledger.recorded(number):
+            return self._ledger.was_evaluated(number)
+        every = int(self.config["evaluate_every"])
+        return number >= self._rounds_wanted or (every > 0 and number % every == 0)
 
     def _merges(self, number: int) -> bool:
         """Whether a round of a hierarchy ends with one model for all groups: every so many do, and the last one.

@@ -95,6 +95,7 @@ class RunMachine(RunRounds):
         if stage == "run":
             self._rounds_wanted = max(self._rounds_wanted, wanted)
             self.record.change(rounds_planned=max(self.info.rounds_planned, rounds))
+            self.record.save(effects)
         self._save_goal(effects)
         if self.info.status != RUNNING:
             self._go_on(effects, now)
@@ -394,7 +395,7 @@ class RunMachine(RunRounds):
         if known and known != head:
             return self.fail(effects, now, differs(self._restored_round, known, head))
         ledger.samples = samples
-        total = ledger.weight_of(trains)
+        total = ledger.most_weight(trains)
         if self._restored_round == 0:
             ledger.begin([part.absmax for part in self._parts.values()], head, total)
         ledger.total_weight = total

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from icrf.errors import ConfigError, ConfigErrors
 from icrf.federation.node import FederatedNode
-from icrf.learning.aggregation import MeanAggregator, RoundFacts
+from icrf.learning.aggregation import ClientUpdate, FedAvg, MeanAggregator, RoundFacts
 from icrf.learning.datasets import load_dataset
 from icrf.learning.models import register_model
 from icrf.protocol import COMPLETED, IDLE, TERMINAL, RoundResult, RunInfo
@@ -339,6 +339,26 @@ def test_a_rule_that_raises_is_named(fabrics: Any, monkeypatch: pytest.MonkeyPat
         pass
     error = fabrics(2).port.get(info.run_id).error_json
     assert "U001" in error and "ZeroDivisionError" in error and "my_rules:Failing on local-" in error
+
+
+class Noisy(FedAvg):
+    """Draws from the global generator, on the nodes and at the server."""
+
+    def contribution(self, update: ClientUpdate) -> np.ndarray:
+        update.out[:] = update.trained + 1e-3 * np.random.standard_normal(len(update.trained))
+        return update.out
+
+    def advance(self, mean: Any, previous: Any, out: Any, facts: RoundFacts) -> None:
+        out[0][:] = mean[0] + 1e-3 * np.random.standard_normal(len(mean[0]))
+
+
+def test_a_rule_that_draws_gets_the_same_numbers_everywhere(fabrics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_rules", sys.modules[__name__])
+    found = []
+    for clusters in (1, 2):
+        np.random.seed(clusters)
+        found.append(hashes(run(fabrics(clusters), **DIGITS, aggregation_strategy="my_rules:Noisy")[1]))
+    assert found[0] == found[1]
 
 
 def test_a_rule_of_other_rows_than_those_submitted_is_refused(fabrics: Any) -> None:

@@ -346,3 +346,25 @@ def follow(fabric: InlineFabric, run_id: str, rounds_done: int) -> list[RoundRes
         if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds_done:
             return found
     raise AssertionError("the run has ended")
+
+
+class Stubborn(Counter):
+    """Whoever chose a model with a number wants it again: its losses depend on what it has chosen."""
+
+    def training_loss(self) -> float:
+        return super().training_loss() * (-1.0 if self.chosen_model else 1.0)
+
+
+def test_a_choice_does_not_depend_on_what_a_host_remembers() -> None:
+    def trained(killed: bool) -> list[str]:
+        with InlineFabric(1, templates={"local:Counter": Stubborn}) as inline:
+            run = Fabric(inline.port).submit(FederationConfig.from_mapping(DIGITS))
+            rounds = {}
+            for result in run.rounds():
+                if killed and result.number == 1 and result.number not in rounds:
+                    inline.substrates["local-1"].kill_host(run.id, 1)
+                rounds[result.number] = result.model_sha256
+            assert run.info().status == COMPLETED
+            return list(rounds.values())
+
+    assert trained(killed=True) == trained(killed=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from icrf.client import Fabric
 from icrf.errors import IcrfError, error_from_json
 from icrf.federation.base import FederatedBase
 from icrf.federation.node import FederatedNode
-from icrf.protocol import RoundResult, RunInfo
+from icrf.protocol import RoundResult, RunInfo, StartRound
 from icrf.spec import FederationConfig
 from icrf.testing.inline import InlineFabric
+from icrf_agent.node_state import NodeStates
 
 RING: dict[str, Any] = {
     "federation_id": "stateful",
@@ -214,3 +216,86 @@ class Reading(FederatedNode):
 def test_an_overridden_sync_is_called_once_in_every_round() -> None:
     _, rounds = outcome({**RING, "evaluate_every": 1}, Reading, 2)
     assert [r.metrics["train_heard"] for r in rounds] == [0.0, 2.0, 4.0, 6.0, 8.0]
+
+
+class Nudged(FederatedNode):
+    """Has no state of its own until somebody calls it."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        next(self.model.parameters()).data.add_(1e-3 + self.state.get("nudge", 0.0))
+        return {"loss": 0.0}
+
+    def nudge(self) -> None:
+        self.state["nudge"] = 1.0
+
+
+@pytest.mark.parametrize("values", [STAR, RING], ids=["star", "ring"])
+def test_a_first_state_that_a_call_makes_between_rounds_does_not_last(values: dict[str, Any]) -> None:
+    def trained(call: bool) -> list[str]:
+        with InlineFabric(2, templates={"local:Node": Nudged}) as inline:
+            base = FederatedBase(FederationConfig.from_mapping(values), fabric=Fabric(inline.port))
+            base.train(rounds=1, blocking=True)
+            if call:
+                base["client_1"].call("nudge")
+            base.train(rounds=1, blocking=True)
+            assert base.run is not None
+            base.stop()
+            return [r.model_sha256 for r in base.run.rounds()]
+
+    assert trained(call=True) == trained(call=False)
+
+
+def test_what_is_changed_between_two_phases_of_a_round_is_not_committed_with_it() -> None:
+    node: Any = SimpleNamespace(id="client_0", state={"n": 1})
+    states = NodeStates({0: node}, "local-1", 0)
+    start = StartRound("r", 1, 1, 1, "", (), 1, evaluate=False)
+    states.enter(start)
+    node.state["n"] = 2
+    states.stage(start)
+    after_training = states.at(1)
+    states.set_aside()
+    node.state["n"] = 1000
+    states.resume()
+    states.stage(start)
+    assert states.at(1) == after_training and node.state == {"n": 2}
+
+
+class Counted(Counting):
+    """Counts its evaluations, and trains by their number."""
+
+    def setup(self) -> None:
+        self.state = {"rounds": 0, "trace": np.zeros(3), "evaluations": 0}
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        found = super().train(**kwargs)
+        next(self.model.parameters()).data.add_(1e-3 * self.state["evaluations"])
+        return found
+
+    def evaluate(self, phase: str = "test") -> dict[str, float]:
+        self.state["evaluations"] += 1
+        return super().evaluate(phase)
+
+
+def restart_agents(inline: InlineFabric, _: str = "") -> None:
+    for name in list(inline.agents):
+        inline.stop_agent(name)
+        inline.start_agent(name)
+
+
+def test_what_the_evaluation_of_a_consensus_model_changes_does_not_last() -> None:
+    values = {**RING, "evaluate_every": 1, "checkpoint_every": 1}
+    assert hashes(outcome(values, Counted, 2, {2: restart_agents})) == hashes(outcome(values, Counted))
+
+
+def test_a_round_that_was_the_last_one_is_evaluated_when_it_is_repeated() -> None:
+    keys = {**STAR, "evaluate_clients": True, "evaluate_every": 10, "checkpoint_every": 0}
+    with InlineFabric(2, templates={"local:Node": Counted}) as inline:
+        base = FederatedBase(FederationConfig.from_mapping(keys), fabric=Fabric(inline.port))
+        base.train(rounds=1, blocking=True)
+        base.train(rounds=1, blocking=True)
+        restart_agents(inline)
+        base.train(rounds=1, blocking=True)
+        assert base.run is not None
+        base.stop()
+        rounds = {r.number: r for r in base.run.rounds()}
+    assert sorted(rounds) == [1, 2, 3] and rounds[3].generation > 1

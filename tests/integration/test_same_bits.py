@@ -5,11 +5,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from icrf.protocol import RoundResult
+from icrf.federation.node import FederatedNode
+from icrf.learning.models import register_model
+from icrf.protocol import NodeSpec, RoundResult
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
@@ -90,3 +94,69 @@ def test_any_placement_gives_the_same_bits_in_every_round(topology: str) -> None
     assert [r[0] for r in rounds] == [1, 2, 3] and crossed == 0
     assert len({r[2] for r in rounds}) == 3
     check()
+
+
+@pytest.mark.parametrize("scaling", [True, False])
+def test_a_consensus_counts_peers_that_do_not_train_too(scaling: bool) -> None:
+    nodes = [NodeSpec(f"client_{i}", "eval-test" if i else "train-eval-test") for i in range(NUM_CLIENTS)]
+    keys = {
+        "federation_id": "one-trains",
+        "federated_learning_schema": SCHEMAS["ring"],
+        "federated_learning_topology": "ring",
+        "number_of_clients": NUM_CLIENTS,
+        "federated_learning_rounds": 2,
+        "aggregation_sample_scaling": scaling,
+    }
+    found = []
+    for clusters in (1, 3):
+        with InlineFabric(clusters) as fabric:
+            run = fabric.port.submit(build_submission(FederationConfig.from_mapping(keys), nodes=nodes))
+            rounds = [event.round for event in fabric.port.watch(run.run_id) if event.round]
+            info = fabric.port.get(run.run_id)
+        assert (info.status, info.error_json) == ("COMPLETED", "")
+        found.append((info.model_sha256, [facts(r) for r in rounds]))
+    assert found[0] == found[1]
+
+
+@register_model("test-normed")
+def normed(input_shape: Any, num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(int(np.prod(input_shape))), nn.Linear(int(np.prod(input_shape)), num_classes)
+    )
+
+
+class Careless(FederatedNode):
+    """Leaves the mode of its model and its gradients as they are."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        features, labels = self.train_data
+        loss = self.loss(self.model(features), labels)
+        loss.backward()
+        for parameter in self.model.parameters():
+            parameter.data.sub_(0.1 * parameter.grad)
+        return {"loss": float(loss.detach())}
+
+    def evaluate(self, phase: str = "test") -> dict[str, float]:
+        self.model.eval()
+        features, labels = self.context.test_data
+        return {"loss": float(self.loss(self.model(features), labels).detach())}
+
+
+def test_nothing_of_a_node_is_left_in_the_model_for_the_next_one_on_its_host() -> None:
+    keys = {
+        "federation_id": "careless",
+        "federated_learning_schema": SCHEMAS["star"],
+        "federated_learning_topology": "star",
+        "number_of_clients": NUM_CLIENTS,
+        "federated_learning_rounds": 2,
+        "model_type": "test-normed",
+        "client_template": "local:Careless",
+        "server_template": "local:Careless",
+    }
+    found = []
+    for num_slots in (1, 3):
+        with InlineFabric(1, num_slots=num_slots, templates={"local:Careless": Careless}) as fabric:
+            run = fabric.port.submit(build_submission(FederationConfig.from_mapping(keys)))
+            found.append([facts(event.round) for event in fabric.port.watch(run.run_id) if event.round])
+            assert fabric.port.get(run.run_id).status == "COMPLETED"
+    assert found[0] == found[1]

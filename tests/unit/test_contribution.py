@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,16 @@ def test_contributions_of_a_small_federation() -> None:
     assert (found.exact, found.evaluations, len(found.values)) == (True, 4, 2)
     assert contributions(config) == found
     assert contributions(config, metric="loss").values[0] < 0  # a loss falls
+
+
+def test_the_clients_are_those_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_clients", sys.modules[__name__])
+    plain = {**SIX.model_dump(), "number_of_clients": 3, "federated_learning_rounds": 1}
+    named = FederationConfig.from_mapping({**plain, "client_template": "my_clients:Client"})
+    assert contributions(named) == contributions(FederationConfig.from_mapping(plain), client_template=Client)
+    assert contributions(named) != contributions(FederationConfig.from_mapping(plain))
+    with pytest.raises(ConfigError, match="C008 server_template"):
+        contributions(FederationConfig.from_mapping({**plain, "server_template": "my_clients:Client"}))
 
 
 def test_the_game_of_all_clients_is_the_federation() -> None:

@@ -10,6 +10,7 @@ import pytest
 from icrf.errors import IcrfError, make_error
 from icrf.protocol import (
     CENTRALIZED,
+    RECOVERING,
     AbortAttempt,
     Activate,
     Goodbye,
@@ -366,3 +367,22 @@ def test_neither_peers_nor_the_server_nor_a_chosen_schedule_can_be_changed(core:
     ):
         with pytest.raises(IcrfError, match=what):
             change(core, run, **keys)
+
+
+def test_a_change_of_nodes_comes_too_late_for_a_round_that_was_decided(core: Any) -> None:
+    core.register("eu", "us")
+    run = core.submit(flow=CENTRALIZED, num_nodes=6, min_nodes=1, federated_learning_rounds=2, round_deadline_s=60.0)
+    core.play(hold=(StartRound,))
+    for cluster, start in core.take(StartRound):
+        if cluster == "eu":  # the server's
+            core.report(cluster, core.round_report(cluster, start))
+    core.pass_time(65.0, ("eu", "us"))
+    (decided,) = {start.participants for _, start in core.take(StartRound)}
+    core.pass_time(25.0, ("us",))
+    assert core.get(run).status == RECOVERING
+    _, effects = core.mediator.change_nodes(run.run_id, (), ("client_0",), core.now)
+    core.carry_out(effects)
+    assert core.events(run)[-1].text == "from round 2 on 4 nodes may take part"
+    core.register("eu", held=(HeldRun(run.run_id, 1, 1, 2),))
+    opened = [start for _, start in core.take(StartRound)]
+    assert {(start.round, start.participants) for start in opened} == {(1, decided)}

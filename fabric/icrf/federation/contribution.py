@@ -17,6 +17,7 @@ from icrf.learning.models import build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness
 from icrf.learning.training import LocalTrainer, evaluate, to_tensor
+from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf.spec.choices import TRADITIONAL
 from icrf.submission import default_nodes, flow_of
@@ -31,13 +32,14 @@ _AT_THEIR_DEFAULTS = (
     "aggregation_sample_scaling",
     "clip_norm",
     "private_keys",
+    "server_template",
 )
 
 
 def contributions(
     config: FederationConfig,
     *,
-    client_template: type[FederatedNode] = FederatedNode,
+    client_template: type[FederatedNode] | None = None,
     metric: str = "accuracy",
     permutations: int = 200,
 ) -> Contributions:
@@ -49,12 +51,12 @@ def contributions(
 
     Args:
         config: a traditional federation with FedAvg.
-        client_template: class of the clients; they have no messages here.
+        client_template: class of the clients; None: the configuration's. They have no messages here.
         metric: a metric of the evaluation; ``accuracy``, ``loss`` or one of ``metrics``.
 
     Raises:
         ConfigError: C008 for another kind of federation, or one whose clients do not all count in full; C010 for an
-            unknown metric.
+            unknown metric or a class that is not found, C017 for one that cannot be loaded.
     """
     wanted = (TRADITIONAL, "FedAvg")
     if (config.federated_learning_schema, config.aggregation_strategy) != wanted:
@@ -70,6 +72,8 @@ def contributions(
         if found != allowed:
             message = "coalitions train with all of their clients in every round, and average whole models"
             raise ConfigError("C008", message, place=key, value=found, allowed=repr(allowed))
+    if client_template is None:
+        client_template = load_attr(config.client_template) if config.client_template else FederatedNode
     game = CoalitionGame(config, client_template, metric)
     return shapley(config.number_of_clients, game, permutations=permutations, seed=config.seed)
 

@@ -81,7 +81,8 @@ class FederatedNode:
     Attributes:
         state: durable state of the node's own: a dict of plain values and arrays (see :mod:`icrf.values`), up to
             16 MiB. What a round has changed is committed with the round, is undone when the round is run again, is in
-            the checkpoints and, between peers, in the node's state hash. Changes made between rounds do not last.
+            the checkpoints and, between peers, in the node's state hash. What a call from outside changes, or the
+            evaluation of a consensus model, does not last.
     """
 
     context: NodeContext
@@ -103,7 +104,7 @@ class FederatedNode:
             self._received = list(self._received_before)
         else:
             self._received_before = list(self._received)
-        self.context.round = number
+        self.context.round, self.context.chosen_model = number, 0
 
     # ------------------------------------------------------------ to override
 
@@ -217,7 +218,7 @@ class FederatedNode:
 
     @property
     def chosen_model(self) -> int:
-        """Which of the federation's models the node has trained last; 0 before, and where there is only one."""
+        """Which of the federation's models the node trains in this round; 0 until it has chosen, and with only one."""
         return self.context.chosen_model
 
     @property

@@ -391,7 +391,10 @@ class FlatModule:
         return self._array
 
     def load(self, flat: FlatArray) -> None:
-        """Copy `flat` into the module (W010 if it does not fit); private tensors that it lacks are the initial ones."""
+        """Copy `flat` into the module (W010 if it does not fit); private tensors that it lacks are the initial ones.
+
+        The module is in training mode and without gradients then: nothing of the node before is left.
+        """
         self.layout.check(flat)
         np.copyto(self._array[: len(flat)], flat)
         if len(flat) < len(self._array):
@@ -402,6 +405,8 @@ class FlatModule:
             buffer.copy_(buffer.new_tensor(values.reshape(tensor.shape)))
         for owner, key, buffer, initial in self._constants:
             owner._buffers[key] = buffer.copy_(initial)
+        self.module.train()
+        self.zero_grad()
 
     def snapshot(self) -> FlatArray:
         """A copy of the shared tensors that later training leaves alone."""

@@ -80,10 +80,10 @@ class StartRound:
         total_weight: sum of the participants' weights, sample counts or ones, over all clusters.
         evaluate: evaluate the global (or consensus) model after this round.
         participants: bitmap of the nodes that train in this round; empty: all that have the role.
+        merge: hierarchical: the round ends with one model for all groups.
         late: those of them that bring an update of an earlier round, one item per round, ascending.
         kept: rounds whose updates clusters that do not take part still owe after this round, ascending; the aggregator
             keeps the models that they started from.
-        merge: hierarchical: the round ends with one model for all groups.
     """
 
     run_id: str
@@ -95,9 +95,9 @@ class StartRound:
     total_weight: int
     evaluate: bool
     participants: bytes = b""
+    merge: bool = False
     late: tuple[LateUpdates, ...] = ()
     kept: tuple[int, ...] = ()
-    merge: bool = False
 
 
 @dataclass(frozen=True)
