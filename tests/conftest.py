@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -59,6 +59,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+def _write_table(
+    variable: str, script: str, header: Sequence[str], rows: Sequence[Sequence[str]], keep_others: bool = False
+) -> None:
+    """Write the table that `script` measures into the document that an environment variable names, if it is set.
+
+    With `keep_others` only rows of the same first two cells are replaced, and those that are new come last.
+    """
+    if not (target := os.environ.get(variable)):
+        return
+    path = Path(target)
+    begin, end = f"<!-- measured by {script} -->", "<!-- end of what was measured -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    inside, _, after = rest.partition(end)
+    if keep_others:
+        found = [tuple(line.strip("| ").split(" | ")) for line in inside.splitlines() if line.startswith("| ")][1:]
+        rows = list({tuple(row[:2]): row for row in (*found, *rows)}.values())
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
+    path.write_text(before + "\n".join([begin, "", *lines, "", end]) + after, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def write_table() -> Callable[..., None]:
+    """The way in which what tests measure gets into a document; see :func:`_write_table`."""
+    return _write_table
 
 
 def _command_line(process: psutil.Process) -> str:

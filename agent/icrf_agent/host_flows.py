@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import ConfigError, IcrfError, InternalError, NodeError
+from icrf.errors import ConfigError, IcrfError, InternalError, NodeError, WeightsError
 from icrf.exchange import MODEL, PARTIAL, UPDATE
 from icrf.learning.aggregation import (
     AGGREGATORS,
@@ -279,6 +279,7 @@ class CentralizedFlow:
         models = self._models(state)
         for number in range(self._rule.num_models):
             t.last_word(self._aggregator, self._row(models, number))
+        self._require_finite_rows(state)
         self._server.stage(start, state)
         self._seen = models
         return PhaseReport(
@@ -287,6 +288,17 @@ class CentralizedFlow:
             model_hash=self._layout.model_sha256(models),
             bytes_intra_cluster=t.foreign_bytes(postings, self._contribution_bytes),
         )
+
+    def _require_finite_rows(self, state: Array) -> None:
+        """W020 for what the rule keeps beside the models; those are looked at with their maxima."""
+        for number in range(self._rule.num_models, self._rule.rows.server):
+            bad = self._t.layout.first_nonfinite(self._row(state, number))
+            if bad:
+                name = self._t.nodes.config.aggregation_strategy
+                place = f"aggregation_strategy {name} on {self._t.nodes.cluster}"
+                raise WeightsError(
+                    "W020", f"what {name} keeps for {bad} left the range of numbers", place=place, hint="smaller steps"
+                )
 
     def _measure(self, models: Array) -> dict[str, float]:
         """What the aggregator measures; of several models each metric with the model's name."""
@@ -314,8 +326,10 @@ class CentralizedFlow:
         if isinstance(rule, UpdateAggregator):
             postings = t.collect(start, UPDATE)
             rows = t.rows_of(postings, participants)
+            updates = [rows[i] for i in participants]
             with self._calling_the_rule(start, self._aggregator, "combine"):
-                rule.combine([rows[i] for i in participants], previous, state, facts)
+                rule.combine(updates, previous, state, facts)
+            t.layout.take_medians(updates, state[: self._size])
             return postings
         postings = t.collect(start, PARTIAL)
         total = t.merge(start, postings, start.total_weight)

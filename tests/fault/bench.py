@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from icrf.client import Run
 from icrf.protocol import COMPLETED, RECOVERING, RoundResult, RunEvent, RunInfo
@@ -15,7 +14,6 @@ from icrf.testing import FabricEnvironment
 
 RUN_LIMIT_S = 180.0
 NUM_ROUNDS = 5
-BEGIN, END = "<!-- measured by scripts/bench-recovery -->", "<!-- end of what was measured -->"
 
 
 def federation(flow: str, num_rounds: int = NUM_ROUNDS) -> FederationConfig:
@@ -161,13 +159,3 @@ class Bench:
 def fired_at(environment: FabricEnvironment, point: str) -> float:
     """Wall-clock time at which a fail-point fired."""
     return (environment.folder / "failpoints" / point).stat().st_mtime
-
-
-def write_table(path: Path, rows: list[tuple[str, str, str, str]]) -> None:
-    """Replace the measured table in a document, or append it."""
-    lines = ["| fault | what the user saw | told after | next round after |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    table = "\n".join([BEGIN, "", *lines, "", END])
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# Recovery\n\n{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    path.write_text(before + table + rest.partition(END)[2], encoding="utf-8")

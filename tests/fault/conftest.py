@@ -6,23 +6,20 @@ Every test runs a federation, kills something in the middle and wants the bits o
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from icrf.testing import FabricEnvironment
 
-from .bench import Bench, write_table
+from .bench import Bench
 
-TABLE_VARIABLE = "ICRF_RECOVERY_TABLE"
+HEADER = ("fault", "what the user saw", "told after", "next round after")
 
 
 @pytest.fixture(scope="package")
-def bench() -> Iterator[Bench]:
+def bench(write_table: Callable[..., None]) -> Iterator[Bench]:
     with FabricEnvironment(2, slots=1, supervise=True) as environment:
         found = Bench(environment)
         yield found
-        if path := os.environ.get(TABLE_VARIABLE):
-            write_table(Path(path), found.rows)
+        write_table("ICRF_RECOVERY_TABLE", "scripts/bench-recovery", HEADER, found.rows)

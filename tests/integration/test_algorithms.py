@@ -19,7 +19,7 @@ from icrf.federation.node import FederatedNode
 from icrf.learning.aggregation import ClientUpdate, FedAvg, MeanAggregator, RoundFacts
 from icrf.learning.datasets import load_dataset
 from icrf.learning.models import register_model
-from icrf.protocol import COMPLETED, IDLE, TERMINAL, RoundResult, RunInfo
+from icrf.protocol import COMPLETED, IDLE, TERMINAL, RoundResult, Rows, RunInfo
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
@@ -377,6 +377,26 @@ def test_non_finite_updates_of_a_robust_rule_name_their_node(fabrics: Any) -> No
         pass
     error = fabrics(2).port.get(info.run_id).error_json
     assert "W020" in error and "client_4 on local-" in error
+
+
+class Swelling(MeanAggregator):
+    """Keeps a row that soon leaves the range of its type."""
+
+    rows = Rows(server=2)
+
+    def advance(self, mean: Any, previous: Any, out: Any, facts: RoundFacts) -> None:
+        out[0][:] = mean[0]
+        with np.errstate(over="ignore"):
+            out[1][:] = (previous[1] + 1.0) * np.float32(1e30)
+
+
+def test_what_a_rule_keeps_must_stay_finite(fabrics: Any) -> None:
+    """A round that no checkpoint could bring back is not committed."""
+    keys = {**STAR, **DIGITS, "aggregation_strategy": f"{__name__}:Swelling"}
+    info = fabrics(2).port.submit(build_submission(FederationConfig.from_mapping(keys)))
+    rounds = [event.round.number for event in fabrics(2).port.watch(info.run_id) if event.round]
+    assert rounds == [1]
+    assert "W020" in (error := fabrics(2).port.get(info.run_id).error_json) and "Swelling keeps for" in error
 
 
 # ---------------------------------------------------------------- crashes

@@ -38,6 +38,15 @@ def with_batch_norm(input_shape: tuple[int, ...], num_classes: int) -> nn.Module
     )
 
 
+class Numbering(FederatedNode):
+    """Counts to a number of its own; the numbers straddle what one element of the flat buffer holds."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        number = (2_000_000, 2_000_000, 2_190_000, 2_190_000, 5_200_000, 5_200_001)[self.context.index - 1]
+        self.model.norm.num_batches_tracked.fill_(number)
+        return {}
+
+
 class Diverging(FederatedNode):
     def train(self, **kwargs: Any) -> dict[str, float]:
         self.model.norm.running_mean.fill_(np.inf)
@@ -138,6 +147,14 @@ def test_merged_groups_have_the_statistics_that_a_star_has() -> None:
     assert {name: array.tobytes() for name, array in grouped.items()} == {
         name: array.tobytes() for name, array in star.items()
     }
+
+
+@pytest.mark.parametrize("rule", [{"aggregation_strategy": "Median"}, {"aggregation_strategy": "TrimmedMean"}])
+def test_a_robust_integer_is_the_median_of_the_integers(rule: dict[str, Any]) -> None:
+    """Not that of the parts which stand for it: those of 5,200,000 are larger in one and smaller in the other."""
+    keys = {"client_template": f"{__name__}:Numbering", "num_byzantine": 1, "federated_learning_rounds": 1}
+    _, model, _, _ = run_on(2, config_of(**STAR, **rule, **keys))
+    assert model["norm.num_batches_tracked"] == 2_190_000
 
 
 def test_running_statistics_are_learnt_and_counters_stay_integers() -> None:

@@ -306,7 +306,14 @@ class Forgetful(UpdateAggregator):
     rows = Rows(server=2)
 
 
+@register_aggregator("test-more-than-models")
+class MoreThanModels(UpdateAggregator):
+    rows = Rows(every_update=True, scalars=1)
+
+
 def test_what_is_no_rule_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"C017.*scalars 1.*allowed: up 1 and scalars 0"):
+        rule_of("test-more-than-models")
     with pytest.raises(ConfigError, match=r"C010.*FedAwg.*FedAvg"):
         rule_of("FedAwg")
     with pytest.raises(ConfigError, match=r"C017.*made a list"):

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -194,6 +194,14 @@ class Layout:
         for tensor, part in self.parts(array):
             if tensor.is_integer:
                 part[:] = _limbs(_integers(part), part.dtype)
+
+    def take_medians(self, arrays: Sequence[FlatArray], out: FlatArray) -> None:
+        """Make every shared integer of `out` the median of those in `arrays`, of an even number the mean of both middle
+        ones, rounded; the pairs that stand for integers have no order of their own."""
+        for tensor, part in self.places:
+            if tensor.rule == ROUNDED:
+                numbers = np.stack([_integers(array[part]) for array in arrays])
+                put(tensor, out[part], np.rint(np.median(numbers, axis=0)))
 
     def to_state_dict(self, flat: FlatArray) -> dict[str, FlatArray]:
         """The tensors within `flat` by name: views, and copies of the integers."""

@@ -39,4 +39,7 @@ def build_aggregator(name: str, settings: Mapping[str, Any], num_models: int = 1
     if rule.rows.every_update != isinstance(rule, UpdateAggregator):
         message = f"'{name}' has rows with every_update {rule.rows.every_update}"
         raise ConfigError("C017", message, place=place, allowed="true for an UpdateAggregator only")
+    if rule.rows.every_update and (rule.rows.up != 1 or rule.rows.scalars):
+        message = f"'{name}' has rows with every_update, up {rule.rows.up} and scalars {rule.rows.scalars}"
+        raise ConfigError("C017", message, place=place, allowed="up 1 and scalars 0: the updates are whole models")
     return rule if num_models == 1 else Ifca(rule, num_models)
