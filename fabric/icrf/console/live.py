@@ -163,6 +163,8 @@ def plain_round(result: RoundResult, planned: int, *, merges: bool = False) -> s
         parts.append(f"received {cluster_cell(result, 10_000)}")
     if merges and result.consensus_sha256:
         parts.append("merged")
+    if result.staleness:
+        parts.append(f"late {len(result.staleness)}")
     if result.attempt > 1:
         parts.append(f"attempt {result.attempt}")
     return "  ".join(parts)

@@ -26,6 +26,8 @@ Check = Callable[[Values], Iterator[Problem]]
 # Settings that not every optimizer has; given to another one they would be dropped silently.
 _WITH_MOMENTUM = ("SGD", "RMSprop")
 _WITHOUT_WEIGHT_DECAY = ("Rprop",)
+# Their server keeps nothing but the model, and contributions are models, which can be averaged with older ones.
+_WITH_LATE_UPDATES = ("FedAvg", "FedProx")
 _WITH_K_VALUE = ("k_connected", "random_regular", "small_world")
 _UNDIRECTED_MIXING = ("metropolis_hastings", "lazy_metropolis", "max_degree", "uniform", "sample_weighted")
 
@@ -108,6 +110,23 @@ def _cluster_loss(values: Values) -> Iterator[Problem]:
             "C008",
             ("on_cluster_loss",),
             "on_cluster_loss 'exclude' contradicts min_nodes null, which wants all nodes in every round",
+            hint="Set min_nodes to the fewest nodes that make a round valid.",
+        )
+
+
+def _late_updates(values: Values) -> Iterator[Problem]:
+    key, rule = "late_updates", values["aggregation_strategy"]
+    if values[key] == "drop":
+        return
+    if values["federated_learning_schema"] != TRADITIONAL:
+        yield not_built(key, values[key], f"drop; with federated_learning_schema {TRADITIONAL} also weigh")
+    elif rule not in _WITH_LATE_UPDATES:
+        yield not_built(key, values[key], f"drop with aggregation_strategy {rule}; {', '.join(_WITH_LATE_UPDATES)}")
+    elif values["min_nodes"] is None:
+        yield Problem(
+            "C008",
+            (key,),
+            f"{key} '{values[key]}' contradicts min_nodes null: no round goes on without a late cluster",
             hint="Set min_nodes to the fewest nodes that make a round valid.",
         )
 
@@ -358,6 +377,7 @@ CHECKS: tuple[Check, ...] = (
     _sampled_clients,
     _min_nodes,
     _cluster_loss,
+    _late_updates,
     _schema_and_topology,
     _hierarchy,
     _custom_matrix,
