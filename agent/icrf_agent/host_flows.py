@@ -35,6 +35,7 @@ from icrf_agent.host_late import EarlierModels, FinishedWork
 from icrf_agent.host_nodes import is_ours
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
+from icrf_agent.row_file import Table, like, make_table
 from icrf_agent.topology_manager import Posting
 
 Array = np.ndarray[Any, Any]
@@ -92,7 +93,7 @@ class CentralizedFlow:
         self._chosen: dict[int, int] = {}
         self._server, self._clients = self._states(restored)
 
-    def _states(self, restored: bytes) -> tuple[VersionedState | None, VersionedState | None]:
+    def _states(self, restored: bytes) -> tuple[VersionedState[Array] | None, VersionedState[Array] | None]:
         """What this host keeps between rounds: the server's rows, its participants' rows."""
         t, rows, number = self._t, self._rule.rows, self._t.activation.restore_round
         server = clients = None
@@ -106,13 +107,15 @@ class CentralizedFlow:
         own = rows.client * self._size + rows.client_scalars
         kept = own + self._private
         if kept and self._participants:
-            state = np.zeros((len(self._participants), kept), t.layout.dtype)
             t.nodes.model.load(t.nodes.initial)
-            state[:, own:] = t.nodes.model.row[self._size :]
+            row = np.zeros(kept, t.layout.dtype)
+            row[own:] = t.nodes.model.row[self._size :]
+            rows_of_all = [row] * len(self._participants)
             if number:
                 names = [str(i) for i in self._participants]
-                state = unpack_rows(t.layout, restored, number, names, kept)
-            clients = VersionedState(state, number, recycle=True)
+                rows_of_all = list(unpack_rows(t.layout, restored, number, names, kept))
+            table = make_table(rows_of_all, kept, t.layout.dtype, not t.nodes.all_resident)
+            clients = VersionedState(table, number, recycle=True, like=like)
         return server, clients
 
     def initial(self) -> Activated:
@@ -169,7 +172,10 @@ class CentralizedFlow:
         for k, index in enumerate(participants):
             own = self._row_of[index]
             with t.nodes.in_round(index, late[index].round if index in late else start.round):
-                flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
+                # A copy where rows lie on disk.
+                row = next_kept[own]
+                flat = self._contribution(start, index, received, kept[own], row, sums)
+                next_kept[own] = row
             if total is not None:
                 with t.nodes.blamed(index):
                     overflow.update(total.add(flat, scaled(t.weight(index), index, late)))
@@ -188,7 +194,7 @@ class CentralizedFlow:
             bytes_intra_cluster=t.foreign_bytes(postings, received.nbytes),
         )
 
-    def _client_states(self, start: StartRound) -> tuple[Array, Array]:
+    def _client_states(self, start: StartRound) -> tuple[Table, Table]:
         """What this host's nodes keep, and what they will have kept after the attempt, a copy so far; empty rows where
         the rule keeps nothing.
 
@@ -199,7 +205,8 @@ class CentralizedFlow:
             return nothing, nothing
         kept = self._clients.rebase(start)
         next_kept = self._clients.spare()
-        np.copyto(next_kept, kept)
+        for k in range(len(kept)):
+            next_kept[k] = kept[k]
         self._clients.stage(start, next_kept)
         return kept, next_kept
 

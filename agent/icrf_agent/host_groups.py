@@ -48,7 +48,7 @@ class HierarchicalFlow:
         self._rows = {aggregator: k for k, aggregator in enumerate(kept)}
         self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         self._seen = dict.fromkeys(self._groups, t.nodes.initial)
-        self._state: VersionedState | None = None
+        self._state: VersionedState[Array] | None = None
         if kept:
             number = t.activation.restore_round
             initial = np.tile(t.nodes.initial, (len(kept), 1))

@@ -29,7 +29,7 @@ class EarlierModels:
     def __init__(self, models: Mapping[int, Array] | None = None) -> None:
         self._models = dict(models or {})
 
-    def enter(self, start: StartRound, server: VersionedState, size: int) -> None:
+    def enter(self, start: StartRound, server: VersionedState[Array], size: int) -> None:
         """An attempt begins, `server` is rebased already: keep the models that it or a later round needs, no others.
 
         Args:

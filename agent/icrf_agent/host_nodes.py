@@ -27,11 +27,12 @@ from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
-from icrf.protocol import Activate, StartRound
+from icrf.protocol import DECENTRALIZED, Activate, StartRound
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.node_state import ByNode, NodeStates
+from icrf_agent.residents import Admission, Residents
 from icrf_agent.topology_manager import HybridTopologyManager
 
 LOCAL_TEMPLATE = "local:"
@@ -43,6 +44,16 @@ _NOT_THE_USERS = (
     *(os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (errors, icrf_agent)),
     "<frozen",
 )
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What is kept of a node that made room, beside its state; `entered`: the attempt that it was in."""
+
+    entered: tuple[int, int]
+    round: int
+    chosen_model: int
+    kept: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -135,17 +146,16 @@ class HostNodes:
         self.model = self._fresh_model(dataset)
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
-        self._nodes: dict[int, FederatedNode] = {}
-        self._build(dataset)
-        self.states = NodeStates(
-            self._nodes,
-            setup.cluster,
-            activation.restore_round,
-            setup.node_states,
-            all_rounds=self.config.min_nodes is None,
-        )
-        self._num_samples = dict(self.sample_counts())
         self._entered = (0, 0)
+        self._residents = Residents(self._activate, self._passivate)
+        self._left: dict[int, _Left] = {}
+        self._kinds: dict[str, type[FederatedNode]] = {}
+        self._num_samples: dict[int, int] = {}
+        self.states = NodeStates(
+            self._residents.active, self.indices, setup.cluster, all_rounds=self.config.min_nodes is None
+        )
+        self._set_up(dataset)
+        self.states.begin(activation.restore_round, setup.node_states)
         self.mailbox.open = True
 
     def enter(self, start: StartRound) -> None:
@@ -155,15 +165,17 @@ class HostNodes:
         if self._entered != self.mailbox.position:
             self._entered = self.mailbox.position
             self.states.enter(start)
-            for index, node in self._nodes.items():
+            self._admission.note(len(self._residents.active))
+            for node in self._residents.active.values():
                 node.enter_round(start.round)
-                if type(node).sync is not FederatedNode.sync:
+            for index in self.indices:
+                if self.kind(index).sync is not FederatedNode.sync:
                     self.call(index, "sync")
 
     @contextmanager
     def in_round(self, index: int, number: int) -> Iterator[None]:
         """Inside, a node draws the random numbers of that round; late ones train an earlier one."""
-        context = self._nodes[index].context
+        context = self.get(index).context
         entered, context.round = context.round, number
         try:
             yield
@@ -177,8 +189,25 @@ class HostNodes:
         dataset = configured_dataset(self.config)
         return np.concatenate([self.initial, *(self._fresh_model(dataset, k).snapshot() for k in range(1, count))])
 
+    @property
+    def all_resident(self) -> bool:
+        """Whether all nodes are active at once; else what is kept of them goes to disk."""
+        return self._residents.limit is None
+
     def get(self, index: int) -> FederatedNode:
-        return self._nodes[index]
+        """A node, made active if it is not; the model that is loaded stays."""
+        return self._residents.get(index)
+
+    def kind(self, index: int) -> type[FederatedNode]:
+        """The class of a node, which need not be active for that."""
+        role = self._specs[index].role
+        if role not in self._kinds:
+            self._kinds[role] = self._template(role)
+        return self._kinds[role]
+
+    def trains(self, index: int) -> bool:
+        """Whether a node has the role ``train``."""
+        return index in self._num_samples
 
     def call(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """Call user code; whatever it raises becomes U001 with node, cluster, file and line.
@@ -186,7 +215,10 @@ class HostNodes:
         What it draws from the global generators of torch, NumPy and ``random`` depends on the federation's seed, the
         node, the round and the method alone.
         """
-        node = self._nodes[index]
+        return self._call(self.get(index), method, *arguments, **keywords)
+
+    def _call(self, node: FederatedNode, method: str, *arguments: Any, **keywords: Any) -> Any:
+        index = node.context.index
         self._notes.enter(index)
         try:
             if self._own_code or type(node) is not FederatedNode:
@@ -207,7 +239,7 @@ class HostNodes:
         try:
             yield
         except WeightsError as error:
-            where = f"{self._nodes[index].id} on {self.cluster}"
+            where = f"{self._specs[index].id} on {self.cluster}"
             place = f"{where}, {error.place}" if error.place else where
             raise make_error(
                 error.code, error.message, place=place, value=error.value, allowed=error.allowed, hint=error.hint
@@ -215,11 +247,11 @@ class HostNodes:
 
     def sample_counts(self) -> tuple[tuple[int, int], ...]:
         """(node index, training samples) of the nodes that train."""
-        return tuple((i, n.num_samples) for i, n in self._nodes.items() if n.is_train_node)
+        return tuple(self._num_samples.items())
 
     def weight(self, index: int) -> int:
         """The sample count of a node, its weight; W030 where it is not that of the set-up any more."""
-        node = self._nodes[index]
+        node = self.get(index)
         if node.num_samples != self._num_samples[index]:
             raise WeightsError(
                 "W030",
@@ -251,7 +283,7 @@ class HostNodes:
     # ------------------------------------------------------------ inside
 
     def _no_numbers(self, index: int, method: str, found: object, allowed: str) -> NodeError:
-        node = self._nodes[index]
+        node = self._specs[index]
         return NodeError(
             "U002",
             f"{node.id}.{method} returned {type(found).__name__}",
@@ -266,46 +298,102 @@ class HostNodes:
         seed = model_seed(c.seed, number)
         return FlatModule(build_model(c.model_type, dataset.input_shape, dataset.num_classes, seed), self.layout)
 
-    def _build(self, dataset: Dataset) -> None:
+    def _set_up(self, dataset: Dataset) -> None:
+        """Make every node once, in index order, and find out how many can be active at once."""
         trains = [i for i, spec in enumerate(self._specs) if "train" in spec.role.split("-")]
-        position = {index: k for k, index in enumerate(trains)}
+        self._part_of = {index: k for k, index in enumerate(trains)}
+        self._dataset, self._parts = dataset, None
         # Every host makes the same split and takes out what is its nodes' own.
-        parts = None
-        if not position.keys().isdisjoint(self.indices):
-            parts = configured_partition(self.config, dataset, len(trains))
-        test = tuple(to_tensor(part) for part in dataset.test_part())
-        for index in self.indices:
-            data = None
-            if parts is not None and index in position:
-                features, labels = dataset.train_part(parts[position[index]])
-                data = (to_tensor(features), to_tensor(labels))
-            spec = self._specs[index]
-            node = self._template(spec.role)(node_id=spec.id, role=spec.role, config=self.config)
-            if not isinstance(node, FederatedNode):
-                raise ConfigError(
-                    "C017",
-                    f"node template {type(node).__name__} is no FederatedNode",
-                    place="client_template",
-                    hint="subclass icrf.FederatedNode",
-                )
-            node.context = NodeContext(
-                index=index,
-                cluster=self.cluster,
-                own_actor=len(self.indices) == 1,
-                train_data=data,
-                test_data=test,
-                model=self.model,
-                trainer=self.trainer,
-                mailbox=self.mailbox,
+        if not self._part_of.keys().isdisjoint(self.indices):
+            self._parts = configured_partition(self.config, dataset, len(trains))
+        self._test = tuple(to_tensor(part) for part in dataset.test_part())
+        here = self._setup.activation.assignment
+        num_hosts = min(self._setup.activation.num_slots, here.count(here[self.indices[0]]))
+        self._admission = Admission(self.config, len(self.indices), num_hosts, self._kept_bytes(), self._notes)
+        for number, index in enumerate(self.indices, start=1):
+            node = self.get(index)
+            if node.is_train_node:
+                self._num_samples[index] = node.num_samples
+            if self._residents.limit is None and (limit := self._admission.limit(number)) is not None:
+                self._residents.limit = limit
+                self.states.keep_on_disk()
+        self._admission.note(len(self._residents.active))
+
+    def _kept_bytes(self) -> int:
+        """What a node keeps in memory from round to round where all are active: rows of it in two versions."""
+        size, rows = self.layout.num_parameters, self._setup.activation.rows
+        kept = rows.client * size + rows.client_scalars
+        if self._setup.activation.flow == DECENTRALIZED:
+            kept += self.layout.row_size
+        return 2 * kept * self.layout.dtype.itemsize
+
+    def _activate(self, index: int) -> FederatedNode:
+        """Make a node; one that was active before gets back what it held."""
+        spec, kind = self._specs[index], self.kind(index)
+        node = kind(node_id=spec.id, role=spec.role, config=self.config)
+        if not isinstance(node, FederatedNode):
+            raise ConfigError(
+                "C017",
+                f"node template {type(node).__name__} is no FederatedNode",
+                place="client_template",
+                hint="subclass icrf.FederatedNode",
             )
-            self._nodes[index] = node
+        node.context = NodeContext(
+            index=index,
+            cluster=self.cluster,
+            own_actor=len(self.indices) == 1,
+            train_data=self._data_of(index),
+            test_data=self._test,
+            model=self.model,
+            trainer=self.trainer,
+            mailbox=self.mailbox,
+        )
+        self._build(node)
+        if self.mailbox.open:
+            self._bring_back(node)
+        return node
+
+    def _data_of(self, index: int) -> tuple[Any, Any] | None:
+        if self._parts is None or index not in self._part_of:
+            return None
+        features, labels = self._dataset.train_part(self._parts[self._part_of[index]])
+        return to_tensor(features), to_tensor(labels)
+
+    def _build(self, node: FederatedNode) -> None:
+        """Run `build` and `setup` where its class has any: on the initial model, and without sending anything."""
+        steps = [name for name in ("build", "setup") if getattr(type(node), name) is not getattr(FederatedNode, name)]
+        dealt = 0 if node.context.train_data is None else len(node.context.train_data[1])
+        if steps:
+            index, loaded, is_open = node.context.index, self.model.row.copy(), self.mailbox.open
+            self.mailbox.open = False
             self.model.load(self.initial)
-            if type(node).build is not FederatedNode.build:
-                self.call(index, "build", **node.build_arguments)
-            if data is not None and self.config.mixing == "sample_weighted":
-                self._require_samples(node, len(data[1]))
-            if type(node).setup is not FederatedNode.setup:
-                self.call(index, "setup")
+            try:
+                for name in steps:
+                    self._call(node, name, **(node.build_arguments if name == "build" else {}))
+            finally:
+                self.mailbox.open = is_open
+            self.model.load(loaded)
+        if dealt and self.config.mixing == "sample_weighted":
+            self._require_samples(node, dealt)
+
+    def _passivate(self, node: FederatedNode) -> None:
+        index, context = node.context.index, node.context
+        self.states.put_away(index, node)
+        left = node.leave()
+        if left or context.chosen_model:
+            self._left[index] = _Left(self._entered, context.round, context.chosen_model, left)
+
+    def _bring_back(self, node: FederatedNode) -> None:
+        context = node.context
+        self.states.bring_back(context.index, node)
+        left = self._left.pop(context.index, None)
+        if left is None:
+            context.round = self._entered[0]
+            return
+        node.come_back(left.kept)
+        context.round, context.chosen_model = left.round, left.chosen_model
+        if left.entered != self._entered:
+            node.enter_round(self._entered[0])
 
     def _require_samples(self, node: FederatedNode, dealt: int) -> None:
         """The weights that all nodes mix by were made, before the run, from what the partition deals."""

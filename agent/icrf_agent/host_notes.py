@@ -1,7 +1,8 @@
 """What a host notes for its agent, so that it can be read after the host's process was killed.
 
-Two small files below a common prefix: ``PREFIX.current`` names the node whose code runs, ``PREFIX.fault`` is where
-Python writes its stack on a fatal signal. What was written stays in the kernel's page cache when the writer dies.
+Small files below a common prefix: ``PREFIX.current`` names the node whose code runs, ``PREFIX.fault`` is where Python
+writes its stack on a fatal signal, ``PREFIX.residents`` says how many nodes are active and what they take, for the
+process that comes after this one. What was written stays in the kernel's page cache when the writer dies.
 """
 
 from __future__ import annotations
@@ -13,23 +14,32 @@ from pathlib import Path
 
 IDLE = -1
 TAIL_LINES = 8
-_CURRENT, _FAULT = ".current", ".fault"
+_CURRENT, _FAULT, _RESIDENTS = ".current", ".fault", ".residents"
 
 
 class HostNotes:
     """The host's side.
 
     Args:
-        prefix: path prefix of the two files; nothing is noted if it is empty or its folder is not on this machine.
+        prefix: path prefix of the files; nothing is noted if it is empty or its folder is not on this machine.
+
+    Attributes:
+        earlier_residents: the last (active nodes, bytes they take) of an earlier process of this host, else (0, 0).
     """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix if prefix and os.path.isdir(os.path.dirname(prefix)) else ""
-        self._file = -1
+        self._file = self._residents = -1
+        self.earlier_residents = (0, 0)
         if self._prefix:
+            self.earlier_residents = _read_pair(self._prefix + _RESIDENTS)
             # Not truncated: what an earlier life of the host noted is the agent's to read.
-            self._file = os.open(self._prefix + _CURRENT, os.O_RDWR | os.O_CREAT, 0o600)
-            weakref.finalize(self, os.close, self._file)
+            self._file, self._residents = map(self._opened, (_CURRENT, _RESIDENTS))
+
+    def _opened(self, suffix: str) -> int:
+        descriptor = os.open(self._prefix + suffix, os.O_RDWR | os.O_CREAT, 0o600)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def enter(self, index: int) -> None:
         """The code of node `index` is about to run."""
@@ -39,6 +49,11 @@ class HostNotes:
     def leave(self) -> None:
         """It has returned."""
         self.enter(IDLE)
+
+    def residents(self, active: int, num_bytes: int) -> None:
+        """So many nodes are active, and take so much."""
+        if self._residents >= 0:
+            os.pwrite(self._residents, b"%11d %19d\n" % (active, num_bytes), 0)
 
     def record_faults(self) -> None:
         """Have this process write its stacks there when it gets a fatal signal; for processes of their own only."""
@@ -54,6 +69,14 @@ def read_notes(prefix: str) -> tuple[int, str]:
     lines = [line.strip() for line in _take(prefix + _FAULT).splitlines() if line.strip()]
     index = int(current) if current.removeprefix("-").isdigit() else IDLE
     return index, " | ".join(lines[:TAIL_LINES])
+
+
+def _read_pair(path: str) -> tuple[int, int]:
+    try:
+        first, second = map(int, Path(path).read_text().split())
+    except (FileNotFoundError, ValueError):  # ValueError: its writer died over it
+        return 0, 0
+    return first, second
 
 
 def _take(path: str) -> str:

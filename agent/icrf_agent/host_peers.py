@@ -3,19 +3,22 @@ updates, and mixes what their neighbours sent."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 
 from icrf.errors import WeightsError
 from icrf.exchange import CONSENSUS, UPDATE
+from icrf.learning.training import LocalTerms
 from icrf.ports import PhaseReport
 from icrf.protocol import Activated, StartRound
 from icrf.topology import Gossip, mixing_matrix
 from icrf.update import weighted_mix
 from icrf_agent.checkpoint import pack_rows, unpack_rows
 from icrf_agent.host_state import VersionedState
-from icrf_agent.host_tools import HostTools, MetricSums, row_hashes
+from icrf_agent.host_tools import HostTools, MetricSums, blocks_of
+from icrf_agent.row_file import Table, like, make_table
 
 Array = np.ndarray[Any, Any]
 
@@ -31,27 +34,39 @@ class DecentralizedFlow:
         self._t = tools
         t = tools
         self._rows = {index: k for k, index in enumerate(t.nodes.indices)}
-        number = t.activation.restore_round
-        if number:
-            names = [str(i) for i in t.nodes.indices]
-            initial = unpack_rows(t.layout, restored, number, names, t.layout.row_size)
-        else:
-            t.nodes.model.load(t.nodes.initial)
-            initial = np.tile(t.nodes.model.row, (len(self._rows), 1))
-        self._state = VersionedState(initial, number, recycle=not t.has_last_word)
-        self._updates = np.empty_like(initial)
+        rows, self._size = t.activation.rows, t.layout.num_parameters
+        # What a node keeps: its model, and behind that what its optimizer goes on from.
+        self._width = t.layout.row_size + rows.client * self._size + rows.client_scalars
+        self._state = VersionedState(self._first(restored), t.activation.restore_round, recycle=True, like=like)
+        # What training has made of the part of a row that no neighbour sees.
+        unshared = [np.zeros(self._width - self._size, t.layout.dtype)] * len(self._rows)
+        self._unshared = self._table(unshared)
         self._gossip = Gossip(mixing_matrix(t.activation.graph, t.nodes.config.mixing))
         self._needed = {int(j) for i in t.nodes.indices for j in self._gossip.neighbours(i)}
         self._consensus: tuple[int, int, Array] | None = None
 
-    def initial(self) -> Activated:
+    def _first(self, restored: bytes) -> Table:
+        """The rows of all nodes to start from: those of a checkpoint, or the initial model's."""
         t = self._t
-        state = self._state.committed
+        if t.activation.restore_round:
+            names = [str(i) for i in t.nodes.indices]
+            return self._table(list(unpack_rows(t.layout, restored, t.activation.restore_round, names, self._width)))
+        t.nodes.model.load(t.nodes.initial)
+        row = np.zeros(self._width, t.layout.dtype)
+        row[: t.layout.row_size] = t.nodes.model.row
+        return self._table([row] * len(self._rows))
+
+    def _table(self, rows: list[Array]) -> Table:
+        return make_table(rows, len(rows[0]), self._t.layout.dtype, not self._t.nodes.all_resident)
+
+    def initial(self) -> Activated:
+        """The states to start from."""
+        made = _Made(self._t)
+        for k in range(len(self._rows)):
+            made.add(self._state.committed[k])
+        activation = self._t.activation
         return Activated(
-            t.activation.run_id,
-            t.activation.generation,
-            absmax=t.absmax(state),
-            state_hashes=row_hashes(state),
+            activation.run_id, activation.generation, absmax=made.absmax, state_hashes=b"".join(made.hashes)
         )
 
     def publish_model(self, start: StartRound) -> None:
@@ -61,31 +76,48 @@ class DecentralizedFlow:
         """Train this host's nodes from their own states and publish their updates to their neighbours."""
         t = self._t
         state = self._state.rebase(start)
-        updates = self._updates
         sums: MetricSums = {}
-        trained = []
+        trained: list[int] = []
         training = frozenset(t.taking_part(start, tuple(self._rows)))
-        for index, k in self._rows.items():
-            node = t.nodes.get(index)
-            t.nodes.model.load(state[k])
-            if node.is_train_node and index in training:
-                t.train_node(start, index, sums)
-                trained.append(index)
-            with t.nodes.blamed(index):
-                updates[k] = t.nodes.model.row
-            if self._gossip.push_sum:
-                size, mass = t.layout.num_parameters, float(self._gossip.mass(start.round - 1)[index])
-                self._weigh_step(state[k, :size], updates[k, :size], mass)
-            bad = t.layout.first_nonfinite(updates[k])
-            if bad:
-                place = f"{node.id} on {t.nodes.cluster}"
-                raise WeightsError(
-                    "W020", f"{node.id} has non-finite values in {bad}", place=place, hint="lower the learning rate"
-                )
-        # What is private stays behind; without any this is no copy.
-        sent = np.ascontiguousarray(updates[:, : t.layout.num_parameters])
-        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), sent))
+        blocks = blocks_of(tuple(self._rows), self._size * t.layout.dtype.itemsize)
+        for nodes in blocks:
+            sent = t.buffer("sent", (len(blocks[0]), self._size))[: len(nodes)]
+            for place, index in enumerate(nodes):
+                row = np.array(state[self._rows[index]])
+                t.nodes.model.load(row[: t.layout.row_size])
+                if t.nodes.trains(index) and index in training:
+                    self._train_node(start, index, row, sums)
+                    trained.append(index)
+                self._take_update(start, index, row)
+                sent[place] = row[: self._size]
+                # What is private stays behind.
+                self._unshared[self._rows[index]] = row[self._size :]
+            t.manager.publish_many(t.posting(start, UPDATE, nodes, sent))
         return PhaseReport(nodes=tuple(trained), metric_sums=sums, node_metrics=t.by_node.take(start))
+
+    def _train_node(self, start: StartRound, index: int, row: Array, sums: MetricSums) -> None:
+        """Train the model that is loaded, with what is kept of the optimizer at the end of `row`."""
+        t = self._t
+        optimizer = row[t.layout.row_size :]
+        t.nodes.trainer.begin(LocalTerms(optimizer_state=optimizer if len(optimizer) else None))
+        t.train_node(start, index, sums)
+        t.nodes.trainer.begin()
+
+    def _take_update(self, start: StartRound, index: int, row: Array) -> None:
+        """Write what the model has become over what it was, in `row`."""
+        t, name = self._t, self._t.activation.nodes[index].id
+        with t.nodes.blamed(index):
+            updated = t.nodes.model.row
+        if self._gossip.push_sum:
+            mass = float(self._gossip.mass(start.round - 1)[index])
+            self._weigh_step(row[: self._size], updated[: self._size], mass)
+        row[: t.layout.row_size] = updated
+        bad = t.layout.first_nonfinite(updated)
+        if bad:
+            place = f"{name} on {t.nodes.cluster}"
+            raise WeightsError(
+                "W020", f"{name} has non-finite values in {bad}", place=place, hint="lower the learning rate"
+            )
 
     def aggregate(self, start: StartRound) -> PhaseReport:
         """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
@@ -93,30 +125,35 @@ class DecentralizedFlow:
         postings = t.collect(start, UPDATE)
         rows = t.rows_of(postings, sorted(self._needed))
         self._state.rebase(start)
-        state, size = self._state.spare(), t.layout.num_parameters
+        state, made = self._state.spare(), _Made(t)
         sums: MetricSums = {}
+        consensus = _Consensus(t, self._gossip, start) if start.evaluate else None
         for index, k in self._rows.items():
+            # A new one for each: whoever has the last word on it may keep it.
+            row = np.empty(self._width, t.layout.dtype)
+            own, size = row[: t.layout.row_size], self._size
             neighbours, weights = self._gossip.row(index, start.round)
-            weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), state[k, :size])
-            state[k, size:] = self._updates[k, size:]
-            t.last_word(index, state[k])
-            if start.evaluate:
-                t.nodes.model.load(state[k])
+            weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), row[:size])
+            row[size:] = self._unshared[k]
+            t.last_word(index, own)
+            if consensus is not None:
+                t.nodes.model.load(own)
                 t.evaluate_node(start, index, sums)
                 t.evaluate_own(start, index, sums)
-        overflow: set[int] = set()
-        if start.evaluate:
-            overflow = self._publish_consensus(start, state[:, :size])
+                consensus.add(index, row[:size])
+            made.add(row)
+            state[k] = row
+        overflow = consensus.publish(tuple(self._rows)) if consensus is not None else ()
         self._state.stage(start, state)
         local = t.activation.assignment[t.nodes.indices[0]]
         crossing = sum(1 for j in self._needed - set(self._rows) if t.activation.assignment[j] == local)
         return PhaseReport(
-            overflow=tuple(sorted(overflow)),
-            absmax=t.absmax(state),
-            state_hashes=row_hashes(state),
+            overflow=overflow,
+            absmax=made.absmax,
+            state_hashes=b"".join(made.hashes),
             metric_sums=sums,
             node_metrics=t.by_node.take(start),
-            bytes_intra_cluster=crossing * state[0, :size].nbytes,
+            bytes_intra_cluster=crossing * self._size * t.layout.dtype.itemsize,
         )
 
     @staticmethod
@@ -125,18 +162,6 @@ class DecentralizedFlow:
         if mass != 1.0:
             step = update.astype(np.float64) - before
             update[:] = before + step / mass
-
-    def _publish_consensus(self, start: StartRound, state: Array) -> set[int]:
-        total = self._t.exact_sum(start)
-        mass = self._gossip.mass(start.round)
-        overflow: set[int] = set()
-        for index, k in self._rows.items():
-            weighed = state[k].astype(np.float64) * mass[index] if self._gossip.push_sum else state[k]
-            overflow.update(total.add(weighed, 1))
-        if not overflow:
-            posting = self._t.posting(start, CONSENSUS, tuple(self._rows), total.sums, weight=total.weight)
-            self._t.manager.publish_many(posting)
-        return overflow
 
     def evaluate(self, start: StartRound) -> PhaseReport:
         """Merge the consensus partials of all clusters and evaluate the mean of all nodes."""
@@ -175,5 +200,43 @@ class DecentralizedFlow:
 
     def state_of(self, index: int) -> Array:
         """The node's own newest state."""
-        state: Array = self._state.latest[self._rows[index]]
+        state: Array = self._state.latest[self._rows[index]][: self._t.layout.row_size]
         return state
+
+
+class _Made:
+    """What is reported of the states that a phase has made, one row after the other: hashes and largest values."""
+
+    def __init__(self, tools: HostTools) -> None:
+        self._layout = tools.layout
+        self.hashes: list[bytes] = []
+        self.absmax: tuple[float, ...] = ()
+
+    def add(self, row: Array) -> None:
+        """Take in a row, the model first."""
+        self.hashes.append(hashlib.sha256(np.ascontiguousarray(row).data).digest())
+        largest = self._layout.absmax(row[: self._layout.row_size])
+        self.absmax = tuple(map(max, self.absmax, largest)) if self.absmax else largest
+
+
+class _Consensus:
+    """The host's part of the mean of all nodes, exact."""
+
+    def __init__(self, tools: HostTools, gossip: Gossip, start: StartRound) -> None:
+        self._t, self._start, self._push_sum = tools, start, gossip.push_sum
+        self._total = tools.exact_sum(start)
+        self._mass = gossip.mass(start.round)
+        self._overflow: set[int] = set()
+
+    def add(self, index: int, model: Array) -> None:
+        """Count a node's shared parameters, with push-sum by its mass."""
+        weighed = model.astype(np.float64) * self._mass[index] if self._push_sum else model
+        self._overflow.update(self._total.add(weighed, 1))
+
+    def publish(self, nodes: tuple[int, ...]) -> tuple[int, ...]:
+        """Post the sum; the tensors that left the grid, if any: then nothing is posted."""
+        if not self._overflow:
+            posting = self._t.posting(self._start, CONSENSUS, nodes, self._total.sums, weight=self._total.weight)
+            self._t.manager.publish_many(posting)
+        return tuple(sorted(self._overflow))
+

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
 
 Array = np.ndarray[Any, Any]
+# Rows of nodes are posted in blocks of about the first size; a reader has so many bytes of them at hand.
+POSTING_BYTES, AT_HAND_BYTES = 16 << 20, 256 << 20
 MetricSums = dict[str, tuple[int, int]]
 
 
@@ -107,16 +110,10 @@ class HostTools:
         samples = self.nodes.weight(index)
         return samples if self.nodes.config.aggregation_sample_scaling else 1
 
-    def rows_of(self, postings: Sequence[Posting], nodes: Sequence[int]) -> dict[int, Array]:
+    def rows_of(self, postings: Sequence[Posting], nodes: Sequence[int]) -> Mapping[int, Array]:
         """The row that each of these nodes has posted; X001 naming those without."""
-        needed = set(nodes)
-        rows: dict[int, Array] = {}
-        for posting in postings:
-            if needed.isdisjoint(posting.senders):
-                continue
-            array = self.references.get(posting.reference).reshape(len(posting.senders), -1)
-            rows.update({sender: array[k] for k, sender in enumerate(posting.senders) if sender in needed})
-        missing = [self.activation.nodes[j].id for j in sorted(needed - set(rows))]
+        rows = PostedRows(postings, nodes, self.references)
+        missing = [self.activation.nodes[j].id for j in nodes if j not in rows]
         if missing:
             raise InternalError("X001", f"updates of {', '.join(missing[:5])} did not arrive")
         return rows
@@ -124,7 +121,10 @@ class HostTools:
     @property
     def has_last_word(self) -> bool:
         """Whether any node of this host looks at new states itself."""
-        return any(type(self.nodes.get(i)).aggregate is not FederatedNode.aggregate for i in self.nodes.indices)
+        return any(map(self._has_last_word, self.nodes.indices))
+
+    def _has_last_word(self, index: int) -> bool:
+        return self.nodes.kind(index).aggregate is not FederatedNode.aggregate
 
     def merge(self, start: StartRound, postings: Sequence[Posting], expected_weight: int) -> ExactSum:
         """Merge partials; every participant must be in, once."""
@@ -177,9 +177,10 @@ class HostTools:
         ``eval`` is its own data, and weighs by samples; ``test`` is what is held out. Of several models nobody but the
         clients can tell which is meant for what: then theirs is the accuracy of the round.
         """
-        node, config = self.nodes.get(index), self.nodes.config
-        if not start.evaluate:
+        config = self.nodes.config
+        if not start.evaluate or not (config.evaluate_clients or config.num_models > 1):
             return
+        node = self.nodes.get(index)
         if config.evaluate_clients and node.is_eval_node and node.is_train_node:
             metrics = self.nodes.measure(index, "evaluate", "eval")
             self.count(start, index, "eval_", metrics, self.nodes.weight(index), sums)
@@ -232,9 +233,9 @@ class HostTools:
     def last_word(self, index: int, state: Array) -> None:
         """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""
         self.layout.settle(state)
-        node = self.nodes.get(index)
-        if type(node).aggregate is FederatedNode.aggregate:
+        if not self._has_last_word(index):
             return
+        node = self.nodes.get(index)
         self.nodes.model.load(state)
         shared = state[: self.layout.num_parameters]
         changed = self.nodes.call(index, "aggregate", shared)
@@ -249,6 +250,51 @@ class HostTools:
             raise WeightsError("W020", f"{node.id}.aggregate made non-finite values in {bad}", place=place)
         np.copyto(shared, changed)
         self.layout.settle(shared)
+
+
+class PostedRows(Mapping[int, Array]):
+    """The rows that nodes have posted, fetched when they are asked for; a few postings are at hand at a time.
+
+    Args:
+        postings: what was posted, a row per sender.
+        nodes: the nodes whose rows are wanted.
+    """
+
+    def __init__(self, postings: Sequence[Posting], nodes: Sequence[int], references: References) -> None:
+        self._references = references
+        needed = frozenset(nodes)
+        self._places = {
+            sender: (posting, row)
+            for posting in postings
+            for row, sender in enumerate(posting.senders)
+            if sender in needed
+        }
+        self._fetched: OrderedDict[tuple[int, ...], Array] = OrderedDict()
+        self._bytes = 0
+
+    def __getitem__(self, node: int) -> Array:
+        posting, row = self._places[node]
+        array = self._fetched.get(posting.senders)
+        if array is None:
+            while self._bytes >= AT_HAND_BYTES:
+                self._bytes -= self._fetched.popitem(last=False)[1].nbytes
+            array = self._references.get(posting.reference).reshape(len(posting.senders), -1)
+            self._fetched[posting.senders] = array
+            self._bytes += array.nbytes
+        found: Array = array[row]
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def blocks_of(nodes: Sequence[int], row_bytes: int) -> list[Sequence[int]]:
+    """Nodes in groups whose rows make a posting each: of bounded size, so that no host needs all rows at once."""
+    size = max(1, POSTING_BYTES // max(1, row_bytes))
+    return [nodes[k : k + size] for k in range(0, len(nodes), size)]
 
 
 def row_hashes(state: Array) -> bytes:

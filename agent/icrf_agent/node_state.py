@@ -7,12 +7,13 @@ committed. A federation whose nodes have no state pays for a look at an empty di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from icrf import values
 from icrf.errors import IcrfError, NodeError, WeightsError
 from icrf.protocol import StartRound
+from icrf_agent.row_file import BytesFile
 
 if TYPE_CHECKING:
     from icrf.federation.node import FederatedNode
@@ -22,40 +23,55 @@ _DIGEST_BYTES = 32
 _MAGIC = b"ICRV"  # of icrf.values; a safetensors file would have a header of gigabytes
 
 ByNode = Mapping[int, bytes]
+# One that can be added to.
+ByNumber = dict[int, bytes] | BytesFile
 
 
 class NodeStates:
-    """The states of one host's nodes: those that are committed, and those that an open attempt has made.
+    """The states of one host's nodes: those that are committed, those that an open attempt has made, and, of nodes that
+    are not active just now, what they hold.
 
     Args:
-        nodes: node index -> node, in index order; they have been set up.
+        active: the active nodes by index; it changes as nodes come and go.
+        indices: all nodes of the host, in index order.
         cluster: for errors.
-        round_number: the round after which the states were committed; 0: before the first.
-        restored: states of that round, which take the place of what the set-up has made.
         all_rounds: whether this host sees every round; else a state could not follow what is committed.
-
-    Raises:
-        NodeError: U002 for a state that cannot be kept.
     """
 
     def __init__(
-        self,
-        nodes: Mapping[int, FederatedNode],
-        cluster: str,
-        round_number: int,
-        restored: ByNode | None = None,
-        *,
-        all_rounds: bool = True,
+        self, active: Mapping[int, FederatedNode], indices: Sequence[int], cluster: str, *, all_rounds: bool = True
     ) -> None:
-        self._nodes, self._cluster, self._all_rounds = nodes, cluster, all_rounds
-        self._round = round_number
-        self._committed: dict[int, bytes] = {}
-        self._pending: tuple[int, dict[int, bytes]] | None = None
-        self._entered = round_number
+        self._active, self._indices = active, indices
+        self._cluster, self._all_rounds = cluster, all_rounds
+        self._round = 0
+        self._on_disk = False
+        self._committed: ByNode = {}
+        self._pending: tuple[int, ByNode] | None = None
+        self._entered = 0
+        # What nodes that are not active hold: of all of them, and of those that were put away since; b"" for nothing.
+        self._held: ByNode = {}
+        self._put_away: ByNumber = {}
         # What the phases of rounds have made, while somebody else may have changed what nodes hold.
-        self._aside: dict[int, bytes] | None = None
+        self._aside: ByNode | None = None
+
+    def keep_on_disk(self) -> None:
+        """Not all nodes are active at once: what is not in active ones goes to disk from now on."""
+        self._on_disk = True
+        self._put_away = self._collected(self._put_away)
+
+    def begin(self, round_number: int = 0, restored: ByNode | None = None) -> None:
+        """The nodes have been set up.
+
+        Args:
+            round_number: the round after which the states were committed; 0: before the first.
+            restored: states of that round, which take the place of what the set-up has made.
+
+        Raises:
+            NodeError: U002 for a state that cannot be kept.
+        """
+        self._round = self._entered = round_number
         if round_number:
-            self._committed = dict(restored or {})
+            self._committed = self._collected(restored or {})
             self._load(self._committed)
         else:
             self._committed = self._encoded()
@@ -63,8 +79,9 @@ class NodeStates:
     @property
     def used(self) -> bool:
         """Whether any node of this host has, or had, a state."""
-        now = any(node.state for node in self._nodes.values()) if self._aside is None else self._aside
-        return bool(self._committed or self._pending or now)
+        # A list at once: the host answers questions while nodes come and go.
+        now = any(node.state for node in list(self._active.values())) or self._held or any(self._put_away.values())
+        return bool(self._committed or self._pending or (now if self._aside is None else self._aside))
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -103,6 +120,21 @@ class NodeStates:
             self._load(self._aside)
             self._aside = None
 
+    def put_away(self, index: int, node: FederatedNode) -> None:
+        """Keep what a node holds that is about to go.
+
+        Raises:
+            NodeError: U002 for a state that cannot be kept.
+        """
+        packed = self._encode(node) if node.state else b""
+        if packed != self._now(index):
+            self._put_away[index] = packed
+
+    def bring_back(self, index: int, node: FederatedNode) -> None:
+        """Give a node that was made again what it held."""
+        packed = self._now(index)
+        node.state = values.decode(packed) if packed else {}
+
     def at(self, round_number: int) -> ByNode | None:
         """The states of a round that is known to be committed, or None."""
         if self._pending and self._pending[0] == round_number:
@@ -118,7 +150,7 @@ class NodeStates:
         if not states or not digests:
             return digests
         found = []
-        for k, index in enumerate(self._nodes):
+        for k, index in enumerate(self._indices):
             digest = digests[_DIGEST_BYTES * k : _DIGEST_BYTES * (k + 1)]
             if index in states:
                 digest = hashlib.sha256(digest + hashlib.sha256(states[index]).digest()).digest()
@@ -127,14 +159,41 @@ class NodeStates:
 
     # ------------------------------------------------------------ inside
 
+    def _now(self, index: int) -> bytes:
+        """What a node holds that is not active, b"" for nothing."""
+        found = self._put_away.get(index)
+        return self._held.get(index, b"") if found is None else found
+
     def _load(self, states: ByNode) -> None:
-        for index, node in self._nodes.items():
+        self._hold(states)
+        for index, node in self._active.items():
             packed = states.get(index)
             if packed or node.state:
                 node.state = values.decode(packed) if packed else {}
 
-    def _encoded(self) -> dict[int, bytes]:
-        return {index: self._encode(node) for index, node in self._nodes.items() if node.state}
+    def _encoded(self) -> ByNode:
+        """What all nodes hold now, as bytes that nothing changes any more."""
+        made = self._collected({})
+        if self._held or self._put_away or any(node.state for node in self._active.values()):
+            for index in self._indices:
+                node = self._active.get(index)
+                packed = self._now(index) if node is None else self._encode(node) if node.state else b""
+                if packed:
+                    made[index] = packed
+        self._hold(made)
+        return made
+
+    def _hold(self, states: ByNode) -> None:
+        self._held, self._put_away = states, self._collected({})
+
+    def _collected(self, states: ByNode) -> ByNumber:
+        """A map of these states that can be added to."""
+        if not self._on_disk:
+            return dict(states)
+        made = BytesFile()
+        for index, packed in states.items():
+            made[index] = packed
+        return made
 
     def _encode(self, node: FederatedNode) -> bytes:
         place = f"{node.id} on {self._cluster}, state"

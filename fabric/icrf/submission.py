@@ -296,10 +296,12 @@ def resolve_rows(
             the rounds that a cluster misses would change.
     """
     from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
+    from icrf.learning.training import optimizer_rows  # noqa: PLC0415
 
     nodes_keep = config.client_template is not None
     if flow_of(config) != CENTRALIZED:
-        return Rows(nodes_keep=nodes_keep)
+        kept = optimizer_rows(config.optimizer, config.momentum) if config.keep_optimizer_state else (0, 0)
+        return Rows(client=kept[0], client_scalars=kept[1], nodes_keep=nodes_keep)
     rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
     rule.require(_fewest_participants(config, nodes, turns))
     rows = rule.rows.with_private(layout)

@@ -247,7 +247,8 @@ def test_a_first_state_that_a_call_makes_between_rounds_does_not_last(values: di
 
 def test_what_is_changed_between_two_phases_of_a_round_is_not_committed_with_it() -> None:
     node: Any = SimpleNamespace(id="client_0", state={"n": 1})
-    states = NodeStates({0: node}, "local-1", 0)
+    states = NodeStates({0: node}, [0], "local-1")
+    states.begin()
     start = StartRound("r", 1, 1, 1, "", (), 1, evaluate=False)
     states.enter(start)
     node.state["n"] = 2

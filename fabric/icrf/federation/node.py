@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,7 +71,8 @@ class FederatedNode:
 
     Override `setup`, `train`, `loss`, `evaluate`, `aggregate` or `sync`; everything else is the fabric's. Do not
     override ``__init__``. What has to survive the round goes into `state`; other attributes are lost when a host is
-    replaced.
+    replaced, and whenever a node makes room for others (``resident_nodes``): then it is made anew, `build` and `setup`
+    included, as soon as something is to be done with it.
 
     Args:
         node_id: its name.
@@ -86,10 +88,13 @@ class FederatedNode:
     """
 
     context: NodeContext
+    # What a node that makes room for others keeps in memory, beside `state`; mostly there is nothing.
+    _LEFT = ("_version", "_saved", "_received", "_received_before")
 
     def __init__(self, node_id: str, role: str, config: FederationConfig, log: Any = None, **kwargs: Any) -> None:
         self.config = config
-        self.log = log or logging.getLogger(f"icrf.node.{node_id}")
+        if log is not None:
+            self.log = log
         self.build_arguments = kwargs
         self.state: dict[str, Any] = {}
         self._id, self._role = node_id, role
@@ -97,6 +102,19 @@ class FederatedNode:
         self._saved: dict[str, Any] | None = None
         self._received: list[Message] = []
         self._received_before: list[Message] = []
+
+    @cached_property
+    def log(self) -> Any:
+        """The node's logger; made when it is first used, because Python keeps every logger for good."""
+        return logging.getLogger(f"icrf.node.{self._id}")
+
+    def leave(self) -> dict[str, Any]:
+        """The host calls this when the node makes room for others: what `come_back` needs besides `state`."""
+        return {name: getattr(self, name) for name in self._LEFT} if any(map(vars(self).get, self._LEFT)) else {}
+
+    def come_back(self, left: dict[str, Any]) -> None:
+        """The host calls this on the object that takes the place of the one that left."""
+        vars(self).update(left)
 
     def enter_round(self, number: int) -> None:
         """The host calls this when an attempt begins: a repeated round finds the messages that its first try found."""
@@ -112,9 +130,9 @@ class FederatedNode:
         """Heavy initialisation with the template's arguments: called before `setup`, data and model are bound."""
 
     def setup(self) -> None:
-        """Called once per life of the node's host, before its first round: open files, fill `state` for the start.
+        """Called when the node becomes active, before its first round: open files, fill `state` for the start.
 
-        After a restart `state` is what was committed, whatever is put into it here.
+        After a restart, or when the node had made room for others, `state` is what it was, whatever is put into it here.
         """
 
     def train(self, **kwargs: Any) -> dict[str, float]:

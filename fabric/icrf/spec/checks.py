@@ -114,6 +114,14 @@ def _cluster_loss(values: Values) -> Iterator[Problem]:
         )
 
 
+def _optimizer_state(values: Values) -> Iterator[Problem]:
+    key, schema = "keep_optimizer_state", values["federated_learning_schema"]
+    if values[key] and schema != DECENTRALIZED:
+        yield not_built(key, True, f"false with {schema}; aggregation_strategy DiLoCo keeps it by itself")
+    elif values[key] and values["optimizer"] not in ("SGD", "Adam", "AdamW"):
+        yield not_built(key, True, f"false with optimizer {values['optimizer']}; with SGD, Adam and AdamW also true")
+
+
 def _late_updates(values: Values) -> Iterator[Problem]:
     key, rule = "late_updates", values["aggregation_strategy"]
     if values[key] == "drop":
@@ -378,6 +386,7 @@ CHECKS: tuple[Check, ...] = (
     _min_nodes,
     _cluster_loss,
     _late_updates,
+    _optimizer_state,
     _schema_and_topology,
     _hierarchy,
     _custom_matrix,

@@ -174,6 +174,9 @@ class FederationConfig(BaseModel):
     """Momentum of ``SGD`` and ``RMSprop``, in [0, 1)."""
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """L2 penalty (decoupled in ``AdamW``)."""
+    keep_optimizer_state: bool = False
+    """Peers keep their optimizer's state (momentum, moments) from round to round; false: it starts afresh in every
+    round. ``SGD``, ``Adam`` and ``AdamW``."""
 
     # ---- aggregation
     aggregation_strategy: Text = "FedAvg"
@@ -220,6 +223,12 @@ class FederationConfig(BaseModel):
     """How Ray spreads a cluster's slots over its machines: ``PACK``, ``SPREAD``, ``STRICT_PACK``, ``STRICT_SPREAD``."""
     resources: SlotShare = "uniform"
     """What one slot takes: ``uniform`` (an equal share), or ``{num_cpus, num_gpus}``."""
+    resident_nodes: Nodes | None = None
+    """Most nodes of one host that are active at once, the least recently used making room first; what is kept of the
+    others lies on the host's disk. null: as many as ``resident_memory_mb`` allows."""
+    resident_memory_mb: Count | None = None
+    """Megabytes that the active nodes of one host may take, measured while they are set up; null: an equal share of
+    half the memory that is free on the machine then."""
     topology_adaptation_strategy: Text = "static"
     """How the graph changes between rounds."""
     clustering_period: CountOrZero = 0
