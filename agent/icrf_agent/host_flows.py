@@ -93,7 +93,7 @@ class CentralizedFlow:
         self._chosen: dict[int, int] = {}
         self._server, self._clients = self._states(restored)
 
-    def _states(self, restored: bytes) -> tuple[VersionedState[Array] | None, VersionedState[Array] | None]:
+    def _states(self, restored: bytes) -> tuple[VersionedState[Array] | None, VersionedState[Table] | None]:
         """What this host keeps between rounds: the server's rows, its participants' rows."""
         t, rows, number = self._t, self._rule.rows, self._t.activation.restore_round
         server = clients = None
@@ -114,7 +114,7 @@ class CentralizedFlow:
             if number:
                 names = [str(i) for i in self._participants]
                 rows_of_all = list(unpack_rows(t.layout, restored, number, names, kept))
-            table = make_table(rows_of_all, kept, t.layout.dtype, not t.nodes.all_resident)
+            table: Table = make_table(rows_of_all, kept, t.layout.dtype, not t.nodes.all_resident)
             clients = VersionedState(table, number, recycle=True, like=like)
         return server, clients
 
@@ -407,4 +407,4 @@ class CentralizedFlow:
         model = self._row(self._seen, self._chosen.get(index, 0))
         if not self._private or self._clients is None or index not in self._row_of:
             return model
-        return np.concatenate([model, self._clients.latest[self._row_of[index], -self._private :]])
+        return np.concatenate([model, self._clients.latest[self._row_of[index]][-self._private :]])

@@ -221,6 +221,6 @@ class HierarchicalFlow:
             return state
         return self._seen.get(self._hierarchy.group_of.get(index, -1), self._t.nodes.initial)
 
-    def _kept(self) -> VersionedState:
+    def _kept(self) -> VersionedState[Array]:
         assert self._state is not None
         return self._state

@@ -364,7 +364,7 @@ class HostNodes:
         steps = [name for name in ("build", "setup") if getattr(type(node), name) is not getattr(FederatedNode, name)]
         dealt = 0 if node.context.train_data is None else len(node.context.train_data[1])
         if steps:
-            index, loaded, is_open = node.context.index, self.model.row.copy(), self.mailbox.open
+            loaded, is_open = self.model.row.copy(), self.mailbox.open
             self.mailbox.open = False
             self.model.load(self.initial)
             try:

@@ -239,4 +239,3 @@ class _Consensus:
             posting = self._t.posting(self._start, CONSENSUS, nodes, self._total.sums, weight=self._total.weight)
             self._t.manager.publish_many(posting)
         return tuple(sorted(self._overflow))
-

@@ -58,8 +58,9 @@ class RowFile:
     """
 
     def __init__(self, num_rows: int, width: int, dtype: Any) -> None:
-        self.shape, self.dtype = (num_rows, width), np.dtype(dtype)
-        self._row_bytes = width * self.dtype.itemsize
+        self.shape: tuple[int, int] = (num_rows, width)
+        self.dtype = np.dtype(dtype)
+        self._row_bytes: int = width * self.dtype.itemsize
         self._file = _NamelessFile()
 
     def __len__(self) -> int:
@@ -124,7 +125,8 @@ def like(table: Table) -> Table:
 
 
 def _bytes_of(row: Array) -> memoryview:
-    return memoryview(row.view(np.uint8))
+    found: memoryview = row.view(np.uint8).data
+    return found
 
 
 def _no_room(error: OSError) -> ResourceError:

@@ -33,6 +33,7 @@ from icrf.protocol import (
     nodes_of,
     shared_size,
 )
+from icrf.residency import host_budget, resident_nodes
 from icrf.topology import Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
@@ -73,6 +74,8 @@ class _Settings:
     mixing: str
     device: str
     determinism: str
+    resident_nodes: int | None
+    resident_memory_mb: int | None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> _Settings:
@@ -87,6 +90,8 @@ class _Settings:
             mixing=config.get("mixing") or "metropolis_hastings",
             device=config.get("device") or "cpu",
             determinism=config.get("determinism") or "strict",
+            resident_nodes=config.get("resident_nodes"),
+            resident_memory_mb=config.get("resident_memory_mb"),
         )
 
     @property
@@ -129,10 +134,10 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     exchange = compile_exchange(submission.flow, adjacency, roles, owners, submission.rows)
     slots = _slots(assignment, clusters)
     num_parameters = shared_size(submission.layout)
+    residents = _residents(exchange, settings, slots, clusters, num_parameters)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
-    grouped = _grouped(submission, exchange, adjacency, num_parameters)
     peers = submission.flow == DECENTRALIZED
     mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
     problems = _problems(settings, config, clusters, slots)
@@ -150,7 +155,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         slem=mixing.slem if mixing else -1.0,
         slem_kind=mixing.slem_kind if mixing else "none",
         rounds_to_consensus=mixing.rounds_to_consensus if mixing else -1,
-        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters),
+        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, residents),
         slots=slots,
         feasible=not problems,
         problems=problems,
@@ -158,8 +163,9 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
         mixing=mixing,
+        residents=residents,
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
-        **grouped,
+        **_grouped(submission, exchange, adjacency, num_parameters),
     )
     return plan, assignment
 
@@ -300,15 +306,47 @@ def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str,
     return {clusters[c].name: max(1, min(clusters[c].capacity.num_slots, counts[c])) for c in sorted(counts)}
 
 
+def _kept_bytes(exchange: ExchangePlan, num_parameters: int) -> int:
+    """What a participant keeps in memory from round to round: its rows, the committed and the next ones."""
+    rows = exchange.rows.client + (exchange.flow == DECENTRALIZED)
+    return 2 * _FLOAT32 * (rows * num_parameters + exchange.rows.client_scalars)
+
+
+def _residents(
+    exchange: ExchangePlan,
+    settings: _Settings,
+    slots: Mapping[str, int],
+    clusters: Sequence[ClusterInfo],
+    num_parameters: int,
+) -> dict[str, int]:
+    """How many nodes of each cluster will be active at once, by what is kept of them; their data is not counted."""
+    found = {}
+    for index, cluster in enumerate(clusters):
+        if cluster.name in slots:
+            num_slots, here = slots[cluster.name], len(exchange.local_nodes(index))
+            # Clusters that do not tell how much memory they have say 0.
+            budget = host_budget(settings.resident_memory_mb, cluster.capacity.memory_bytes or None, num_slots)
+            each = resident_nodes(
+                settings.resident_nodes, -(-here // num_slots), _kept_bytes(exchange, num_parameters), budget
+            )
+            found[cluster.name] = min(here, each * num_slots)
+    return found
+
+
 def _peak_memory_bytes(
-    exchange: ExchangePlan, slots: Mapping[str, int], clusters: Sequence[ClusterInfo], num_parameters: int
+    exchange: ExchangePlan,
+    slots: Mapping[str, int],
+    clusters: Sequence[ClusterInfo],
+    num_parameters: int,
+    residents: Mapping[str, int],
 ) -> int:
     """An estimate of the largest memory that one cluster needs, Ray itself and the data sets not counted.
 
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
-    rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum, and where
-    nodes keep rows the committed and the next ones. Decentralized adds the committed and the next state of every local
-    node, hierarchical those of every local aggregator. All add the payloads that arrive from other clusters in a round.
+    rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum.
+    Decentralized adds the updates of all local nodes in the object store, hierarchical the committed and the next state
+    of every local aggregator. Of the nodes that are active at once come the rows that they keep, committed and next.
+    All add the payloads that arrive from other clusters in a round.
     """
     rows = exchange.rows
     model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
@@ -320,14 +358,15 @@ def _peak_memory_bytes(
         if cluster.name not in slots:
             continue
         needed = slots[cluster.name] * (HOST_BYTES + (2 + rows.down) * model + partial) + arriving[index]
+        keeping = residents[cluster.name]
         if exchange.flow == CENTRALIZED:
             needed += rows.server * model + partial if index == exchange.coordinator else 0
-            needed += 2 * rows.client * model * len(exchange.local_participants(index))
+            keeping = min(keeping, len(exchange.local_participants(index)))
         elif exchange.flow == DECENTRALIZED:
-            needed += 2 * model * len(exchange.local_nodes(index))
+            needed += model * len(exchange.local_nodes(index))
         else:
             needed += 2 * model * len(set(exchange.local_nodes(index)) & set(exchange.aggregators)) + partial
-        peak = max(peak, needed)
+        peak = max(peak, needed + keeping * _kept_bytes(exchange, num_parameters))
     return peak
 
 

@@ -245,7 +245,9 @@ def test_references_are_freed_with_their_round(monkeypatch: pytest.MonkeyPatch) 
         counts = []
         put = InlineReferences.put
 
-        def counting(self: InlineReferences, array: Any, put: Any = put, alive: Any = alive, counts: Any = counts) -> Any:
+        def counting(
+            self: InlineReferences, array: Any, put: Any = put, alive: Any = alive, counts: Any = counts
+        ) -> Any:
             kept = put(self, array).view(_Referable)
             alive.add(kept)
             counts.append(len(alive))

@@ -198,7 +198,16 @@ def test_memory_counts_the_coordinators_model_and_local_states() -> None:
     star, _ = make_plan(submission("star", 5, CENTRALIZED), clusters)
     assert star.peak_memory_bytes == 2 * (HOST_BYTES + 3 * 400 + 800) + 400 + 800
     ring, _ = make_plan(submission("ring", 5), clusters)
-    assert ring.peak_memory_bytes == 2 * (HOST_BYTES + 3 * 400 + 800) + 5 * 2 * 400
+    hosts = 2 * (HOST_BYTES + 3 * 400 + 800)
+    assert (ring.peak_memory_bytes, ring.residents) == (hosts + 5 * 400 + 5 * 2 * 400, {"a": 5})
+    few, _ = make_plan(submission("ring", 5, resident_nodes=1), clusters)
+    assert (few.peak_memory_bytes, few.residents) == (hosts + 5 * 400 + 2 * 2 * 400, {"a": 2})
+
+
+@pytest.mark.parametrize(("megabytes", "active"), [(1, 2 * 1250), (None, 5000)])
+def test_as_many_nodes_are_planned_to_be_active_as_memory_allows(megabytes: int | None, active: int) -> None:
+    plan, _ = make_plan(submission("ring", 5000, resident_memory_mb=megabytes), [cluster("a")])
+    assert plan.residents == {"a": active}
 
 
 def test_what_is_wrong_with_the_submission_is_raised() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.text import Text
 
 from icrf.console.format import compress_names, format_bytes, format_count, safe_text
@@ -27,6 +29,12 @@ def consensus_text(plan: Plan) -> str:
         else (f"{format_count(plan.rounds_to_consensus, 'round')} to consensus (1e-6)")
     )
     return f"second-largest eigenvalue {plan.slem:.6f} ({plan.slem_kind}), {rounds}"
+
+
+def _active_text(plan: Plan) -> str:
+    """How many nodes will be active at once on each cluster, in words."""
+    here = Counter(plan.assignment.values())
+    return ", ".join(f"{active:,} of {here[name]:,} at once on {name}" for name, active in plan.residents.items())
 
 
 def limit_text(plan: Plan) -> str:
@@ -96,6 +104,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     if mixing := consensus_text(plan):
         facts += [("mixing", mixing), ("", limit_text(plan))]
     facts.append(("peak memory", f"{format_bytes(plan.peak_memory_bytes)} on the busiest cluster"))
+    facts.append(("active nodes", _active_text(plan)))
     facts += [(key.replace("_", " "), text) for key, text in plan.explanation.items() if key not in plan.assignment]
     terminal.facts(facts)
     terminal.line()

@@ -132,7 +132,8 @@ class FederatedNode:
     def setup(self) -> None:
         """Called when the node becomes active, before its first round: open files, fill `state` for the start.
 
-        After a restart, or when the node had made room for others, `state` is what it was, whatever is put into it here.
+        After a restart, or when the node had made room for others, `state` is what it was, whatever is put into it
+        here.
         """
 
     def train(self, **kwargs: Any) -> dict[str, float]:

@@ -271,6 +271,7 @@ class Plan:
         bytes_inter_cluster_within_groups: payload bytes of one round of a hierarchy within its groups.
         bytes_inter_cluster_per_merge: payload bytes of one that ends with one model for all groups.
         num_parameters: elements of a model on its way.
+        residents: cluster name -> nodes that are expected to be active at once there; its hosts measure and decide.
         tensors: rule -> how many tensors of the model follow it.
     """
 
@@ -299,6 +300,7 @@ class Plan:
     groups: dict[str, str] = field(default_factory=dict)
     bytes_inter_cluster_within_groups: int = 0
     bytes_inter_cluster_per_merge: int = 0
+    residents: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,7 @@ class ScriptedMediator:
             problems=(),
             num_parameters=parameters,
             strategy="locality",
+            residents={name: list(assignment.values()).count(name) for name in names},
         )
 
     def clusters(self) -> list[ClusterInfo]:

@@ -41,7 +41,7 @@ class SimHost:
     nodes: tuple[int, ...]
     life: int = 1
     generation: int = 0
-    state: VersionedState | None = None
+    state: VersionedState[Vector] | None = None
     earlier: EarlierModels = field(default_factory=EarlierModels)
     consensus: tuple[int, Vector] | None = None
     clear_s: float = 0.0
