@@ -38,6 +38,8 @@ from icrf_agent.topology_manager import HybridTopologyManager
 LOCAL_TEMPLATE = "local:"
 # A waiting node occupies a thread of the topology manager, which others need too: it asks again and again instead.
 _WAIT_SLICE_S = 0.2
+# While nodes are set up, how many there are and what they take is noted after every so many.
+_NOTED_EVERY = 64
 # Where files lie that no user of this package has written.
 _NOT_THE_USERS = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
@@ -314,6 +316,8 @@ class HostNodes:
             node = self.get(index)
             if node.is_train_node:
                 self._num_samples[index] = node.num_samples
+            if number % _NOTED_EVERY == 0:
+                self._admission.note(len(self._residents.active))
             if self._residents.limit is None and (limit := self._admission.limit(number)) is not None:
                 self._residents.limit = limit
                 self.states.keep_on_disk()

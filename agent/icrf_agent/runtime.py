@@ -422,12 +422,9 @@ class HostedRuntime:
         if transfer.kind in (PARTIAL, CONSENSUS):
             args = (start.run_id, start.round, start.attempt, transfer.kind, transfer.recipients or None)
             return await self._manager.call("cluster_partial", *args), -1
-        postings = await self._manager.call("collect", start.run_id, start.round, start.attempt, transfer.kind)
-        for posting in postings:
-            if transfer.sender in posting.senders:
-                own = transfer.kind == UPDATE
-                return posting, posting.senders.index(transfer.sender) if own else row_for(start, transfer.recipients)
-        raise RunError("F005", f"node {transfer.sender} has posted no {transfer.kind} in round {start.round}")
+        asked = (start.run_id, start.round, start.attempt, transfer.kind, transfer.sender)
+        posting, row = await self._manager.call("posted_by", *asked)
+        return posting, row if transfer.kind == UPDATE else row_for(start, transfer.recipients)
 
     async def _send_letters(self, run: Hosted, round_number: int, attempt: int) -> None:
         """Letters to other clusters leave before the phase ends, so that they are there before the round commits."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from icrf import values
-from icrf.errors import ProtocolError, RoutingError, WeightsError
+from icrf.errors import ProtocolError, RoutingError, RunError, WeightsError
 from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
@@ -72,6 +72,8 @@ class _Room:
     position: Position = (0, 0)
     dead: set[Position] = field(default_factory=set)
     postings: dict[tuple[Position, str], dict[tuple[int, ...], Posting]] = field(default_factory=dict)
+    # Where the row of a node of this cluster is: what leaves for others is asked for node by node.
+    places: dict[tuple[Position, str], dict[int, tuple[Posting, int]]] = field(default_factory=dict)
     staged: dict[Position, dict[tuple[int, int], tuple[Letter, tuple[int, ...]]]] = field(default_factory=dict)
     outbox: dict[Position, list[tuple[Letter, tuple[int, ...]]]] = field(default_factory=dict)
     arrived: dict[PayloadHeader, int] = field(default_factory=dict)
@@ -197,6 +199,22 @@ class HybridTopologyManager:
             self._require_open(room, (round_number, attempt))
             found = room.postings.get(((round_number, attempt), kind), {})
             return [found[senders] for senders in sorted(found)]
+
+    def posted_by(self, run_id: str, round_number: int, attempt: int, kind: str, sender: int) -> tuple[Posting, int]:
+        """What a node of this cluster has posted, as if it alone had, and which row of the payload is its own.
+
+        Raises:
+            RoutingError: P003 if the attempt is over.
+            RunError: F005 if it has posted nothing.
+        """
+        with self._lock:
+            room = self._linked(run_id)
+            position = (round_number, attempt)
+            self._require_open(room, position)
+            found = room.places.get((position, kind), {}).get(sender)
+            if found is None:
+                raise RunError("F005", f"node {sender} has posted no {kind} in round {round_number}")
+            return replace(found[0], senders=(sender,)), found[1]
 
     def cluster_partial(
         self, run_id: str, round_number: int, attempt: int, kind: str, recipients: tuple[int, ...] | None = None
@@ -430,10 +448,14 @@ class HybridTopologyManager:
         if posting.senders in held:
             return False
         held[posting.senders] = posting
+        if posting.kind in _FROM_A_NODE and len(room.activation.clusters) > 1:
+            places = room.places.setdefault((posting.position, posting.kind), {})
+            places.update({sender: (posting, row) for row, sender in enumerate(posting.senders)})
         self._store.put(_key_of(posting), posting.reference)
         return True
 
     def _drop(self, room: _Room, key: tuple[Position, str]) -> None:
+        room.places.pop(key, None)
         for posting in room.postings.pop(key).values():
             self._store.discard(_key_of(posting))
 

@@ -26,6 +26,7 @@ from icrf.protocol import (
     ClusterInfo,
     Fingerprint,
     LinkBytes,
+    MixingReport,
     Plan,
     Resources,
     Submission,
@@ -138,8 +139,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
-    peers = submission.flow == DECENTRALIZED
-    mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
+    mixing = _mixing(submission, settings)
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -248,6 +248,13 @@ def _assign(
         if whole is not None:
             return whole
     return assign(strategy, adjacency, clusters, pins)
+
+
+def _mixing(submission: Submission, settings: _Settings) -> MixingReport | None:
+    """What the mixing matrix of peers leads to."""
+    if submission.flow != DECENTRALIZED:
+        return None
+    return check_mixing(mixing_matrix(submission.graph, settings.mixing))
 
 
 def _grouped(
