@@ -309,12 +309,13 @@ class HostNodes:
             )
 
     def _template(self, role: str) -> type[FederatedNode]:
-        name = self.config.server_template if "aggregate" in role.split("-") else self.config.client_template
+        key = "server_template" if "aggregate" in role.split("-") else "client_template"
+        name: str | None = getattr(self.config, key)
         if not name:
             return FederatedNode
         if name.startswith(LOCAL_TEMPLATE):
             return self._setup.templates[name]
-        found: type[FederatedNode] = load_attr(name)
+        found: type[FederatedNode] = load_attr(name, key)
         return found
 
     def _require_allowed(self) -> None:

@@ -43,15 +43,8 @@ def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, s
     """
     factory = MODELS.get(model_type)
     arguments = accepted_arguments(factory, {"input_shape": tuple(input_shape), "num_classes": num_classes})
-    with global_randomness(seed):
-        try:
-            module = factory(**arguments)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                "C017", f"model factory raised {type(error).__name__}: {error}", place="model_type", value=model_type
-            ) from error
+    with MODELS.calling(model_type), global_randomness(seed):
+        module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ConfigError(
             "C018",
@@ -81,7 +74,7 @@ def check_fit(module: Any, dataset: Dataset) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             output = module(batch)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             "C018",
             f"the model cannot take input of shape {tuple(batch.shape)}: {type(error).__name__}: {error}",

@@ -59,15 +59,15 @@ def build_topology(
         connected: refuse a graph of several components; gossip on one would never agree.
 
     Raises:
-        ConfigError: C010 unknown name, C016 a key that the topology needs is not set, C017 a builder asks for a
-            parameter that does not exist.
+        ConfigError: C010 unknown name, C016 a key that the topology needs is not set, C017 a builder that
+            raises or asks for a parameter that does not exist.
         TopologyError: T0xx, see :data:`icrf.errors.CATALOGUE`.
     """
     if num_nodes < 1:
         raise TopologyError("T008", "a topology needs a node", value=num_nodes, allowed="at least 1 node")
-    builder = TOPOLOGIES.get(name)
-    arguments = inject("topology", "federated_learning_topology", builder, {**parameters, "num_nodes": num_nodes}, name)
-    result = builder(**arguments)
+    arguments = inject(TOPOLOGIES, name, {**parameters, "num_nodes": num_nodes})
+    with TOPOLOGIES.calling(name):
+        result = TOPOLOGIES.get(name)(**arguments)
     if isinstance(result, HybridAdjacencyMatrix):
         matrix = result
     elif hasattr(result, "is_directed") and hasattr(result, "edges"):
@@ -106,19 +106,30 @@ def _braces(nodes: list[int]) -> str:
     return "{" + ",".join(str(node) for node in nodes[:SHOWN]) + more + "}"
 
 
-def inject(
-    kind: str, key: str, function: Callable[..., Any], available: Mapping[str, Any], name: str
-) -> dict[str, Any]:
+def parameters_of(registry: Registry[Any], name: str) -> Mapping[str, inspect.Parameter]:
+    """What a plugged-in function may be called with; C017 where that cannot be told, as of what is no function."""
+    function = registry.get(name)
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "C017",
+            f"{registry.kind} '{name}' is a {type(function).__name__}",
+            place=registry.key,
+            allowed="a function whose parameters can be read",
+        ) from error
+
+
+def inject(registry: Registry[Any], name: str, available: Mapping[str, Any]) -> dict[str, Any]:
     """What to call a plugged-in function with: the values of `available` that its parameters name.
 
-    Args:
-        kind, key, name: what is called, under which configuration key and how, for messages.
-
     Raises:
-        ConfigError: C016 a parameter whose key is not set, C017 one that does not exist.
+        ConfigError: C010 an unknown name, C016 a parameter whose key is not set, C017 one that does not exist, or code
+            that cannot be loaded.
     """
     arguments = {}
-    for parameter in inspect.signature(function).parameters.values():
+    kind = registry.kind
+    for parameter in parameters_of(registry, name).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         required = parameter.default is parameter.empty
@@ -126,7 +137,7 @@ def inject(
             raise ConfigError(
                 "C017",
                 f"{kind} {name!r} asks for parameter {parameter.name!r}, which does not exist",
-                place=key,
+                place=registry.key,
                 allowed=", ".join(sorted(available)),
             )
         if required and available[parameter.name] is None:

@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix, issparse
 from icrf.errors import ConfigError, TopologyError
 from icrf.protocol import Graph
 from icrf.registry import Registry
-from icrf.topology.builders import inject
+from icrf.topology.builders import inject, parameters_of
 from icrf.topology.csv_matrix import read_weights_csv
 from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 
@@ -45,6 +45,11 @@ def register_mixing(name: str) -> Callable[[Rule], Rule]:
         return rule
 
     return decorate
+
+
+def wants_samples(rule: str) -> bool:
+    """Whether a rule looks at the sample counts."""
+    return "num_samples" in parameters_of(MIXINGS, rule)
 
 
 # ---------------------------------------------------------------- rules
@@ -156,9 +161,10 @@ def weigh(adjacency: HybridAdjacencyMatrix, rule: str, parameters: Mapping[str, 
     graph = adjacency.to_graph()
     if rule in FROM_GRAPH:
         return graph
-    function = MIXINGS.get(rule)
-    arguments = inject("mixing", "mixing", function, {**parameters, "adjacency": adjacency}, rule)
-    per_edge, own = _along_edges(adjacency, function(**arguments), f"mixing {rule!r}")
+    arguments = inject(MIXINGS, rule, {**parameters, "adjacency": adjacency})
+    with MIXINGS.calling(rule):
+        found = MIXINGS.get(rule)(**arguments)
+    per_edge, own = _along_edges(adjacency, found, f"mixing {rule!r}")
     return Graph(graph.num_nodes, graph.indptr, graph.indices, tuple(per_edge.tolist()), tuple(own.tolist()))
 
 
