@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import networkx as nx
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from icrf.errors import IcrfError
 from icrf.spec import FederationConfig
 from icrf.submission import check_configuration
+from icrf.topology import HybridAdjacencyMatrix, mixing_matrix, weigh
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}
@@ -75,3 +80,86 @@ def test_code_that_cannot_be_imported_is_named(shape: dict[str, Any], key: str) 
 )
 def test_what_is_no_function_is_named(shape: dict[str, Any], key: str) -> None:
     assert checked(shape, **{key: "math:pi"}).startswith(f"C017 {key}: ")
+
+
+# ---------------------------------------------------------------- graphs and weights
+
+
+def a_word() -> str:
+    return "ring"
+
+
+def ragged() -> list[list[int]]:
+    return [[0, 1], [1]]
+
+
+def objects() -> Any:
+    return np.array([[object(), None], [None, object()]])
+
+
+def with_nan(num_nodes: int) -> Any:
+    return np.full((num_nodes, num_nodes), np.nan)
+
+
+def nan_weights(adjacency: Any) -> Any:
+    return np.asarray(adjacency) * np.nan
+
+
+def looped(num_nodes: int) -> Any:
+    return np.ones((num_nodes, num_nodes))
+
+
+def loop_of_networkx(num_nodes: int) -> Any:
+    return nx.Graph([(k, k) for k in range(num_nodes)])
+
+
+@pytest.mark.parametrize("key", ["federated_learning_topology", "mixing"])
+def test_what_is_no_matrix_is_named(key: str) -> None:
+    for function in (a_word, ragged, objects):
+        found = checked(RING, **{key: f"{__name__}:{function.__name__}"})
+        assert found.startswith(f"C018 {key}: ") and f"'{__name__}:{function.__name__}' returned" in found
+
+
+def test_a_matrix_that_is_no_graph_is_named() -> None:
+    for function, code in ((with_nan, "T002"), (looped, "T005"), (loop_of_networkx, "T005")):
+        name = f"{__name__}:{function.__name__}"
+        assert checked(RING, federated_learning_topology=name).startswith(f"{code} topology '{name}'")
+    assert checked(RING, mixing=f"{__name__}:nan_weights").startswith(f"T013 mixing '{__name__}:nan_weights'")
+
+
+def by_hand(adjacency: Any) -> Any:
+    """Metropolis-Hastings as one writes it on a dense matrix."""
+    edges = np.asarray(adjacency, float)
+    degree = edges.sum(axis=1)
+    weights = edges / (1 + np.maximum.outer(degree, degree))
+    assert len(adjacency) == len(weights)
+    return weights + np.diag(1 - weights.sum(axis=1))
+
+
+def test_a_rule_may_take_the_graph_for_a_dense_matrix() -> None:
+    graph = HybridAdjacencyMatrix.from_edges(4, [(0, 1), (1, 2), (2, 3), (3, 1)])
+    found = mixing_matrix(weigh(graph, f"{__name__}:by_hand", {}), f"{__name__}:by_hand").toarray()
+    assert np.allclose(found, mixing_matrix(weigh(graph, "metropolis_hastings", {}), "metropolis_hastings").toarray())
+    with pytest.raises(ValueError, match="copy"):
+        np.asarray(graph, copy=False)
+
+
+# ---------------------------------------------------------------- models
+
+
+def lazy(num_classes: int) -> Any:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def without_numbers(num_classes: int) -> Any:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    with torch.no_grad():
+        model[1].bias.fill_(float("nan"))
+    return model
+
+
+def test_a_model_that_cannot_start_is_named() -> None:
+    found = checked(STAR, model_type=f"{__name__}:lazy")
+    assert found.startswith(f"C018 model_type: model '{__name__}:lazy' has a lazy tensor 1.weight")
+    found = checked(STAR, model_type=f"{__name__}:without_numbers")
+    assert found.startswith("W020 model_type: ") and "1.bias" in found and "without_numbers" in found

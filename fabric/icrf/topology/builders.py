@@ -60,7 +60,7 @@ def build_topology(
 
     Raises:
         ConfigError: C010 unknown name, C016 a key that the topology needs is not set, C017 a builder that
-            raises or asks for a parameter that does not exist.
+            raises or asks for a parameter that does not exist, C018 one that returns something else.
         TopologyError: T0xx, see :data:`icrf.errors.CATALOGUE`.
     """
     if num_nodes < 1:
@@ -68,12 +68,7 @@ def build_topology(
     arguments = inject(TOPOLOGIES, name, {**parameters, "num_nodes": num_nodes})
     with TOPOLOGIES.calling(name):
         result = TOPOLOGIES.get(name)(**arguments)
-    if isinstance(result, HybridAdjacencyMatrix):
-        matrix = result
-    elif hasattr(result, "is_directed") and hasattr(result, "edges"):
-        matrix = from_network(result, parameters.get("node_ids", ()))
-    else:
-        matrix = HybridAdjacencyMatrix.from_dense(result)
+        matrix = _matrix_of(name, result, parameters.get("node_ids", ()))
     if matrix.num_nodes != num_nodes:
         raise TopologyError(
             "T010",
@@ -83,6 +78,35 @@ def build_topology(
     if connected:
         file = parameters.get("adjacency_matrix_file_name") if name == "custom" else None
         require_connected(matrix, place=file or f"topology {name!r}")
+    return matrix
+
+
+def _matrix_of(name: str, result: Any, node_ids: Sequence[str]) -> HybridAdjacencyMatrix:
+    """What a builder has returned; the errors say whose it is."""
+    if isinstance(result, HybridAdjacencyMatrix):
+        return result
+    try:
+        if hasattr(result, "is_directed") and hasattr(result, "edges"):
+            return from_network(result, node_ids)
+        allowed = "a NumPy matrix, a HybridAdjacencyMatrix or a networkx graph"
+        return HybridAdjacencyMatrix.from_dense(numbers_of(TOPOLOGIES, name, result, allowed))
+    except TopologyError as error:
+        place = f"topology {name!r}, {error.place}" if error.place else f"topology {name!r}"
+        raise TopologyError(
+            error.code, error.message, place=place, value=error.value, allowed=error.allowed, hint=error.hint
+        ) from error
+
+
+def numbers_of(registry: Registry[Any], name: str, result: Any, allowed: str) -> np.ndarray[Any, Any]:
+    """The dense matrix that a plugged-in function has returned; C018, saying what is `allowed`, for anything else."""
+    try:
+        matrix = np.asarray(result)
+    except ValueError:  # rows of different lengths
+        matrix = np.empty(0)
+    if matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
+        what = f"{registry.kind} '{name}' returned {type(result).__name__}"
+        found = f"shape {matrix.shape}, dtype {matrix.dtype}" if isinstance(result, np.ndarray) else None
+        raise ConfigError("C018", what, place=registry.key, value=found, allowed=allowed)
     return matrix
 
 
