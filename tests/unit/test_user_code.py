@@ -141,7 +141,7 @@ def test_a_rule_may_take_the_graph_for_a_dense_matrix() -> None:
     found = mixing_matrix(weigh(graph, f"{__name__}:by_hand", {}), f"{__name__}:by_hand").toarray()
     assert np.allclose(found, mixing_matrix(weigh(graph, "metropolis_hastings", {}), "metropolis_hastings").toarray())
     with pytest.raises(ValueError, match="copy"):
-        np.asarray(graph, copy=False)
+        graph.__array__(copy=False)
 
 
 # ---------------------------------------------------------------- models
