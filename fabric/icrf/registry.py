@@ -49,6 +49,7 @@ _KEYS = {
     "metric": "metrics",
     "schema": "schema",
     "sampler": "client_sampler",
+    "assignment": "assignment_strategy",
     "sink": "--log",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import networkx as nx
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from icrf.errors import IcrfError
+from icrf.errors import ConfigError, IcrfError
+from icrf.learning.metrics import measure
 from icrf.spec import FederationConfig
 from icrf.submission import check_configuration
 from icrf.topology import HybridAdjacencyMatrix, mixing_matrix, weigh
+from icrf.topology.grouping import GROUPINGS, group_clients
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}
@@ -80,6 +83,100 @@ def test_code_that_cannot_be_imported_is_named(shape: dict[str, Any], key: str) 
 )
 def test_what_is_no_function_is_named(shape: dict[str, Any], key: str) -> None:
     assert checked(shape, **{key: "math:pi"}).startswith(f"C017 {key}: ")
+
+
+@pytest.mark.parametrize("shape_and_key", [(STAR, "metrics"), (STAR, "model_type"), (STAR, "dataset_type")])
+def test_a_number_is_no_function(shape_and_key: tuple[dict[str, Any], str]) -> None:
+    shape, key = shape_and_key
+    assert checked(shape, **{key: ["math:pi"] if key == "metrics" else "math:pi"}).startswith(f"C017 {key}: ")
+
+
+def test_a_data_set_that_would_end_the_command_is_named() -> None:
+    found = checked(STAR, dataset_type=f"{__name__}:exits")
+    assert found.startswith("C017 dataset_type: ") and f"'{__name__}:exits' raised SystemExit: 0" in found
+
+
+def score(scores: Any, labels: Any) -> float:
+    sys.exit(f"{len(labels)} samples")
+
+
+def test_a_metric_that_raises_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        measure([f"{__name__}:score"], np.zeros((3, 2)), np.zeros(3, np.int64))
+    assert str(caught.value) == f"C017 metrics: metric '{__name__}:score' raised SystemExit: 3 samples"
+
+
+# ---------------------------------------------------------------- groups
+
+
+def as_text(num_clients: int) -> list[str]:
+    return ["0", "1"] * (num_clients // 2)
+
+
+def as_halves(num_clients: int) -> list[float]:
+    return [0.5] * (num_clients - 1) + [1]
+
+
+def as_nan(num_clients: int) -> list[float]:
+    return [float("nan")] * num_clients
+
+
+def as_infinite(num_clients: int) -> list[float]:
+    return [0, float("inf")] * (num_clients // 2)
+
+
+def as_nothing() -> None:
+    return None
+
+
+def as_mapping(num_clients: int) -> dict[int, int]:
+    return {client: client % 2 for client in range(num_clients)}
+
+
+def as_columns(num_clients: int) -> Any:
+    return np.zeros((num_clients, 1))
+
+
+def as_ragged(num_clients: int) -> list[list[int]]:
+    return [[0], [0, 1]]
+
+
+def from_one(num_clients: int) -> list[int]:
+    return [1 + client % 2 for client in range(num_clients)]
+
+
+def all_in_one(num_clients: int) -> list[int]:
+    return [0] * num_clients
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (as_text, "returned list"),
+        (as_halves, "returned 0.5"),
+        (as_nan, "returned nan"),
+        (as_infinite, "returned inf"),
+        (as_nothing, "returned NoneType"),
+        (as_mapping, "returned dict"),
+        (as_columns, "returned ndarray"),
+        (as_ragged, "returned list"),
+        (from_one, "returned group 2"),
+        (all_in_one, "left group 1 empty"),
+    ],
+)
+def test_groups_that_cannot_be_used_are_refused(function: Callable[..., Any], what: str) -> None:
+    name = f"{__name__}:{function.__name__}"
+    found = checked(GROUPS, group_by=name)
+    assert found.startswith(f"C018 group_by: grouping '{name}' {what}")
+    assert "allowed: a group per client, 0 to number_of_groups - 1, none of them empty" in found
+
+
+def test_whole_numbers_of_numpy_are_groups() -> None:
+    for dtype in (np.float64, np.uint8, np.int32):
+        GROUPINGS.add(
+            f"test-{dtype.__name__}", lambda num_clients, dtype=dtype: (np.arange(num_clients) % 2).astype(dtype)
+        )
+        assert group_clients(f"test-{dtype.__name__}", 4, 2, {}) == (0, 1, 0, 1)
 
 
 # ---------------------------------------------------------------- graphs and weights

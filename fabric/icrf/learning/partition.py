@@ -89,8 +89,7 @@ def partition(
 
     Raises:
         ConfigError: C008 when there are fewer samples than nodes or no such split exists, C010 for an unknown kind,
-            C017 for code that cannot be loaded or that raises, C018 when a partitioner of the user breaks
-            the rules above.
+            C017 for code that cannot be loaded or that raises, C018 for a split of the user's that breaks these rules.
     """
     split = PARTITIONERS.get(kind)
     if num_parts < 1 or num_parts > len(labels):

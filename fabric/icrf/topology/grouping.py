@@ -59,17 +59,34 @@ def group_clients(name: str, num_clients: int, num_groups: int, parameters: Mapp
         )
     arguments = inject(GROUPINGS, name, {**parameters, "num_clients": num_clients, "num_groups": num_groups})
     with GROUPINGS.calling(name):
-        found = [int(group) for group in GROUPINGS.get(name)(**arguments)]
-    if len(found) != num_clients or set(found) != set(range(num_groups)):
-        raise _unusable(name, f"put {len(found)} clients into {len(set(found))} groups")
+        returned = GROUPINGS.get(name)(**arguments)
+    found = _whole_numbers(name, returned)
+    if len(found) != num_clients:
+        raise _unusable(name, f"returned {len(found)} groups for {num_clients} clients")
+    if strangers := sorted(set(found) - set(range(num_groups))):
+        raise _unusable(name, f"returned group {strangers[0]}")
+    if empty := sorted(set(range(num_groups)) - set(found)):
+        raise _unusable(name, f"left group {empty[0]} empty")
     number = {group: k for k, group in enumerate(dict.fromkeys(found))}
     return tuple(number[group] for group in found)
 
 
-def _unusable(name: str, what: str) -> ConfigError:
-    return ConfigError(
-        "C018", f"grouping '{name}' {what}", place="group_by", allowed="one of number_of_groups groups per client"
-    )
+def _whole_numbers(name: str, returned: Any) -> list[int]:
+    """What a grouping has returned, as numbers; C018 for anything else."""
+    try:
+        found = np.asarray(returned)
+    except ValueError:  # rows of different lengths
+        found = np.empty((0, 0))
+    if found.ndim != 1 or found.dtype.kind not in "iuf":
+        raise _unusable(name, f"returned {type(returned).__name__}", repr(returned)[:80])
+    for value in found[~(np.isfinite(found) & (found == np.floor(found)))]:
+        raise _unusable(name, f"returned {value}")
+    return [int(value) for value in found]
+
+
+def _unusable(name: str, what: str, value: str | None = None) -> ConfigError:
+    allowed = "a group per client, 0 to number_of_groups - 1, none of them empty"
+    return ConfigError("C018", f"grouping '{name}' {what}", place=GROUPINGS.key, value=value, allowed=allowed)
 
 
 @register_grouping("contiguous")
