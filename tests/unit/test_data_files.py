@@ -154,7 +154,7 @@ class Evil:
         ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, r"shape \(2, 3071\)"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, r"labels is int64 of shape \(1,\)"),
         ({b"labels": [1]}, "data"),
-        ([1, 2], "it holds a list"),
+        ([1, 2], "it holds a value of type list"),
         (Path("x"), "asks for pathlib"),
     ],
 )

@@ -229,7 +229,7 @@ class FederationConfig(BaseModel):
 
     # ---- policy of a round
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
-    """Seconds that one attempt of a round may take; null: 600."""
+    """Seconds that one attempt of a round may take; null means the default."""
     on_cluster_loss: Text = "wait"
     """What happens to a run whose cluster is lost: ``wait`` for its return (up to ``round_deadline_s``, then without
     it where ``min_nodes`` allows), ``exclude``: go on at once without its nodes, or ``fail``."""

@@ -202,16 +202,16 @@ def k_connected(num_nodes: int, k_value: int) -> HybridAdjacencyMatrix:
     Raises:
         TopologyError: T011 if no such graph exists: k outside [1, num_nodes - 1], or k = 1 with more than two nodes.
     """
-    if not 1 <= k_value < num_nodes:
+    least = 1 if num_nodes <= 2 else 2
+    if not least <= k_value < num_nodes:
+        connects = k_value == 1 and num_nodes > 2
         raise TopologyError(
             "T011",
-            f"{num_nodes} nodes cannot have {k_value} neighbours each",
+            "one neighbour each connects two nodes only"
+            if connects
+            else f"{num_nodes} nodes cannot have {k_value} neighbours each",
             place="k_value",
-            allowed=f"1 to {num_nodes - 1}",
-        )
-    if k_value == 1 and num_nodes > 2:
-        raise TopologyError(
-            "T011", "one neighbour each connects two nodes only", place="k_value", allowed=f"2 to {num_nodes - 1}"
+            allowed=f"{least} to {num_nodes - 1}" if least < num_nodes else "two nodes or more",
         )
     near = circulant(num_nodes, range(1, k_value // 2 + 1))
     if k_value % 2 == 0:

@@ -40,7 +40,7 @@ def random_regular(num_nodes: int, k_value: int, seed: int) -> HybridAdjacencyMa
             "T011",
             f"no graph of {num_nodes} nodes has {k_value} neighbours each",
             place="k_value",
-            allowed=f"1 to {num_nodes - 1}, even if the number of nodes is odd",
+            allowed=f"{min(2, num_nodes - 1)} to {num_nodes - 1}, even if the number of nodes is odd",
         )
     _require_few_edges(num_nodes * k_value / 2, num_nodes, "k_value")
     # The rest is thin where almost all edges are wanted: leave out a random graph instead.
