@@ -153,7 +153,7 @@ class Evil:
         ({b"data": np.zeros((2, 3072)), b"labels": [1, 2]}, "array of float64"),
         ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, r"shape \(2, 3071\)"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, r"labels is int64 of shape \(1,\)"),
-        ({b"labels": [1]}, "data"),
+        ({b"labels": [1]}, "it has no 'data'"),
         ([1, 2], "it holds a value of type list"),
         (Path("x"), "asks for pathlib"),
     ],

@@ -333,8 +333,7 @@ def _check_private(private: Collection[str], tensors: Sequence[TensorSpec]) -> N
                 allowed=", ".join(names[:12]),
                 hint=did_you_mean(pattern, names),
             )
-    floats = [tensor for tensor in tensors if not tensor.is_integer]
-    if floats and all(tensor.rule == PRIVATE for tensor in floats):
+    if private and not any(tensor.rule == AGGREGATED for tensor in tensors):
         raise ConfigError(
             "C008",
             f"private_keys {list(private)} keep every parameter with its node: nothing would be shared",

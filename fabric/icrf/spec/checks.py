@@ -26,6 +26,8 @@ Check = Callable[[Values], Iterator[Problem]]
 # Settings that not every optimizer has; given to another one they would be dropped silently.
 _WITH_MOMENTUM = ("SGD", "RMSprop")
 _WITHOUT_WEIGHT_DECAY = ("Rprop",)
+# Their server keeps nothing but the model, and contributions are models, which can be averaged with older ones.
+_WITH_LATE_UPDATES = ("FedAvg", "FedProx")
 _WITH_K_VALUE = ("k_connected", "random_regular", "small_world")
 _UNDIRECTED_MIXING = ("metropolis_hastings", "lazy_metropolis", "max_degree", "uniform", "sample_weighted")
 
@@ -109,6 +111,23 @@ def _cluster_loss(values: Values) -> Iterator[Problem]:
             "C008",
             ("on_cluster_loss",),
             "on_cluster_loss 'exclude' contradicts min_nodes null, which wants all nodes in every round",
+            hint="Set min_nodes to the fewest nodes that make a round valid.",
+        )
+
+
+def _late_updates(values: Values) -> Iterator[Problem]:
+    key, rule = "late_updates", values["aggregation_strategy"]
+    if values[key] == "drop":
+        return
+    if values["federated_learning_schema"] != TRADITIONAL:
+        yield not_built(key, values[key], f"drop; with federated_learning_schema {TRADITIONAL} also weigh")
+    elif rule not in _WITH_LATE_UPDATES:
+        yield not_built(key, values[key], f"drop with aggregation_strategy {rule}; {', '.join(_WITH_LATE_UPDATES)}")
+    elif values["min_nodes"] is None:
+        yield Problem(
+            "C008",
+            (key,),
+            f"{key} '{values[key]}' contradicts min_nodes null: no round goes on without a late cluster",
             hint="Set min_nodes to the fewest nodes that make a round valid.",
         )
 
@@ -322,7 +341,7 @@ def _needs(rule: str, key: str, example: str) -> Problem:
 
 
 _TABLES = ("csv", "parquet")
-# What comes with no package.
+# Data sets whose files come with no package: only the configuration says where they are.
 _FOLDERS = ("mnist", "cifar10")
 
 
@@ -346,10 +365,11 @@ def _data(values: Values) -> Iterator[Problem]:
 
 def _target_column(values: Values) -> Iterator[Problem]:
     target = values["target_column"]
-    for key, found in (("ignored_columns", values["ignored_columns"]), ("group_column", [values["group_column"]])):
+    others = {"ignored_columns": values["ignored_columns"], "group_column": [values["group_column"]]}
+    for key, found in others.items():
         if target and target in found:
-            text = f"{key} '{target}' contradicts target_column '{target}': the class is no other column"
-            yield Problem("C008", (key,), text, allowed="other columns")
+            text = f"{key} '{target}' contradicts target_column '{target}', which holds the class"
+            yield Problem("C008", (key,), text, allowed="a column besides target_column")
 
 
 # Rules that a clustered federation averages each of its models by; those of one's own are asked later.
@@ -389,6 +409,7 @@ CHECKS: tuple[Check, ...] = (
     _sampled_clients,
     _min_nodes,
     _cluster_loss,
+    _late_updates,
     _schema_and_topology,
     _hierarchy,
     _custom_matrix,
