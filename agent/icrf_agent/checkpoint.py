@@ -1,7 +1,8 @@
 """Committed state as bytes: safetensors, with the round in the file's metadata.
 
 One flat array per keeper: the server's rows under :data:`SERVER`, and those of a node, all that it keeps, under the
-node's index, so that another number of hosts can load it. Whatever is loaded is checked before it is used.
+node's index, so that another number of hosts can load it. With the server's rows go the models of earlier rounds that
+late clusters still train from. Whatever is loaded is checked before it is used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from icrf.learning.layout import Layout
 
 Array = np.ndarray[Any, Any]
 SERVER = "server"
+_MODEL_OF = "model-"
 _PLACE = "checkpoint"
 
 
@@ -53,6 +55,18 @@ def unpack_rows(layout: Layout, data: bytes, round_number: int, names: Sequence[
     return state
 
 
+def model_of(round_number: int) -> str:
+    """What the global model of an earlier round is called in a checkpoint."""
+    return f"{_MODEL_OF}{round_number}"
+
+
+def unpack_models(layout: Layout, data: bytes, round_number: int) -> dict[int, Array]:
+    """The models of earlier rounds in a checkpoint, by round; W010, W020 as :func:`unpack_rows`."""
+    names = [name for name in _load(data, round_number) if name.startswith(_MODEL_OF)]
+    rows = unpack_rows(layout, data, round_number, names, layout.num_parameters)
+    return {int(name.removeprefix(_MODEL_OF)): row for name, row in zip(names, rows, strict=True)}
+
+
 def merge_rows(parts: Sequence[bytes], round_number: int) -> bytes:
     """One checkpoint of the keepers of several hosts; empty parts are those of hosts that keep nothing."""
     parts = [part for part in parts if part]
@@ -62,7 +76,7 @@ def merge_rows(parts: Sequence[bytes], round_number: int) -> bytes:
 
 
 def split_rows(data: bytes, round_number: int, groups: Sequence[Sequence[str]]) -> list[bytes]:
-    """One checkpoint per group of keepers; empty for an empty group.
+    """One checkpoint per group of keepers, empty for an empty one; models of earlier rounds go with the server's rows.
 
     Raises:
         WeightsError: W010 if a keeper is missing or it is no checkpoint of that round.
@@ -70,7 +84,9 @@ def split_rows(data: bytes, round_number: int, groups: Sequence[Sequence[str]]) 
     if not any(groups):
         return [b""] * len(groups)
     rows = _load(data, round_number)
-    return [pack_rows({name: _row(rows, name) for name in group}, round_number) if group else b"" for group in groups]
+    earlier = [name for name in rows if name.startswith(_MODEL_OF)]
+    named = [[*group, *earlier] if SERVER in group else group for group in groups]
+    return [pack_rows({name: _row(rows, name) for name in names}, round_number) if names else b"" for names in named]
 
 
 def _row(rows: Mapping[str, Array], name: str) -> Array:
@@ -85,7 +101,7 @@ def _load(data: bytes, round_number: int) -> dict[str, Array]:
         rows = dict(safetensors.numpy.load(data))
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise WeightsError("W010", f"not a checkpoint: {error}", place=_PLACE) from error
-    strange = [name for name in rows if name != SERVER and not name.isdecimal()]
+    strange = [name for name in rows if name != SERVER and not name.removeprefix(_MODEL_OF).isdecimal()]
     if strange:
         raise WeightsError("W010", "a checkpoint of somebody unknown", place=_PLACE, value=strange[0][:40])
     return rows

@@ -29,7 +29,9 @@ from icrf.learning.layout import model_names
 from icrf.learning.rng import derive_seed, global_randomness, stable_random_state
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
-from icrf_agent.checkpoint import SERVER, pack_rows, unpack_rows
+from icrf.staleness import WEIGH, late_nodes, scaled
+from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
+from icrf_agent.host_late import EarlierModels, FinishedWork
 from icrf_agent.host_nodes import is_ours
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
@@ -82,6 +84,10 @@ class CentralizedFlow:
         self._learned = [part for tensor, part in t.layout.places if tensor.rule == AGGREGATED]
         # The newest models that this host has seen.
         self._seen: Array = t.nodes.initial
+        self._earlier = EarlierModels()
+        row_bytes = t.layout.num_parameters * t.layout.dtype.itemsize
+        weighs = t.nodes.config.late_updates == WEIGH
+        self._finished = FinishedWork(len(self._participants), row_bytes) if weighs else None
         # What each participant here has chosen last, to be shown between rounds.
         self._chosen: dict[int, int] = {}
         self._server, self._clients = self._states(restored)
@@ -95,6 +101,7 @@ class CentralizedFlow:
             if number:
                 state = unpack_rows(t.layout, restored, number, [SERVER], rows.server * self._size)[0]
                 self._seen = self._models(state)
+                self._earlier = EarlierModels(unpack_models(t.layout, restored, number))
             server = VersionedState(state, number, recycle=not t.has_last_word)
         own = rows.client * self._size + rows.client_scalars
         kept = own + self._private
@@ -131,7 +138,9 @@ class CentralizedFlow:
     def publish_model(self, start: StartRound) -> None:
         """Aggregator: publish the committed global model, and what its rule sends with it, to all participants."""
         assert self._server is not None
-        sent = self._server.rebase(start)[: self._rule.rows.down * self._size]
+        row = self._server.rebase(start)[: self._rule.rows.down * self._size]
+        self._earlier.enter(start, self._server, self._size)
+        sent = self._earlier.sent(start, row)
         recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
         posting = self._t.posting(start, MODEL, (self._aggregator,), sent, recipients=recipients)
         self._t.manager.publish_many(posting)
@@ -148,19 +157,22 @@ class CentralizedFlow:
         postings = t.collect(start, MODEL)
         if len(postings) != 1:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
-        received = t.references.get(postings[0].reference)
+        # The aggregator's own cluster, which is never late, also has what goes to those that are.
+        received = t.references.get(postings[0].reference).reshape(-1)[: self._rule.rows.down * self._size]
         self._seen = self._models(received)
         sums: MetricSums = {}
         overflow: set[int] = set()
         every_update = self._rule.rows.every_update
         updates = t.buffer("updates", (len(self._participants), self._size)) if every_update else None
         total = None if every_update else t.exact_sum(start)
+        late = late_nodes(start.late)
         for k, index in enumerate(participants):
             own = self._row_of[index]
-            flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
+            with t.nodes.in_round(index, late[index].round if index in late else start.round):
+                flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
             if total is not None:
                 with t.nodes.blamed(index):
-                    overflow.update(total.add(flat, t.weight(index)))
+                    overflow.update(total.add(flat, scaled(t.weight(index), index, late)))
             elif updates is not None:
                 t.require_finite(index, flat)
                 updates[k] = flat
@@ -203,10 +215,11 @@ class CentralizedFlow:
         own = len(kept) - self._private
         model = received[: self._size]
         self._load(model, kept[own:])
-        t.evaluate_node(start, index, sums)
+        if t.nodes.get(index).context.round == start.round:
+            t.evaluate_node(start, index, sums)
         with self._calling_the_rule(start, index, "terms"):
             t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
-        trained = t.train_node(start, index, sums)
+        trained = t.train_node(start, index, sums, self._finished)
         steps = t.nodes.trainer.steps
         t.nodes.trainer.begin()
         next_kept[own:] = t.nodes.model.row[self._size :]
@@ -365,6 +378,7 @@ class CentralizedFlow:
             if state is None:
                 return None
             rows[SERVER] = state
+            rows.update((model_of(number), model) for number, model in self._earlier.by_round.items())
         if self._clients is not None:
             kept = self._clients.at(round_number)
             if kept is None:

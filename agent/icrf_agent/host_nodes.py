@@ -160,6 +160,16 @@ class HostNodes:
                 if type(node).sync is not FederatedNode.sync:
                     self.call(index, "sync")
 
+    @contextmanager
+    def in_round(self, index: int, number: int) -> Iterator[None]:
+        """Inside, a node draws the random numbers of that round; late ones train an earlier one."""
+        context = self._nodes[index].context
+        entered, context.round = context.round, number
+        try:
+            yield
+        finally:
+            context.round = entered
+
     def initial_models(self, count: int) -> FlatArray:
         """So many models as they start, `initial` the first, shape (count * num_parameters,)."""
         if count == 1:

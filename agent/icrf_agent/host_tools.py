@@ -16,6 +16,7 @@ from icrf.learning.aggregation import clip_update
 from icrf.learning.layout import Layout
 from icrf.protocol import Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
+from icrf_agent.host_late import FinishedWork
 from icrf_agent.host_nodes import HostNodes
 from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
@@ -148,12 +149,27 @@ class HostTools:
             losses.append(self.nodes.loss_of(index))
         return losses.index(min(losses))
 
-    def train_node(self, start: StartRound, index: int, sums: MetricSums) -> Array:
-        """Train one node on the model that is loaded, and count its metrics; the live flat parameters."""
-        metrics = self.nodes.measure(index, "train")
+    def train_node(
+        self, start: StartRound, index: int, sums: MetricSums, finished: FinishedWork | None = None
+    ) -> Array:
+        """Train one node on the model that is loaded, and count its metrics; the live flat parameters.
+
+        Args:
+            finished: what need not be trained again, and where to keep what is.
+        """
+        node = self.nodes.get(index)
+        found = finished.find(node) if finished else None
+        if found:
+            metrics, model = found
+            self.nodes.model.load(model)
+        else:
+            metrics = self.nodes.measure(index, "train")
         self.count(start, index, "train_", metrics, self.nodes.weight(index), sums)
         with self.nodes.blamed(index):
-            return self.nodes.model.flat
+            flat = self.nodes.model.flat
+        if finished and not found:
+            finished.keep(node, metrics, flat)
+        return flat
 
     def evaluate_node(self, start: StartRound, index: int, sums: MetricSums) -> None:
         """Where clients are evaluated: count what a node's roles measure on the model that is loaded.

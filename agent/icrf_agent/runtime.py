@@ -29,6 +29,7 @@ from icrf.protocol import (
     element_type,
     shared_size,
 )
+from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
@@ -424,8 +425,8 @@ class HostedRuntime:
         postings = await self._manager.call("collect", start.run_id, start.round, start.attempt, transfer.kind)
         for posting in postings:
             if transfer.sender in posting.senders:
-                row = posting.senders.index(transfer.sender) if transfer.kind == UPDATE else -1
-                return posting, row
+                own = transfer.kind == UPDATE
+                return posting, posting.senders.index(transfer.sender) if own else row_for(start, transfer.recipients)
         raise RunError("F005", f"node {transfer.sender} has posted no {transfer.kind} in round {start.round}")
 
     async def _send_letters(self, run: Hosted, round_number: int, attempt: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from icrf.console.format import clean_json, short_id
 from icrf.errors import LocalError
 from icrf.model_file import ARTIFACT, write_file
-from icrf.protocol import LinkBytes, MixingReport, Plan, RoundResult, RunInfo
+from icrf.protocol import COMPLETED, LinkBytes, MixingReport, Plan, RoundResult, RunInfo
 from icrf.report import ReportData, render
 from icrf.spec import FederationConfig
 from icrf.spec.documents import dump_yaml
@@ -122,6 +122,23 @@ def require_writable(path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def require_free(path: Path) -> None:
+    """:func:`require_writable`, and L005 if a run was completed there: its model shall not be lost by a new run."""
+    require_writable(path)
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        done, run_id = summary["status"] == COMPLETED, str(summary["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no run, or one that has not ended: RunFolder looks whose files these are
+    if done:
+        raise LocalError(
+            "L005",
+            f"{path} holds the completed run {short_id(run_id)}",
+            place="--out",
+            hint="name another folder with --out, or remove this one",
+        )
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -169,8 +186,9 @@ def nodes_line(result: RoundResult) -> dict[str, Any]:
 def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
     """The values of ``summary.json``.
 
-    ``accuracy`` and ``loss`` are those of the last evaluated round, null without one. ``rounds_to_target`` is there
-    only where a target is set, null if it was not reached. ``wall_s`` runs from submission to the end.
+    ``accuracy``, ``loss`` and ``metrics`` are those of the last evaluated round, null or empty without one.
+    ``rounds_to_target`` is there only where a target is set, null if it was not reached. ``wall_s`` runs from
+    submission to the end.
 
     ``model_sha256`` is that of the model in ``model.safetensors``: the global one, or the mean of all peers or groups.
     In ``rounds.jsonl`` that one is the ``consensus_sha256`` of an evaluated or merging round, and ``model_sha256`` is
@@ -189,6 +207,7 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
         "accuracy": evaluated.get("accuracy"),
         "loss": evaluated.get("loss"),
         "train_loss": rounds[-1].metrics.get("train_loss") if rounds else None,
+        "metrics": dict(sorted(evaluated.items())),
         "model_sha256": info.model_sha256,
         "bytes_inter_cluster": info.bytes_inter_cluster,
         "bytes_intra_cluster": sum(r.bytes_intra_cluster for r in rounds),

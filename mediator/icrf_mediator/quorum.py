@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from icrf.errors import RunError
 from icrf.participation import Participation
 from icrf.protocol import CENTRALIZED, HIERARCHICAL, Submission, bitmap, nodes_of
+from icrf_mediator.lateness import Lateness
 
 
 class Quorum:
     """The rule of a federation, and what was decided against it because clusters were late or lost.
 
     A decision is in the journal before anybody hears of it, and holds for every further attempt of its round.
+
+    Attributes:
+        lateness: what clusters that were late still owe, where late updates count.
 
     Args:
         submission: the federation.
@@ -34,6 +38,9 @@ class Quorum:
         self._decided: dict[int, bytes] = {}
         # Who may take part, by the first round for which it holds.
         self._members: dict[int, tuple[int, ...]] = {}
+        self.lateness = Lateness(
+            config, self._num_nodes, cluster_of, lambda number: frozenset(self.nodes(self.chosen(number)))
+        )
 
     @property
     def exists(self) -> bool:
@@ -42,7 +49,19 @@ class Quorum:
 
     def chosen(self, number: int) -> bytes:
         """Bitmap of the participants of a round as decided, or else by the rule; empty: all that train."""
-        return self._decided.get(number) or self._rule.of_round(number, self.members(number))
+        return self._decided.get(number) or self._wanted(number)
+
+    def _wanted(self, number: int) -> bytes:
+        """The participants of a round by the rule; a cluster that owes an update brings that instead."""
+        members = self.members(number)
+        drawn = self._rule.of_round(number, members)
+        owed = {c: set(debt.nodes).intersection(members) for c, debt in self.lateness.before(number).items()}
+        owed = {cluster: nodes for cluster, nodes in owed.items() if nodes}
+        if not owed:
+            return drawn
+        busy = {node for node in self.nodes(drawn) if self._cluster_of(node) in owed}
+        nodes = sorted(set(self.nodes(drawn)).difference(busy).union(*owed.values()))
+        return b"" if tuple(nodes) == self._rule.clients else bitmap(nodes, self._num_nodes)
 
     def members(self, number: int) -> tuple[int, ...]:
         """The nodes out of which the participants of a round are chosen."""
@@ -71,15 +90,23 @@ class Quorum:
 
     def count(self, participants: bytes) -> int:
         """How many nodes a bitmap stands for."""
-        return len(self._nodes(participants))
+        return len(self.nodes(participants))
 
     def is_decided(self, number: int) -> bool:
         """Whether the participants of a round were decided, so that a change of the members comes too late for it."""
         return number in self._decided
 
-    def decide(self, number: int, participants: bytes) -> None:
-        """From now on these are the participants of a round."""
+    def decide(self, number: int, participants: bytes, late: Iterable[int] = ()) -> None:
+        """From now on these are the participants of a round; it goes on without the nodes `late`, who owe it then."""
         self._decided[number] = participants
+        self.lateness.note(number, late)
+
+    def owing(self, number: int, participants: bytes, late: Collection[str]) -> frozenset[int]:
+        """The chosen nodes of a round that these participants leave out because their clusters are late."""
+        if not self.lateness.weighs:
+            return frozenset()
+        out = set(self.nodes(self.chosen(number))).difference(self.nodes(participants))
+        return frozenset(node for node in out if self._cluster_of(node) in late)
 
     def without(self, number: int, gone: Collection[str], *, fixed: bool = False) -> bytes | None:
         """The participants of a round that leaves out the clusters `gone`; None if it cannot.
@@ -92,11 +119,12 @@ class Quorum:
             return chosen
         if self._least is None or self._coordinator in gone:
             return None
-        nodes = self._nodes(chosen)
+        nodes = self.nodes(chosen)
         left = [node for node in nodes if self._cluster_of(node) not in gone]
         if len(left) == len(nodes):
             return chosen
         return None if fixed or len(left) < self._least else bitmap(left, self._num_nodes)
 
-    def _nodes(self, participants: bytes) -> tuple[int, ...]:
+    def nodes(self, participants: bytes) -> tuple[int, ...]:
+        """The nodes that a bitmap of participants stands for, ascending."""
         return nodes_of(participants) if participants else self._rule.clients

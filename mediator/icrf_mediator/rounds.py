@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError, InternalError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, RoundReport, RoundResult, StartRound, nodes_of
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, LateUpdates, RoundReport, RoundResult, StartRound, nodes_of
+from icrf.staleness import late_nodes, scaled
 from icrf.update import choose_grid, merkle_root, metric_mean
 
 MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
@@ -32,9 +33,15 @@ class Commit:
     exchange_s: float
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluated: bool = False
+    late: tuple[LateUpdates, ...] = ()
 
-    def result(self, generation: int, wall_s: float) -> RoundResult:
-        """The round as users see it."""
+    def result(self, generation: int, wall_s: float, node_ids: Sequence[str] = ()) -> RoundResult:
+        """The round as users see it.
+
+        Args:
+            node_ids: by node index, for the late ones.
+        """
+        older = late_nodes(self.late)
         return RoundResult(
             number=self.round,
             attempt=self.attempt,
@@ -53,6 +60,7 @@ class Commit:
             bytes_by_cluster=self.bytes_by_cluster,
             participants_bitmap=self.participants.hex(),
             node_metrics=self.node_metrics,
+            staleness={node_ids[node]: self.round - older[node].round for node in sorted(older)},
         )
 
 
@@ -153,6 +161,8 @@ class RoundLedger:
         participants: bytes = b"",
         without: Collection[str] = (),
         merge: bool = False,
+        late: tuple[LateUpdates, ...] = (),
+        kept: tuple[int, ...] = (),
     ) -> StartRound:
         """Open the next round.
 
@@ -161,9 +171,11 @@ class RoundLedger:
             participants: bitmap of the nodes that train; empty: all that have the role.
             without: clusters that are not asked.
             merge: hierarchical: end with one model for all groups.
+            late: what participants bring of earlier rounds.
+            kept: the rounds whose updates are still owed afterwards.
         """
         self._escalation = [0] * len(self.absmax)
-        weight = self._weight(participants)
+        weight = self._weight(participants, late)
         start = StartRound(
             run_id=run_id,
             generation=generation,
@@ -175,19 +187,22 @@ class RoundLedger:
             evaluate=evaluate,
             participants=participants,
             merge=merge,
+            late=late,
+            kept=kept,
         )
         self.open = Attempt(start, tuple(c for c in self.clusters if c not in without), now_s)
         return start
 
-    def _weight(self, participants: bytes) -> int:
+    def _weight(self, participants: bytes, late: Sequence[LateUpdates]) -> int:
         """What the weights of a round add up to: n_k over all participants. Peers all mix, whoever trains."""
-        if not participants or self.flow != CENTRALIZED:
+        if self.flow != CENTRALIZED or not (participants or late):
             return self.total_weight
-        return self.weight_of(nodes_of(participants))
+        return self.weight_of(nodes_of(participants) if participants else self.samples, late)
 
-    def weight_of(self, nodes: Iterable[int]) -> int:
-        """What the weights of these nodes add up to."""
-        return sum(self.samples[node] if self._by_samples else 1 for node in nodes)
+    def weight_of(self, nodes: Iterable[int], late: Sequence[LateUpdates] = ()) -> int:
+        """What the weights of these nodes add up to, where some bring a late update."""
+        older = late_nodes(late)
+        return sum(scaled(self.samples[node] if self._by_samples else 1, node, older) for node in nodes)
 
     def most_weight(self, nodes: Iterable[int]) -> int:
         """The same for all that train, or what a sum of a round may come to: a consensus counts every peer as one."""
@@ -250,6 +265,7 @@ class RoundLedger:
             exchange_s=max(r.exchange_s for r in reports.values()),
             node_metrics={node: found for r in reports.values() for node, found in r.node_metrics.items()},
             evaluated=attempt.start.evaluate,
+            late=attempt.start.late,
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
         self._history.setdefault(commit.round, (model_hash, absmax))

@@ -91,7 +91,7 @@ def restore_run(
     for row in _rows(tables, "members", run_id):
         run.load_members(int(row.key[1]), str(row.row["nodes"]))
     for row in _rows(tables, "participants", run_id):
-        run.load_participants(int(row.key[1]), str(row.row["participants"]))
+        run.load_participants(int(row.key[1]), str(row.row["participants"]), str(row.row.get("late", "")))
     for row in _rows(tables, "checkpoints", run_id):
         run.checkpoints.load(int(row.key[1]), row.row["artifacts"])
     run.rejoin(effects, now)

@@ -8,8 +8,10 @@ from typing import Any
 from icrf.errors import RunError
 from icrf.ports import Write
 from icrf.protocol import HIERARCHICAL, RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
+from icrf.staleness import IN_TIME
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
+from icrf_mediator.rounds import Commit
 from icrf_mediator.run_base import RunBase
 
 
@@ -43,9 +45,10 @@ class RunRounds(RunBase):
         for commit in commits:
             self._ledger.remember(*commit)
 
-    def load_participants(self, number: int, participants: str) -> None:
-        """Out of the journal: who takes part in a round, in hexadecimal, where it was not the rule that decided."""
-        self._quorum.decide(number, bytes.fromhex(participants))
+    def load_participants(self, number: int, participants: str, late: str) -> None:
+        """Out of the journal, in hexadecimal, where it was not the rule that decided: who takes part in a round, and
+        who does not because of being late."""
+        self._quorum.decide(number, bytes.fromhex(participants), nodes_of(bytes.fromhex(late)))
 
     def load_members(self, first: int, nodes: str) -> None:
         """Out of the journal: who may take part from a round on, in hexadecimal."""
@@ -102,9 +105,11 @@ class RunRounds(RunBase):
         chosen = self._quorum.chosen(number)
         if participants == chosen:
             return
-        self._quorum.decide(number, participants)
+        self._quorum.decide(number, participants, self._quorum.owing(number, participants, self._late - self._away))
         gone = sorted(self._gone)
         row = {"participants": participants.hex(), "without": gone}
+        if missed := self._quorum.lateness.missed(number):
+            row["late"] = bitmap(missed, len(self.submission.nodes)).hex()
         effects.writes.append(Write("participants", (self.run_id, number), row))
         if self._told_gone != self._gone:
             # Once, not in every round until they are back.
@@ -125,6 +130,20 @@ class RunRounds(RunBase):
         self._late |= late
         self._abort_open(effects)
         return self._next_round(effects, now)
+
+    @property
+    def _fate_of_late(self) -> str:
+        return "counts in a later one" if self._quorum.lateness.weighs else "is dropped"
+
+    def _tell_late(self, effects: Effects, now: Now, commit: Commit) -> None:
+        """Say which late updates a new round has brought in, and which will not come any more."""
+        for late in commit.late:
+            nodes, age = len(nodes_of(late.nodes)), commit.round - late.round
+            text = f"round {commit.round} has late updates of {nodes} nodes, of round {late.round}"
+            self.record.event(effects, now, "warning", f"{text}: {age} behind, weight x {late.factor / IN_TIME:.3f}")
+        for cluster, debt in sorted(self._quorum.lateness.given_up(commit.round).items()):
+            text = f"{cluster} is too late: its updates of round {debt.round} are dropped"
+            self.record.event(effects, now, "warning", text)
 
     def _abort_open(self, effects: Effects) -> None:
         """Void the open attempt, if there is one."""
@@ -147,6 +166,7 @@ class RunRounds(RunBase):
         self._told_gone &= self._gone
         self._decide(effects, now, number, participants)
         attempt = self._attempt_floor + 1
+        nodes, lateness = frozenset(self._quorum.nodes(participants)), self._quorum.lateness
         start = self._ledger.open_round(
             self.run_id,
             self.generation,
@@ -155,7 +175,9 @@ class RunRounds(RunBase):
             attempt,
             participants,
             self._gone,
-            self._merges(number),
+            merge=self._merges(number),
+            late=lateness.late(number, nodes),
+            kept=lateness.kept(number, nodes),
         )
         self._opened_wall_s = now.wall_s
         self._ask_round(effects, now, start)

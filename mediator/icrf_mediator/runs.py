@@ -159,7 +159,7 @@ class RunMachine(RunRounds):
             return
         if ledger.open is None or not ledger.accepts(report) or cluster not in ledger.open.clusters:
             if cluster in self._late and report.round == ledger.round + 1:
-                self.warned(effects, now, f"{cluster}: round {report.round} came late and is dropped")
+                self.warned(effects, now, f"{cluster}: round {report.round} came late and {self._fate_of_late}")
             return
         if report.error_json:
             error = error_of(cluster, report.error_json)
@@ -440,11 +440,15 @@ class RunMachine(RunRounds):
             accuracy = commit.metrics.get("accuracy", -1.0) if commit.consensus_hash else -1.0
             reached = target is not None and accuracy >= target and first
             wall_s = max(0.0, now.wall_s - self._opened_wall_s)
-            self.record.committed(effects, now, commit, commit.result(self.generation, wall_s), reached)
+            ids = [node.id for node in self.submission.nodes] if commit.late else []
+            self.record.committed(effects, now, commit, commit.result(self.generation, wall_s, ids), reached)
+            self._tell_late(effects, now, commit)
             if reached:
                 self._rounds_wanted = commit.round
                 self._save_goal(effects)
-        if self.checkpoints.due(commit.round, int(self.config.get("checkpoint_every") or 0)):
+        # The model of the last round is stored at once, and with it the run is over.
+        ends = self._finishing and commit.round >= self._rounds_wanted
+        if not ends and self.checkpoints.due(commit.round, int(self.config.get("checkpoint_every") or 0)):
             self._checkpoint(effects)
         self._go_on(effects, now)
 

@@ -18,6 +18,7 @@ import pytest
 from icrf.ports import PayloadHeader
 from icrf.protocol import COMPLETED, Register, RoundReport, StartRound
 from icrf.testing.simulation import FAULTS, SimulationFailed, simulate
+from icrf_agent.host_late import EarlierModels
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager
 from icrf_mediator.membership import Membership
@@ -177,3 +178,45 @@ def test_runs_that_do_without_lost_clusters_count_whom_they_recorded(monkeypatch
     for seed in range(40):
         simulate(seed, kinds=("agent drains", "line is cut"), quorum=True)
     assert len(decided) > 3
+
+
+# ---------------------------------------------------------------- late updates that count by their age
+
+
+def late_histories(*kinds: str, seeds: int = MUST_CATCH_WITHIN) -> None:
+    """Long stars, half of which let late updates count, with faults far enough apart to strike while one is owed."""
+    for seed in range(seeds):
+        simulate(seed, kinds=kinds, quorum=True, gap_s=80.0)
+
+
+def test_late_updates_are_those_that_were_recorded_whatever_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ages: list[int] = []
+    generations: list[int] = []
+
+    def opened(open_round: Any, self: RoundLedger, *args: Any, **keywords: Any) -> StartRound:
+        start: StartRound = open_round(self, *args, **keywords)
+        ages.extend(start.round - late.round for late in start.late)
+        generations.extend(start.generation for _ in start.late)
+        return start
+
+    wrap(monkeypatch, RoundLedger, "open_round", opened)
+    late_histories("host dies", "mediator is killed", seeds=30)
+    assert len(ages) > 10 and max(generations) > 1
+
+
+def test_a_mediator_that_forgets_who_was_late_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap(monkeypatch, RunMachine, "load_participants", lambda load, self, *row: load(self, *row[:2], ""))
+    with pytest.raises(SimulationFailed, match=r"I1:"):
+        late_histories("mediator is killed")
+
+
+def test_a_late_cluster_that_trains_from_todays_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icrf.testing.sim_hosts.row_for", lambda start, recipients: 0)
+    with pytest.raises(SimulationFailed, match=r"I1:"):
+        late_histories("host dies")
+
+
+def test_an_aggregator_that_forgets_what_late_clusters_need_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap(monkeypatch, EarlierModels, "__init__", lambda init, self, *models: init(self))
+    with pytest.raises(SimulationFailed, match="X001"):
+        late_histories("mediator is killed", "cluster dies")

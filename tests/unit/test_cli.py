@@ -194,6 +194,16 @@ def test_resume_goes_on_and_has_each_round_once(fabric: Command) -> None:
     assert not (fabric.folder / "out" / "state").exists()
 
 
+def test_a_completed_run_is_not_overwritten(fabric: Command) -> None:
+    assert fabric("run", "fed.yaml", "--out", "out").exit_code == 0
+    before = (fabric.folder / "out" / "model.safetensors").read_bytes()
+    for command in (["run", "fed.yaml"], ["demo"], ["submit", "fed.yaml", "--watch"]):
+        result = fabric(*command, "--out", "out")
+        assert result.exit_code == 73, result.output
+        assert "error L005 --out: out holds the completed run" in result.stderr
+    assert (fabric.folder / "out" / "model.safetensors").read_bytes() == before
+
+
 def test_resuming_what_has_ended_shows_its_summary_again(fabric: Command) -> None:
     assert fabric("run", "fed.yaml", "--out", "out").exit_code == 0
     result = fabric("run", "--resume", "out", "--json")

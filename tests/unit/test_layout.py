@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch import nn
 from icrf.errors import IcrfError
 from icrf.learning.architectures import mlp
 from icrf.learning.layout import FlatModule, Layout
+from icrf.learning.models import build_model
 from icrf.protocol import TensorSpec
 from icrf.update import ExactSum, choose_grid
 
@@ -271,5 +275,13 @@ def test_private_tensors_lie_behind_the_shared_ones() -> None:
     assert layout.first_nonfinite(changed) in layout.private and layout.first_nonfinite(changed[:3]) is None
     with pytest.raises(IcrfError, match=r"C010 private_keys: no tensor of the model is called 'norm\*'"):
         Layout.of_module(module, ["norm*"])
-    with pytest.raises(IcrfError, match=r"W010.*no parameters"):
-        Layout.of_module(module, ["*"])
+    for everything in (["*"], ["*.weight", "*.bias"]):
+        with pytest.raises(IcrfError, match=r"C008 private_keys: .*nothing would be shared"):
+            Layout.of_module(module, everything)
+
+
+def test_the_private_keys_of_the_page_fit_the_model_that_it_names() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    keys, model = re.findall(r"`private_keys: (\[.*\])`, which fits `(\w+)`", page)[0]
+    layout = Layout.of_module(build_model(model, (3, 32, 32), 10, 0), json.loads(keys))
+    assert layout.private and layout.names

@@ -248,6 +248,32 @@ def test_data_that_is_no_classification_task_is_refused() -> None:
     assert Dataset(x.astype(np.float64), y, x, y, 2, "mine").train_x.dtype == np.float32
 
 
+OWN_LABELS = {"huge": 10**15, "beyond int64": 2**64 - 41, "negative": -1}
+
+
+def own_labels(target_column: str) -> tuple[np.ndarray, ...]:
+    labels = np.arange(40) if OWN_LABELS[target_column] < 2**63 else np.arange(40, dtype=np.uint64)
+    labels = (
+        labels * OWN_LABELS[target_column] if target_column != "beyond int64" else labels + OWN_LABELS[target_column]
+    )
+    return np.zeros((40, 4)), labels, np.zeros((10, 4)), np.arange(10)
+
+
+def too_large_for_float32() -> tuple[np.ndarray, ...]:
+    return np.full((40, 4), 1e200), np.arange(40) % 2, np.zeros((10, 4)), np.arange(10) % 2
+
+
+@pytest.mark.parametrize("kind", OWN_LABELS)
+def test_labels_that_are_no_class_numbers_are_refused_as_such(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"C018 dataset_type .*own_labels: train_y has classes .* allowed: 0 to "):
+        load_dataset(f"{__name__}:own_labels", target_column=kind)
+
+
+def test_features_that_float32_cannot_hold_are_refused_without_a_warning() -> None:
+    with pytest.raises(ConfigError, match=r"C018 .*train_x has values that are not finite"):
+        load_dataset(f"{__name__}:too_large_for_float32")
+
+
 # ---------------------------------------------------------------- models
 
 

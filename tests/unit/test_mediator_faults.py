@@ -69,7 +69,7 @@ def asked_checkpoints(core: Any) -> list[int]:
 
 def test_a_checkpoint_that_fails_is_made_up_for_at_the_next_commit(core: Any) -> None:
     core.register(*NAMES)
-    core.submit(federated_learning_rounds=7, checkpoint_every=2)
+    core.submit(federated_learning_rounds=8, checkpoint_every=2)
     core.play(hold=(SaveCheckpoint, StartRound))
     refusal = json.dumps(make_error("F006", "no state").to_dict())
     for _ in range(7):
@@ -78,6 +78,13 @@ def test_a_checkpoint_that_fails_is_made_up_for_at_the_next_commit(core: Any) ->
             core.report(cluster, Checkpointed(order.run_id, order.generation, order.round, "a", error_json=failed))
         core.play_round()
     assert asked_checkpoints(core) == [2, 3, 5, 7]
+
+
+def test_no_checkpoint_is_asked_of_the_last_round_whose_model_is_stored_at_once(core: Any) -> None:
+    core.register(*NAMES)
+    core.submit(federated_learning_rounds=4, checkpoint_every=2)
+    core.play()
+    assert asked_checkpoints(core) == [2]
 
 
 def test_a_checkpoint_that_a_recovery_cut_short_is_asked_again(core: Any) -> None:

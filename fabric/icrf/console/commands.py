@@ -31,8 +31,8 @@ from icrf.console.unfinished import (
     state_folder,
 )
 from icrf.errors import IcrfError, LocalError, ResourceError, RunError, error_from_dict
-from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, TERMINAL, Plan, RunInfo, Submission
-from icrf.run_folder import RunFolder, default_folder, require_writable, summarize
+from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, HIERARCHICAL, TERMINAL, Plan, RunInfo, Submission
+from icrf.run_folder import RunFolder, default_folder, require_free, require_writable, summarize
 from icrf.sinks import MetricsSink
 
 Outcome = tuple[dict[str, Any], int]
@@ -52,7 +52,7 @@ def run_here(
     sinks: Sequence[MetricsSink] = (),
 ) -> Outcome:
     """``fabric run``: an embedded fabric for one federation. Its state lies in `out`, so that it can be resumed."""
-    require_writable(out or Path("runs"))
+    require_free(out) if out else require_writable(Path("runs"))
     require_feasible(doors.plan_local(submission, clusters))
     state = None if out is None else new_state(out)
     with _embedded(terminal, doors, clusters, state) as fabric:
@@ -100,7 +100,7 @@ def run_demo(terminal: Terminal, doors: Doors, submission: Submission, clusters:
     """``fabric demo``: the packaged example, explained."""
     terminal.line(Text.assemble(("ICRF demo", "bold"), "  one federation over ", format_count(clusters, "Ray cluster")))
     terminal.line()
-    require_writable(out or Path("runs"))
+    require_free(out) if out else require_writable(Path("runs"))
     with _embedded(terminal, doors, clusters, None) as fabric:
         run, folder, plan = _start(terminal, fabric, submission, out)
         with folder:
@@ -120,7 +120,7 @@ def submit_there(
 ) -> Outcome:
     """``fabric submit``: hand a federation to a mediator, and follow it if asked to."""
     if follow:
-        require_writable(out or Path("runs"))
+        require_free(out) if out else require_writable(Path("runs"))
     # Folders of this machine mean nothing there: a cluster runs user code that its own agent allows and finds.
     run = fabric.submit(replace(submission, code_path=""), sinks=sinks)
     if not follow:
@@ -263,7 +263,7 @@ def _detaching(terminal: Terminal, run: Run) -> Iterator[None]:
 
 @contextmanager
 def _view(terminal: Terminal, run: Run, info: RunInfo) -> Iterator[RunView]:
-    with open_view(terminal, info.rounds_planned) as view:
+    with open_view(terminal, info.rounds_planned, merges=info.flow == HIERARCHICAL) as view:
         if not terminal.live:
             yield view
             return

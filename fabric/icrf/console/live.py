@@ -69,11 +69,17 @@ class RunView(Protocol):
     ) -> None: ...
 
 
-def open_view(terminal: Terminal, rounds_planned: int, *, clock: Callable[[], float] = time.monotonic) -> RunView:
-    """The live view on a terminal, plain lines elsewhere."""
+def open_view(
+    terminal: Terminal, rounds_planned: int, *, merges: bool = False, clock: Callable[[], float] = time.monotonic
+) -> RunView:
+    """The live view on a terminal, plain lines elsewhere.
+
+    Args:
+        merges: rounds that make one model for all groups are marked: others have one per group.
+    """
     if terminal.live:
-        return LiveView(terminal, rounds_planned, clock=clock)
-    return PlainView(terminal, rounds_planned)
+        return LiveView(terminal, rounds_planned, merges=merges, clock=clock)
+    return PlainView(terminal, rounds_planned, merges=merges)
 
 
 def step_line(terminal: Terminal, text: str, seconds: float) -> None:
@@ -117,9 +123,9 @@ class Steps:
 class PlainView:
     """One line per round, for pipes and logs."""
 
-    def __init__(self, terminal: Terminal, rounds_planned: int) -> None:
+    def __init__(self, terminal: Terminal, rounds_planned: int, *, merges: bool = False) -> None:
         self._terminal = terminal
-        self._planned = rounds_planned
+        self._planned, self._merges = rounds_planned, merges
         self._out_of_contact = False
 
     def __enter__(self) -> PlainView:
@@ -137,7 +143,7 @@ class PlainView:
         if repeated and self._out_of_contact:
             return  # events without a number say over and over that the mediator is out of reach
         if event.round is not None:
-            self._terminal.line(plain_round(event.round, self._planned))
+            self._terminal.line(plain_round(event.round, self._planned, merges=self._merges))
         elif event.kind in ("warning", "waiting"):
             self._terminal.line(f"{event.kind}  {event.text}")
 
@@ -145,16 +151,20 @@ class PlainView:
         """A log keeps what happened, not what is waited for."""
 
 
-def plain_round(result: RoundResult, planned: int) -> str:
+def plain_round(result: RoundResult, planned: int, *, merges: bool = False) -> str:
     """A round as one line of ``name value`` pairs."""
     total = f"/{planned}" if planned >= result.number else ""
-    parts = [f"round {result.number}{total}", f"nodes {result.participants}"]
+    parts = [f"round {result.number:>{len(str(planned))}}{total}", f"nodes {result.participants}"]
     for name in ("train_loss", "loss", "accuracy"):
         if name in result.metrics:
             parts.append(f"{name} {format_metric(result.metrics[name])}")
     parts += [f"inter-cluster {format_bytes(result.bytes_inter_cluster)}", format_duration(result.wall_s)]
     if len(result.bytes_by_cluster) > 1:
-        parts.append(cluster_cell(result, 10_000))
+        parts.append(f"received {cluster_cell(result, 10_000)}")
+    if merges and result.consensus_sha256:
+        parts.append("merged")
+    if result.staleness:
+        parts.append(f"late {len(result.staleness)}")
     if result.attempt > 1:
         parts.append(f"attempt {result.attempt}")
     return "  ".join(parts)
@@ -163,7 +173,14 @@ def plain_round(result: RoundResult, planned: int) -> str:
 class LiveView:
     """Round lines above a footer with progress, what is waited for, and the course of the accuracy."""
 
-    def __init__(self, terminal: Terminal, rounds_planned: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        terminal: Terminal,
+        rounds_planned: int,
+        *,
+        merges: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._terminal = terminal
         self._planned = rounds_planned
         self._clock = clock
@@ -174,7 +191,7 @@ class LiveView:
         self._done = 0
         self._seconds = 0.0
         self._accuracies: list[float] = []
-        self._table = RoundTable(terminal)
+        self._table = RoundTable(terminal, merges=merges)
         self._live = Live(console=terminal.console, get_renderable=self._footer, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> LiveView:
@@ -261,8 +278,8 @@ class RoundTable:
     _TITLES = ("round", "nodes", "train loss", "loss", "accuracy", "inter-cluster", "time")
     _WIDTHS = (5, 5, 10, 7, 8, 13, 8)
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
+    def __init__(self, terminal: Terminal, *, merges: bool = False) -> None:
+        self._terminal, self._merges = terminal, merges
         self._started = False
         self._best = float("-inf")
 
@@ -293,6 +310,8 @@ class RoundTable:
             line.append(" ").append(text.rjust(width), style="dim" if text == MISSING else style).append(" ")
         if len(result.bytes_by_cluster) > 1 and rest >= 12:
             line.append(" ").append(cluster_cell(result, rest), style="dim")
+        if self._merges and result.consensus_sha256:
+            line.append("  merged", style="cyan")
         if result.attempt > 1:
             line.append(f"  try {result.attempt}", style="yellow")
         self._print(line)

@@ -24,8 +24,11 @@ from icrf.console.live import RoundTable, plain_round
 from icrf.console.terminal import Terminal
 from icrf.errors import error_from_dict
 from icrf.model_file import ARTIFACT
-from icrf.protocol import CANCELLED, COMPLETED, FAILED, TERMINAL, RoundResult, RunInfo
+from icrf.protocol import CANCELLED, COMPLETED, FAILED, HIERARCHICAL, TERMINAL, RoundResult, RunInfo
 
+# Metrics that a summary shows by themselves, or that belong to training.
+_ELSEWHERE = ("accuracy", "loss", "train_loss")
+_MOST_METRICS = 8
 _STYLES = {COMPLETED: "green", FAILED: "bold red", CANCELLED: "yellow"}
 
 
@@ -95,12 +98,13 @@ def show_run(terminal: Terminal, info: RunInfo, rounds: Sequence[RoundResult], n
     if info.model_sha256:
         facts.append(("sha256", info.model_sha256))
     terminal.facts(facts)
-    table = RoundTable(terminal)
+    merges = info.flow == HIERARCHICAL
+    table = RoundTable(terminal, merges=merges)
     for result in rounds[-10:]:
         if terminal.live:
             table.row(result)
         else:
-            terminal.line(plain_round(result, info.rounds_planned))
+            terminal.line(plain_round(result, info.rounds_planned, merges=merges))
     if info.error_json:
         terminal.error(error_from_dict(json.loads(info.error_json)))
 
@@ -117,6 +121,10 @@ def show_summary(terminal: Terminal, summary: Mapping[str, Any], folder: Path | 
         facts.append(("accuracy", Text(format_metric(summary["accuracy"]), style="bold")))
     if summary["loss"] is not None:
         facts.append(("loss", format_metric(summary["loss"])))
+    others = {name: value for name, value in summary["metrics"].items() if name not in _ELSEWHERE}
+    facts += [(safe_text(name), format_metric(value)) for name, value in list(others.items())[:_MOST_METRICS]]
+    if len(others) > _MOST_METRICS:
+        facts.append(("", f"and {len(others) - _MOST_METRICS} more metrics in summary.json"))
     if "rounds_to_target" in summary:
         reached = summary["rounds_to_target"]
         facts.append(("target", f"reached in round {reached}" if reached else "not reached"))

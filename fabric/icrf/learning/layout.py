@@ -114,7 +114,7 @@ class Layout:
                 (FedBN, Li et al. 2021, arXiv 2102.07623).
 
         Raises:
-            ConfigError: C010 for a pattern that no tensor has.
+            ConfigError: C010 for a pattern that no tensor has, C008 for patterns that leave no parameter to share.
             WeightsError: W011 for a tied parameter or a dtype that has no aggregation rule, by name; W010 for a module
                 without parameters or with one that is not materialised.
         """
@@ -145,15 +145,7 @@ class Layout:
             rule = ROUNDED if dtype not in _DTYPES else AGGREGATED if name in parameters else MEAN
             rule = PRIVATE if any(fnmatchcase(name, pattern) for pattern in private) else rule
             tensors.append(TensorSpec(name, tuple(int(n) for n in tensor.shape), dtype, rule))
-        for pattern in private:
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise ConfigError(
-                    "C010",
-                    f"no tensor of the model is called '{pattern}'",
-                    place="private_keys",
-                    allowed=", ".join(sorted(named)[:12]),
-                    hint=did_you_mean(pattern, named),
-                )
+        _check_private(private, tensors)
         return cls(tuple(tensors))
 
     @property
@@ -327,6 +319,27 @@ def _buffers(module: Any) -> dict[str, Any]:
     """The buffers that belong to the state; the others are constants of the module's code."""
     kept = module.state_dict()
     return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name in kept}
+
+
+def _check_private(private: Collection[str], tensors: Sequence[TensorSpec]) -> None:
+    """C010 for a pattern that no tensor has, C008 where nothing is left to share."""
+    names = [tensor.name for tensor in tensors]
+    for pattern in private:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                "C010",
+                f"no tensor of the model is called '{pattern}'",
+                place="private_keys",
+                allowed=", ".join(names[:12]),
+                hint=did_you_mean(pattern, names),
+            )
+    if private and not any(tensor.rule == AGGREGATED for tensor in tensors):
+        raise ConfigError(
+            "C008",
+            f"private_keys {list(private)} keep every parameter with its node: nothing would be shared",
+            place="private_keys",
+            allowed="patterns that leave a parameter to share",
+        )
 
 
 def _no_rule(name: str, dtype: str, wanted: str) -> WeightsError:

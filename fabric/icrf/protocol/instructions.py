@@ -57,6 +57,21 @@ class Activate:
 
 
 @dataclass(frozen=True)
+class LateUpdates:
+    """Nodes that contribute their update of an earlier round, in which their clusters were late.
+
+    Attributes:
+        round: the round that they train in this one's stead: from its model, with its random numbers.
+        nodes: bitmap of these nodes; all of a cluster's participants or none.
+        factor: what they weigh, in 1/1024, see :mod:`icrf.staleness`.
+    """
+
+    round: int
+    nodes: bytes
+    factor: int
+
+
+@dataclass(frozen=True)
 class StartRound:
     """Run one attempt of a round from the committed state `parent_hash`; answered by :class:`RoundReport`.
 
@@ -66,6 +81,9 @@ class StartRound:
         evaluate: evaluate the global (or consensus) model after this round.
         participants: bitmap of the nodes that train in this round; empty: all that have the role.
         merge: hierarchical: the round ends with one model for all groups.
+        late: those of them that bring an update of an earlier round, one item per round, ascending.
+        kept: rounds whose updates clusters that do not take part still owe after this round, ascending; the aggregator
+            keeps the models that they started from.
     """
 
     run_id: str
@@ -78,6 +96,8 @@ class StartRound:
     evaluate: bool
     participants: bytes = b""
     merge: bool = False
+    late: tuple[LateUpdates, ...] = ()
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

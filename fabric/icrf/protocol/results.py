@@ -42,6 +42,7 @@ class RoundResult:
             256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
+        staleness: node id -> how many rounds ago the round was whose update it contributed; only nodes that were late.
     """
 
     number: int
@@ -61,6 +62,7 @@ class RoundResult:
     bytes_by_cluster: dict[str, int] = field(default_factory=dict)
     participants_bitmap: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    staleness: dict[str, int] = field(default_factory=dict)
 
     @property
     def participant_nodes(self) -> tuple[int, ...]:

@@ -168,6 +168,7 @@ CHOICES: dict[str, Choice] = {
     "placement_group_strategy": Choice(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
     "topology_adaptation_strategy": Choice(("static",), ("random", "similarity", "dissimilarity", "affinity")),
     "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
+    "late_updates": Choice(("drop", "weigh")),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
     "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),

@@ -231,10 +231,19 @@ class FederationConfig(BaseModel):
 
     # ---- policy of a round
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
-    """Seconds that one attempt of a round may take; null: 600."""
+    """Seconds that one attempt of a round may take; null means the default."""
     on_cluster_loss: Text = "wait"
     """What happens to a run whose cluster is lost: ``wait`` for its return (up to ``round_deadline_s``, then without
     it where ``min_nodes`` allows), ``exclude``: go on at once without its nodes, or ``fail``."""
+    late_updates: Text = "drop"
+    """What becomes of the updates of a cluster that missed a round's deadline: ``drop``, or ``weigh``: its nodes bring
+    them to a later round, with a weight that falls with every round of delay. Star with ``min_nodes``, FedAvg and
+    FedProx."""
+    staleness_exponent: Annotated[float, Field(ge=0, le=16)] = 0.5
+    """With ``late_updates: weigh``: an update that is s rounds late weighs ``(1 + s)^-staleness_exponent`` of what it
+    would weigh in time; 0: as much."""
+    max_staleness: Count = 4
+    """With ``late_updates: weigh``: how many rounds late an update may be; after that it is dropped."""
     inter_cluster_codec: Text = "none"
     """How payloads are compressed between clusters."""
     evaluate_every: Count = 1

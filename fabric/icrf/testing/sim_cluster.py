@@ -6,13 +6,14 @@ and die, a manager that dies, a cluster that is rebuilt, payloads that are lost,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RunError, make_error
 from icrf.exchange import CONSENSUS, PARTIAL, Transfer
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
-from icrf.protocol import Activate, HeldRun, Reserve, StartRound
+from icrf.protocol import Activate, HeldRun, Reserve, StartRound, nodes_of
 from icrf.testing import sim_hosts
 from icrf.testing.sim_hosts import Phase, References, SimHost, SimRun
 from icrf.testing.sim_tally import Tally, Vector
@@ -23,6 +24,8 @@ RETRY, RESTORE = "retry", "restore"
 DEATHS = frozenset({"U003", "P003", "P030"})
 MAX_SENDS = 12
 RESERVE_POLL_S = 1.0
+# Beyond the deadline of a round, where late clusters are survived.
+LATE_S, LATE_ODDS, MAX_LATE = (160.0, 300.0), 0.5, 2
 WIRE_HEADER_BYTES = 100
 
 Done = Callable[[Any, IcrfError | None], None]
@@ -108,6 +111,8 @@ class SimCluster:
         self.listener: Callable[[Arrival], None] = lambda arrival: None
         self._world, self._network, self._tallies, self._observer = world, network, tallies, observer
         self._hosts: dict[str, list[SimHost]] = {}
+        self._lateness: Counter[str] = Counter()
+        self._newest: Counter[str] = Counter()
         self.manager = HybridTopologyManager(name, References())
         network.clusters[name] = self
 
@@ -246,7 +251,13 @@ class SimCluster:
     def train(self, run_id: str, start: StartRound, done: Done) -> None:
         """Every host trains its nodes and publishes what they send."""
         if self._begin(run_id, start, done):
-            self._phase(run_id, start, (0.2, 3.0), sim_hosts.train, done)
+
+            def train() -> None:
+                self._phase(run_id, start, (0.2, 3.0), sim_hosts.train, done)
+
+            if not self._dawdles(run_id, start):
+                return train()
+            self._world.soon(*LATE_S, ("late in round", start.round, self.name), train)
 
     def aggregate(self, run_id: str, start: StartRound, done: Done) -> None:
         """Merge the partials, or mix every node's neighbours."""
@@ -337,6 +348,23 @@ class SimCluster:
         if run_id not in self.runs:
             raise RunError("F005", f"run {run_id[:8]} is not active on cluster {self.name}")
         return self.runs[run_id]
+
+    def _dawdles(self, run_id: str, start: StartRound) -> bool:
+        """Whether training misses the deadline: not where the round could not go on with the aggregator's cluster only,
+        nor where it may be committed already, so that it has to have whom it had."""
+        run = self.runs[run_id]
+        newest, self._newest[run_id] = self._newest[run_id], max(start.round, self._newest[run_id])
+        order, tally = run.activation, run.tally
+        if start.round <= newest or not tally.weighs or any(tally.aggregator in host.nodes for host in run.hosts):
+            return False
+        chosen = nodes_of(start.participants) or tally.participants
+        left = [n for n in chosen if order.assignment[n] == order.assignment[tally.aggregator]]
+        # Also when nothing else goes wrong any more, but not for ever.
+        if len(left) < tally.config["min_nodes"] or self._lateness[run_id] >= MAX_LATE:
+            return False
+        late = self._world.rng.random() < LATE_ODDS
+        self._lateness[run_id] += late
+        return late
 
     def _relink(self) -> None:
         linked = self.manager.linked()

@@ -16,7 +16,9 @@ from icrf.errors import InternalError, NodeError, RunError, WeightsError
 from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL, UPDATE, Transfer
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import Activate, Activated, StartRound, nodes_of
+from icrf.staleness import late_nodes, scaled
 from icrf.testing.sim_tally import Tally, Vector, absmax, digest, total
+from icrf_agent.host_late import EarlierModels, row_for
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager, Posting
 
@@ -40,6 +42,7 @@ class SimHost:
     life: int = 1
     generation: int = 0
     state: VersionedState | None = None
+    earlier: EarlierModels = field(default_factory=EarlierModels)
     consensus: tuple[int, Vector] | None = None
     clear_s: float = 0.0
 
@@ -96,7 +99,10 @@ def publish_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, st
             manager.publish_many(_posting(start, MODEL, (aggregator,), row, tally.hierarchy.members[aggregator]))
         return
     recipients = tuple(i for i in tally.chosen(start.round) if i != tally.aggregator)
-    manager.publish_many(_posting(start, MODEL, (tally.aggregator,), host.state.rebase(start), recipients))
+    model = host.state.rebase(start)
+    host.earlier.enter(start, host.state, len(model))
+    sent = host.earlier.sent(start, model)
+    manager.publish_many(_posting(start, MODEL, (tally.aggregator,), sent, recipients))
 
 
 def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
@@ -105,6 +111,8 @@ def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: Sta
     chosen = nodes_of(start.participants) or tally.participants
     local = tuple(n for n in host.nodes if n in chosen)
     overflow: tuple[int, ...] = ()
+    late = late_nodes(start.late)
+    of_round = {n: late[n].round if n in late else start.round for n in local}
     if tally.hierarchy:
         if local and local[0] == chosen[0] and tally.overflows(start.round, start.grid):
             overflow = (0,)
@@ -116,9 +124,9 @@ def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: Sta
         postings = manager.collect(start.run_id, start.round, start.attempt, MODEL)
         if len(postings) != 1:
             raise InternalError("X001", f"round {start.round} has {len(postings)} global models")
-        base = array_of(postings[0])
-        made = total([tally.contribution(n, start.round, base) for n in local])
-        weight = sum(tally.samples(n) for n in local)
+        base = array_of(postings[0]).reshape(-1)[: tally.num_nodes + 2]
+        made = total([tally.contribution(n, of_round[n], base) for n in local])
+        weight = sum(scaled(tally.samples(n), n, late) for n in local)
         if local[0] == chosen[0] and tally.overflows(start.round, start.grid):
             overflow = (0,)
         else:
@@ -128,7 +136,7 @@ def train(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: Sta
         rows = host.state.rebase(start)
         updates = [tally.update(n, start.round, rows[k]) for k, n in enumerate(host.nodes)]
         manager.publish_many(_posting(start, UPDATE, host.nodes, np.stack(updates)))
-    losses = [tally.loss(n, start.round) for n in local]
+    losses = [tally.loss(n, of_round[n]) for n in local]
     sums = {"train_loss": (sum(n for n, _ in losses), sum(w for _, w in losses))} if losses else {}
     return PhaseReport(nodes=local, overflow=overflow, metric_sums=sums)
 
@@ -184,8 +192,11 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
     if tally.hierarchy:
         return _aggregate_groups(manager, run, host, start)
     if tally.centralized:
-        added = [array_of(p) for p in manager.collect(start.run_id, start.round, start.attempt, PARTIAL)]
-        model = total([host.state.rebase(start), *added])
+        partials = manager.collect(start.run_id, start.round, start.attempt, PARTIAL)
+        weight = sum(p.weight for p in partials)
+        if weight != start.total_weight:
+            raise InternalError("X001", f"partials add up to weight {weight}, expected {start.total_weight}")
+        model = total([host.state.rebase(start), *map(array_of, partials)])
         host.state.stage(start, model)
         metrics = {"accuracy": start.round / tally.rounds} if start.evaluate else {}
         return PhaseReport(absmax=absmax([model]), metrics=metrics, model_hash=digest(model).hex())
@@ -222,6 +233,8 @@ def posted(manager: HybridTopologyManager, start: StartRound, transfer: Transfer
         return posting, array_of(posting)
     for posting in manager.collect(*key):
         if transfer.sender in posting.senders:
+            if transfer.kind == MODEL:
+                return posting, np.atleast_2d(array_of(posting))[max(0, row_for(start, transfer.recipients))]
             row = posting.senders.index(transfer.sender)
             return posting, array_of(posting).reshape(len(posting.senders), -1)[row]
     raise RunError("F005", f"node {transfer.sender} has posted no {transfer.kind} in round {start.round}")
@@ -241,6 +254,7 @@ def set_up(run: SimRun, host: SimHost, states: Mapping[int, Vector]) -> list[Vec
             raise WeightsError("W010", f"the state of node {missing[0]} is missing", place="checkpoint")
         held = [states[n] if order.restore_round else tally.initial() for n in keys]
         host.state = VersionedState(held[0] if tally.centralized else np.stack(held), order.restore_round)
+        host.earlier = EarlierModels({-1 - key: state for key, state in states.items() if key < 0})
     host.generation = order.generation
     return held
 
@@ -260,12 +274,14 @@ def activated(run: SimRun, parts: Sequence[Sequence[Vector]]) -> Activated:
 
 
 def state_rows(run: SimRun, host: SimHost, round_number: int) -> dict[str, list[int]]:
-    """A host's part of a committed state; F006 if it is not here."""
+    """A host's part of a committed state, the model of an earlier round r under -1 - r; F006 if it is not here."""
     state = host.state.at(round_number) if host.state else None
     if state is None:
         raise RunError("F006", f"no state of round {round_number}")
     keys = run.keepers(host)
-    return {str(n): [int(v) for v in row] for n, row in zip(keys, np.atleast_2d(state), strict=True)}
+    earlier = {-1 - number: model for number, model in host.earlier.by_round.items()}
+    rows = {**dict(zip(keys, np.atleast_2d(state), strict=True)), **earlier}
+    return {str(n): [int(v) for v in row] for n, row in rows.items()}
 
 
 def pack_states(parts: Sequence[Mapping[str, list[int]]], round_number: int) -> bytes:

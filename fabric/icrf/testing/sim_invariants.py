@@ -26,6 +26,7 @@ from icrf.protocol import (
     RoundReport,
     RunEvent,
     StartRound,
+    nodes_of,
 )
 from icrf.testing.sim_tally import Tally
 from icrf.testing.sim_world import World
@@ -141,6 +142,8 @@ class Checker:
         generation = int(write.key[1])
         self.require(generation > facts.generation, f"I4: generation {generation} after {facts.generation}")
         facts.generation, facts.clusters = generation, tuple(write.row["clusters"])
+        assert facts.tally is not None
+        facts.tally.place(write.row["assignment"])
 
     def _on_attempts(self, facts: _Facts, write: Write) -> None:
         run_id, number, attempt, cluster = write.key
@@ -166,6 +169,8 @@ class Checker:
             row["model_sha256"] == tally.expected(number).head,
             f"I1: round {number} has another state than without faults",
         )
+        late = {tally.submission.nodes[node].id: age for node, age in tally.ages(number).items()}
+        self.require(row["staleness"] == late, f"I1: late in round {number}: {row['staleness']}, not {late}")
         loss = row["metrics"].get("train_loss")
         self.require(loss == tally.expected_loss(number), f"I1: loss of round {number} is {loss}")
         facts.heads.append(str(row["model_sha256"]))
@@ -178,8 +183,11 @@ class Checker:
         self.require(number == len(facts.heads), f"I7: participants of round {number} after {len(facts.heads) - 1}")
         self.require(set(nodes) <= set(tally.chosen(number)), f"I1: strangers take part in round {number}: {nodes}")
         self.require(len(nodes) >= tally.config["min_nodes"], f"I1: only {nodes} take part in round {number}")
+        missed = nodes_of(bytes.fromhex(str(write.row.get("late", ""))))
+        self.require(tally.weighs or not missed, f"I1: {missed} are late in round {number}")
+        self.require(not set(missed) & set(nodes), f"I1: late nodes take part in round {number}: {nodes}, {missed}")
         facts.without.setdefault(number, set()).update(write.row["without"])
-        tally.decide(number, nodes)
+        tally.decide(number, nodes, missed)
 
     def _on_checkpoints(self, facts: _Facts, write: Write) -> None:
         for artifact in write.row["artifacts"].values():
@@ -222,6 +230,8 @@ class Checker:
                 self.require(number <= len(facts.heads), f"I7: round {number} starts after {len(facts.heads) - 1}")
                 self.require(instruction.parent_hash == facts.heads[number - 1], f"I7: parent of round {number}")
                 self.require(instruction.generation == facts.generation, f"I6: round {number} of a fenced generation")
+                weight = facts.tally.weight(number) if facts.tally and facts.tally.centralized else 0
+                self.require(weight in (0, instruction.total_weight), f"I1: round {number} does not weigh {weight}")
 
     def restarted(self, core: FederationMediator) -> None:
         """Another life of the mediator has read the journal."""

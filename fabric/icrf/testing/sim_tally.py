@@ -90,10 +90,17 @@ class Tally:
             self.keepers = self.hierarchy.aggregators if self.hierarchy else (self.aggregator,)
         self.rounds = int(self.config["federated_learning_rounds"])
         rows = [int.from_bytes(bytes.fromhex(row), "little") for row in submission.schedule]
-        self._chosen = {
+        self._drawn = {
             number: tuple(i for i in self.participants if not rows or rows[(number - 1) % len(rows)] >> i & 1)
             for number in range(1, self.rounds + 1)
         }
+        self._decided: dict[int, tuple[int, ...]] = {}
+        self._chosen: dict[int, tuple[int, ...]] = {}
+        self.weighs = self.config.get("late_updates") == "weigh"
+        self._cluster_of: tuple[int, ...] = ()
+        # By round: the nodes whose clusters were late, and the rounds that nodes owed before it.
+        self._late: dict[int, set[int]] = {}
+        self._owed: dict[int, dict[int, int]] = {1: {}}
         self._expected = [self._summary([self.initial() for _ in self.keepers])]
         self._foresee(1)
 
@@ -141,10 +148,20 @@ class Tally:
         """The nodes that contribute in a round."""
         return self._chosen[number]
 
-    def decide(self, number: int, nodes: Sequence[int]) -> None:
-        """The mediator has written down that a round goes on with these nodes."""
-        self._chosen[number] = tuple(nodes)
+    def place(self, cluster_of: Sequence[int]) -> None:
+        """The mediator has written down where nodes live."""
+        self._cluster_of = tuple(cluster_of)
+
+    def decide(self, number: int, nodes: Sequence[int], late: Sequence[int] = ()) -> None:
+        """The mediator has written down that a round goes on with these nodes, without others that are late."""
+        self._decided[number] = tuple(nodes)
+        self._late[number] = set(late)
         self._foresee(number)
+
+    def ages(self, number: int) -> dict[int, int]:
+        """Which nodes contribute to a round what they owed, and how many rounds late."""
+        owed = self._owed[number]
+        return {node: number - owed[node] for node in self._chosen[number] if node in owed}
 
     def mix(self, node: int, rows: Mapping[int, Vector]) -> Vector:
         """The new state of `node` from its own update and its neighbours', in node order; its own count stays."""
@@ -179,7 +196,8 @@ class Tally:
 
     def expected_loss(self, number: int) -> float:
         """The mean training loss of a round."""
-        parts = [self.loss(node, number) for node in self._chosen[number]]
+        ages = self.ages(number)
+        parts = [self.loss(node, number - ages.get(node, 0)) for node in self._chosen[number]]
         return metric_mean(sum(n for n, _ in parts), sum(w for _, w in parts))
 
     def bitmap(self, number: int) -> bytes:
@@ -202,15 +220,40 @@ class Tally:
     def _foresee(self, first: int) -> None:
         del self._expected[first:]
         for number in range(first, self.rounds + 1):
+            self._settle(number)
             self._expected.append(self._summary(self._step(self._expected[-1].states, number)))
 
+    def _settle(self, number: int) -> None:
+        """Who takes part in a round, and what is owed after it: by nodes of clusters that were late, and do nothing
+        else until they have brought it or it is too old."""
+        owed = self._owed[number]
+        busy = {self._cluster_of[node] for node in owed}
+        wanted = {n for n in self._drawn[number] if not busy or self._cluster_of[n] not in busy}.union(owed)
+        self._chosen[number] = self._decided.get(number, tuple(sorted(wanted)))
+        after = {node: since for node, since in owed.items() if node not in self._chosen[number]}
+        for node in self._late.get(number, ()):
+            if self._cluster_of[node] not in busy:
+                after[node] = number
+        most = int(self.config.get("max_staleness", 0))
+        self._owed[number + 1] = {node: since for node, since in after.items() if number + 1 - since <= most}
+
+    def weight(self, number: int) -> int:
+        """What the weights of a centralized round add up to; in parts of 1024 where somebody is late."""
+        ages, exponent = self.ages(number), float(self.config.get("staleness_exponent", 0.0))
+        parts = {node: max(1, round(1024 / (1 + age) ** exponent)) for node, age in ages.items()}
+        return sum(self.samples(i) * (parts.get(i, 1024) if ages else 1) for i in self._chosen[number])
+
     def _base_grid(self, number: int) -> int:
-        weight = sum(self.samples(i) for i in (self._chosen[number] if self.centralized else self.participants))
+        weight = self.weight(number) if self.centralized else sum(self.samples(i) for i in self.participants)
         return choose_grid(absmax(self._expected[number - 1].states), weight)[0]
 
     def _step(self, states: Sequence[Vector], number: int) -> list[Vector]:
         if self.centralized:
-            added = [self.contribution(i, number, states[0]) for i in self._chosen[number]]
+            ages = self.ages(number)
+            added = [
+                self.contribution(i, number - ages.get(i, 0), self._expected[number - 1 - ages.get(i, 0)].states[0])
+                for i in self._chosen[number]
+            ]
             return [total([states[0], *added])]
         if self.hierarchy:
             groups = zip(self.hierarchy.members.values(), states, strict=True)

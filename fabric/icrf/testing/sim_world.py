@@ -101,9 +101,9 @@ class World:
         self._echo = echo
         self._trace: deque[tuple[float, Any]] = deque(maxlen=TRACE_STEPS)
 
-    def concentrate(self, weights: Sequence[float]) -> None:
-        """Many faults from outside, of the kinds with a weight only."""
-        self.odds = replace(self.odds, weights=tuple(weights), budget=10, gap_s=3.0, at_effect=0.0)
+    def concentrate(self, weights: Sequence[float], gap_s: float = 3.0) -> None:
+        """Many faults from outside, of the kinds with a weight only, in this mean distance."""
+        self.odds = replace(self.odds, weights=tuple(weights), budget=10, gap_s=gap_s, at_effect=0.0)
         self.budget = self.odds.budget
 
     # ------------------------------------------------------------ time

@@ -123,13 +123,16 @@ class Fabric:
         trace: print every step.
         kinds: let many faults strike from outside, of these kinds only; empty: the seed decides.
         quorum: long stars over several clusters that do without those that are lost.
+        gap_s: mean time between faults of these kinds.
     """
 
-    def __init__(self, seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False) -> None:
+    def __init__(
+        self, seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False, gap_s: float = 3.0
+    ) -> None:
         self.world = world = World(seed, len(FAULTS), trace)
         if kinds:
-            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r}, quorum={quorum})"
-            world.concentrate([float(kind in kinds) for kind in FAULTS])
+            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r}, quorum={quorum}, gap_s={gap_s})"
+            world.concentrate([float(kind in kinds) for kind in FAULTS], gap_s)
         policy = Policy()
         self.checker = Checker(world, policy.lease_ttl_s)
         self.mediator = SimMediator(world, self.checker, policy)
@@ -253,6 +256,9 @@ class Fabric:
             }
         elif flow == CENTRALIZED and draw.random() < 0.4:
             config |= {"min_nodes": 1, "on_cluster_loss": draw.choice(("wait", "exclude"))}
+        if config.get("min_nodes") and draw.random() < 0.5:
+            config |= {"late_updates": "weigh", "max_staleness": draw.randint(1, 3)}
+            config |= {"min_nodes": 1, "round_deadline_s": 150.0}
         request = f"request-{number}"
         tally = Tally(tally_submission(request, flow, sorted(set(edges)), size, config, schedule, aggregators))
         self._tallies[tally.submission.config_json] = tally
@@ -261,7 +267,7 @@ class Fabric:
         return User(self, tally, rng.choice((0.0, 35.0)) + rng.uniform(0.0, 10.0), cancel_s)
 
     def _until(self, done: Callable[[], bool]) -> None:
-        world, healed_s = self.world, 0.0
+        world, healed_s = self.world, self.world.now_s
         while not done():
             if not world.healed:
                 healed_s = world.now_s
@@ -281,7 +287,9 @@ class Fabric:
             self.checker.require(not left, f"I11: {cluster.name} still holds {left}")
 
 
-def simulate(seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False) -> Outcome:
+def simulate(
+    seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False, gap_s: float = 3.0
+) -> Outcome:
     """One history.
 
     Args:
@@ -289,11 +297,12 @@ def simulate(seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: 
         trace: print every step.
         kinds: let many faults of these kinds strike (keys of :data:`FAULTS`); empty: the seed decides.
         quorum: long stars over several clusters that do without those that are lost.
+        gap_s: mean seconds between faults of these kinds.
 
     Raises:
         SimulationFailed: an invariant does not hold.
     """
-    return Fabric(seed, trace, kinds, quorum).run()
+    return Fabric(seed, trace, kinds, quorum, gap_s).run()
 
 
 # ---------------------------------------------------------------- kinds of faults that strike from outside

@@ -237,23 +237,23 @@ def k_connected(num_nodes: int, k_value: int) -> HybridAdjacencyMatrix:
     Raises:
         TopologyError: T011 if no such graph exists: k outside [1, num_nodes - 1], or k = 1 with more than two nodes.
     """
-    if not 1 <= k_value < num_nodes:
-        raise TopologyError(
-            "T011",
-            f"{num_nodes} nodes cannot have {k_value} neighbours each",
-            place="k_value",
-            allowed=f"1 to {num_nodes - 1}",
-        )
     if k_value == 1 and num_nodes > 2:
-        raise TopologyError(
-            "T011", "one neighbour each connects two nodes only", place="k_value", allowed=f"2 to {num_nodes - 1}"
-        )
+        text = "one neighbour each connects two nodes only"
+        raise TopologyError("T011", text, place="k_value", allowed=degrees(num_nodes))
+    if not 1 <= k_value < num_nodes:
+        text = f"{num_nodes} nodes cannot have {k_value} neighbours each"
+        raise TopologyError("T011", text, place="k_value", allowed=degrees(num_nodes))
     near = circulant(num_nodes, range(1, k_value // 2 + 1))
     if k_value % 2 == 0:
         return near
     opposite = np.arange((num_nodes + 1) // 2)
     across = np.stack([opposite, opposite + num_nodes // 2], axis=1)
     return HybridAdjacencyMatrix.from_edges(num_nodes, np.concatenate([np.stack(near.edges(), axis=1), across]))
+
+
+def degrees(num_nodes: int) -> str:
+    """How many neighbours each of the nodes of a connected graph may have, in words."""
+    return f"{min(2, num_nodes - 1)} to {num_nodes - 1}" if num_nodes > 1 else "two nodes or more"
 
 
 def circulant(num_nodes: int, offsets: Iterable[int], symmetric: bool = True) -> HybridAdjacencyMatrix:

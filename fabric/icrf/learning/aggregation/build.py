@@ -29,7 +29,7 @@ def build_aggregator(name: str, settings: Mapping[str, Any], num_models: int = 1
     with AGGREGATORS.calling(name):
         rule = kind(**accepted_arguments(kind, given))
     if not isinstance(rule, MeanAggregator | UpdateAggregator):
-        message = f"'{name}' made a {type(rule).__name__}"
+        message = f"'{name}' made a value of type {type(rule).__name__}"
         raise ConfigError("C017", message, place=place, allowed="a MeanAggregator or an UpdateAggregator")
     if rule.rows.every_update != isinstance(rule, UpdateAggregator):
         message = f"'{name}' has rows with every_update {rule.rows.every_update}"

@@ -789,6 +789,8 @@ class StartRound(_message.Message):
     EVALUATE_FIELD_NUMBER: _builtins.int
     PARTICIPANTS_FIELD_NUMBER: _builtins.int
     MERGE_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -803,6 +805,12 @@ class StartRound(_message.Message):
     def grid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """exponents, often negative"""
 
+    @_builtins.property
+    def late(self) -> _containers.RepeatedCompositeFieldContainer[Global___LateUpdates]: ...
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """rounds whose updates are still owed afterwards"""
+
     def __init__(
         self,
         *,
@@ -816,14 +824,43 @@ class StartRound(_message.Message):
         evaluate: _builtins.bool = ...,
         participants: _builtins.bytes = ...,
         merge: _builtins.bool = ...,
+        late: _abc.Iterable[Global___LateUpdates] | None = ...,
+        kept: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartRound: _TypeAlias = StartRound  # noqa: Y015
+
+@_typing.final
+class LateUpdates(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    nodes: _builtins.bytes
+    """bitmap"""
+    factor: _builtins.int
+    """weight in 1/1024"""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        nodes: _builtins.bytes = ...,
+        factor: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["factor", b"factor", "nodes", b"nodes", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LateUpdates: _TypeAlias = LateUpdates  # noqa: Y015
 
 @_typing.final
 class AbortAttempt(_message.Message):
@@ -1934,6 +1971,26 @@ class RoundResult(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class StalenessEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NUMBER_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
@@ -1951,6 +2008,7 @@ class RoundResult(_message.Message):
     BYTES_BY_CLUSTER_FIELD_NUMBER: _builtins.int
     PARTICIPANTS_BITMAP_FIELD_NUMBER: _builtins.int
     NODE_METRICS_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     attempt: _builtins.int
     generation: _builtins.int
@@ -1971,6 +2029,8 @@ class RoundResult(_message.Message):
     def bytes_by_cluster(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     @_builtins.property
     def node_metrics(self) -> _containers.MessageMap[_builtins.str, Global___NodeMetrics]: ...
+    @_builtins.property
+    def staleness(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -1991,10 +2051,11 @@ class RoundResult(_message.Message):
         bytes_by_cluster: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         participants_bitmap: _builtins.str = ...,
         node_metrics: _abc.Mapping[_builtins.str, Global___NodeMetrics] | None = ...,
+        staleness: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "staleness", b"staleness", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
