@@ -26,7 +26,6 @@ from icrf.protocol import (
     ClusterInfo,
     Fingerprint,
     LinkBytes,
-    MixingReport,
     Plan,
     Resources,
     Submission,
@@ -38,6 +37,9 @@ from icrf.residency import host_budget, resident_nodes
 from icrf.topology import Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
+# The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
+# submits them may be of another version.
+_CLUSTERED = "ClusterFederatedLearning"
 # A host with torch imported and one optimizer step made (measured), before any model.
 HOST_BYTES = 360 * 1_000_000
 
@@ -75,11 +77,13 @@ class _Settings:
     mixing: str
     device: str
     determinism: str
+    number_of_models: int
     resident_nodes: int | None
     resident_memory_mb: int | None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> _Settings:
+        clustered = config.get("federated_learning_schema") == _CLUSTERED
         return cls(
             federation_id=config.get("federation_id", ""),
             rounds=config.get("federated_learning_rounds", 1),
@@ -91,6 +95,7 @@ class _Settings:
             mixing=config.get("mixing") or "metropolis_hastings",
             device=config.get("device") or "cpu",
             determinism=config.get("determinism") or "strict",
+            number_of_models=config.get("number_of_models") or 1 if clustered else 1,
             resident_nodes=config.get("resident_nodes"),
             resident_memory_mb=config.get("resident_memory_mb"),
         )
@@ -139,7 +144,6 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
-    mixing = _mixing(submission, settings)
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -152,9 +156,6 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         bytes_inter_cluster_per_round=per_round,
         bytes_inter_cluster_per_evaluation=per_evaluation,
         bytes_inter_cluster_total=per_round * settings.rounds + per_evaluation * settings.num_evaluations,
-        slem=mixing.slem if mixing else -1.0,
-        slem_kind=mixing.slem_kind if mixing else "none",
-        rounds_to_consensus=mixing.rounds_to_consensus if mixing else -1,
         peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, residents),
         slots=slots,
         feasible=not problems,
@@ -162,9 +163,10 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
-        mixing=mixing,
         residents=residents,
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
+        num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
+        **_mixed(submission, settings),
         **_grouped(submission, exchange, adjacency, num_parameters),
     )
     return plan, assignment
@@ -250,11 +252,13 @@ def _assign(
     return assign(strategy, adjacency, clusters, pins)
 
 
-def _mixing(submission: Submission, settings: _Settings) -> MixingReport | None:
-    """What the mixing matrix of peers leads to."""
+def _mixed(submission: Submission, settings: _Settings) -> dict[str, Any]:
+    """What a plan says about the mixing matrix of peers."""
     if submission.flow != DECENTRALIZED:
-        return None
-    return check_mixing(mixing_matrix(submission.graph, settings.mixing))
+        return {"slem": -1.0, "slem_kind": "none", "rounds_to_consensus": -1}
+    found = check_mixing(mixing_matrix(submission.graph, settings.mixing))
+    same = {name: getattr(found, name) for name in ("slem", "slem_kind", "rounds_to_consensus")}
+    return {**same, "mixing": found}
 
 
 def _grouped(

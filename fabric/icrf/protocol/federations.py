@@ -273,6 +273,8 @@ class Plan:
         num_parameters: elements of a model on its way.
         residents: cluster name -> nodes that are expected to be active at once there; its hosts measure and decide.
         tensors: rule -> how many tensors of the model follow it.
+        num_models: models that the server learns and sends to every client that takes part; 1 but for a clustered
+            federation with one server.
     """
 
     federation: str
@@ -300,6 +302,7 @@ class Plan:
     groups: dict[str, str] = field(default_factory=dict)
     bytes_inter_cluster_within_groups: int = 0
     bytes_inter_cluster_per_merge: int = 0
+    num_models: int = 1
     residents: dict[str, int] = field(default_factory=dict)
 
 
