@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,8 @@ class HostNodes:
         self.indices = setup.nodes
         self.cluster = setup.cluster
         self.mailbox = HostMailbox(manager, activation.run_id)
-        self._setup = setup
+        # What nodes start from is theirs from here on: this copy would be in memory twice.
+        self._setup = replace(setup, state=b"", node_states={})
         self._specs = activation.nodes
         self._require_allowed()
         if setup.allow is None and activation.code_path and activation.code_path not in sys.path:

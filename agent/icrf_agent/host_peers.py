@@ -18,7 +18,7 @@ from icrf.update import weighted_mix
 from icrf_agent.checkpoint import pack_rows, unpack_rows
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums, blocks_of
-from icrf_agent.row_file import Table, like, make_table
+from icrf_agent.row_file import Table, like, make_table, read_row
 
 Array = np.ndarray[Any, Any]
 
@@ -83,7 +83,8 @@ class DecentralizedFlow:
         for nodes in blocks:
             sent = t.buffer("sent", (len(blocks[0]), self._size))[: len(nodes)]
             for place, index in enumerate(nodes):
-                row = np.array(state[self._rows[index]])
+                row = t.buffer("row", (self._width,))
+                read_row(state, self._rows[index], row)
                 t.nodes.model.load(row[: t.layout.row_size])
                 if t.nodes.trains(index) and index in training:
                     self._train_node(start, index, row, sums)
@@ -127,14 +128,15 @@ class DecentralizedFlow:
         self._state.rebase(start)
         state, made = self._state.spare(), _Made(t)
         sums: MetricSums = {}
+        # Whoever has the last word on a row may keep it.
+        may_keep = t.has_last_word
         consensus = _Consensus(t, self._gossip, start) if start.evaluate else None
         for index, k in self._rows.items():
-            # A new one for each: whoever has the last word on it may keep it.
-            row = np.empty(self._width, t.layout.dtype)
+            row = np.empty(self._width, t.layout.dtype) if may_keep else t.buffer("row", (self._width,))
             own, size = row[: t.layout.row_size], self._size
             neighbours, weights = self._gossip.row(index, start.round)
             weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), row[:size])
-            row[size:] = self._unshared[k]
+            read_row(self._unshared, k, row[size:])
             t.last_word(index, own)
             if consensus is not None:
                 t.nodes.model.load(own)

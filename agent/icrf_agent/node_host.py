@@ -62,6 +62,8 @@ class NodeHost:
         """
         torch.set_num_threads(NUM_THREADS)
         self._generation = 0
+        # What was set up before must not be in memory beside what comes.
+        self._nodes = self._flow = None
         nodes = HostNodes(setup, self._manager, self._notes)
         by_node = NodeMetrics(setup.activation.nodes)
         tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references, by_node)

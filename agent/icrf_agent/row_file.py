@@ -68,9 +68,13 @@ class RowFile:
 
     def __getitem__(self, number: int) -> Array:
         row = np.empty(self.shape[1], self.dtype)
-        if not self._file.read_into(_bytes_of(row), self._place(number)):
-            raise IndexError(f"row {number} was not written yet")
+        self.read(number, row)
         return row
+
+    def read(self, number: int, out: Array) -> None:
+        """Copy a row into a contiguous array of its width and type: fresh memory takes longer than the reading."""
+        if not self._file.read_into(_bytes_of(out), self._place(number)):
+            raise IndexError(f"row {number} was not written yet")
 
     def __setitem__(self, number: int, row: Array) -> None:
         found = np.ascontiguousarray(row, self.dtype).reshape(self.shape[1])
@@ -117,6 +121,14 @@ def make_table(rows: Sequence[Array], width: int, dtype: Any, on_disk: bool) -> 
     for number, row in enumerate(rows):
         table[number] = row
     return table
+
+
+def read_row(table: Table, number: int, out: Array) -> None:
+    """Copy a row of a table into a contiguous array of its width and type."""
+    if isinstance(table, RowFile):
+        table.read(number, out)
+    else:
+        np.copyto(out, table[number])
 
 
 def like(table: Table) -> Table:
