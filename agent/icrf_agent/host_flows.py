@@ -9,7 +9,7 @@ learns several models, all are sent, and each node trains the one that suits its
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -249,9 +249,12 @@ class CentralizedFlow:
 
     def _load(self, model: Array, private: Array) -> None:
         """A global model, with what is a node's own."""
+        if not self._private:
+            self._t.nodes.model.load(model)
+            return
         row = self._t.buffer("row", (self._size + self._private,))
         row[: self._size], row[self._size :] = model, private
-        self._t.nodes.model.load(row if self._private else model)
+        self._t.nodes.model.load(row)
 
     def _with_buffers(self, sent: Array, trained: Array) -> Array:
         """A contribution whose first row has the node's own buffers, and whose other rows have none."""
@@ -343,10 +346,8 @@ class CentralizedFlow:
     def _calling_the_rule(self, start: StartRound, index: int, method: str) -> Iterator[None]:
         """Rules may be the user's own code: what they raise becomes U001, naming the rule, and what they draw from the
         global generators depends on the federation's seed, the node, the round and the method alone."""
-        config = self._t.nodes.config
-        seed = derive_seed(config.seed, index, start.round, f"global rule {method}")
         try:
-            with nullcontext() if self._rule_is_ours else global_randomness(seed):
+            with nullcontext() if self._rule_is_ours else self._rule_randomness(start, index, method):
                 yield
         except IcrfError:
             raise
@@ -354,6 +355,10 @@ class CentralizedFlow:
             name = self._t.nodes.config.aggregation_strategy
             place = f"aggregation_strategy {name} on {self._t.nodes.cluster}"
             raise NodeError("U001", f"{type(error).__name__}: {error}", place=place) from error
+
+    def _rule_randomness(self, start: StartRound, index: int, method: str) -> AbstractContextManager[None]:
+        seed = self._t.nodes.config.seed
+        return global_randomness(derive_seed(seed, index, start.round, f"global rule {method}"))
 
     def evaluate(self, start: StartRound) -> PhaseReport:
         """Nothing: the aggregator has evaluated already."""

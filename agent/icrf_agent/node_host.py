@@ -14,6 +14,7 @@ import torch
 from icrf import values
 from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
+from icrf.learning.rng import restored_randomness
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activated, StartRound
 from icrf_agent.host_flows import CentralizedFlow
@@ -100,7 +101,8 @@ class NodeHost:
 
     def host_train(self, start: StartRound) -> PhaseReport:
         """Train this host's nodes."""
-        return self._staged(start, self._at(start).train(start))
+        with restored_randomness():
+            return self._staged(start, self._at(start).train(start))
 
     def host_aggregate(self, start: StartRound) -> PhaseReport:
         """Merge or mix, as the flow has it."""
