@@ -30,6 +30,7 @@ from icrf.learning.rng import derive_seed, global_randomness, stable_random_stat
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
 from icrf.staleness import WEIGH, late_nodes, scaled
+from icrf.update import ExactSum
 from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
 from icrf_agent.host_late import EarlierModels, FinishedWork
 from icrf_agent.host_nodes import is_ours
@@ -88,6 +89,8 @@ class CentralizedFlow:
         row_bytes = t.layout.num_parameters * t.layout.dtype.itemsize
         weighs = t.nodes.config.late_updates == WEIGH
         self._finished = FinishedWork(len(self._participants), row_bytes) if weighs else None
+        # The sum of the participants beside the aggregator, by attempt: it goes nowhere, so it is not posted.
+        self._own_sum: tuple[tuple[int, int], ExactSum] | None = None
         # What each participant here has chosen last, to be shown between rounds.
         self._chosen: dict[int, int] = {}
         self._server, self._clients = self._states(restored)
@@ -142,8 +145,7 @@ class CentralizedFlow:
         self._earlier.enter(start, self._server, self._size)
         sent = self._earlier.sent(start, row)
         recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
-        posting = self._t.posting(start, MODEL, (self._aggregator,), sent, recipients=recipients)
-        self._t.manager.publish_many(posting)
+        self._t.post(start, MODEL, (self._aggregator,), sent, recipients=recipients)
 
     # ------------------------------------------------------------ participants
 
@@ -179,7 +181,10 @@ class CentralizedFlow:
         if total is None and updates is not None:
             self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
         elif total is not None and not overflow:
-            self._publish(start, PARTIAL, participants, total.sums, total.weight)
+            if self._server is not None:
+                self._own_sum = (start.round, start.attempt), total
+            else:
+                self._publish(start, PARTIAL, participants, total.sums, total.weight)
         return PhaseReport(
             nodes=participants,
             overflow=tuple(sorted(overflow)),
@@ -266,8 +271,7 @@ class CentralizedFlow:
         return sent
 
     def _publish(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, weight: int) -> None:
-        posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
-        self._t.manager.publish_many(posting)
+        self._t.post(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
 
     # ------------------------------------------------------------ the aggregator
 
@@ -335,12 +339,17 @@ class CentralizedFlow:
             t.layout.take_medians(updates, state[: self._size])
             return postings
         postings = t.collect(start, PARTIAL)
-        total = t.merge(start, postings, start.total_weight)
+        total = t.merge(start, postings, start.total_weight, self._take_own_sum(start))
         with self._calling_the_rule(start, self._aggregator, "advance"):
             rule.finish(total, previous, state, facts)
         for part in self._buffers:
             state[part] = total.mean_part(part.start, part.stop, np.empty(part.stop - part.start))
         return postings
+
+    def _take_own_sum(self, start: StartRound) -> ExactSum | None:
+        """What this host's own participants have contributed in this attempt; merged once, so handed out once."""
+        kept, self._own_sum = self._own_sum, None
+        return kept[1] if kept is not None and kept[0] == (start.round, start.attempt) else None
 
     @contextmanager
     def _calling_the_rule(self, start: StartRound, index: int, method: str) -> Iterator[None]:
