@@ -7,6 +7,7 @@ import json
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,46 @@ def test_a_buffer_that_has_become_something_else_is_refused_by_name(value: torch
     module.module.average = value
     with pytest.raises(IcrfError, match=r"W010 average: buffer 'average' differs.*float32 \(2,\)"):
         module.snapshot()
+
+
+def grown(module: Counting) -> None:
+    module.linear.weight.data = torch.zeros(3, 3)
+
+
+def moved(module: Counting) -> None:
+    module.linear.weight.data = module.linear.weight.data + 1
+
+
+def halved(module: Counting) -> None:
+    module.half()
+
+
+def another(module: Counting) -> None:
+    module.linear.weight = torch.nn.Parameter(torch.zeros(2, 2))
+
+
+def another_layer(module: Counting) -> None:
+    module.linear = torch.nn.Linear(2, 2)
+
+
+def removed(module: Counting) -> None:
+    module.linear.weight = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("change", [grown, moved, halved, another, another_layer, removed])
+def test_a_parameter_that_was_replaced_is_refused_by_name_and_gone_with_the_next_load(change: Any) -> None:
+    module = FlatModule(Counting())
+    start = module.snapshot()
+    change(module.module)
+    with pytest.raises(IcrfError, match=r"W010 (linear\.\w+|average): .*(was replaced|differs)"):
+        module.snapshot()
+    module.load(start)
+    assert module.flat.tobytes() == start.tobytes()
+    module.module.linear(torch.ones(1, 2)).sum().backward()
+    with torch.no_grad():
+        module.module.linear.weight += module.module.linear.weight.grad
+    learned = module.layout.to_state_dict(module.flat)["linear.weight"]
+    np.testing.assert_array_equal(learned, module.layout.to_state_dict(start)["linear.weight"] + 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

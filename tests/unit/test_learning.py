@@ -297,7 +297,7 @@ def test_user_factories_are_called_with_what_they_accept() -> None:
     module = build_model("torch.nn:Identity", (64,), 10, 0)
     with pytest.raises(ConfigError, match=r"C018.*\(2, 64\)"):
         check_fit(module, DIGITS)
-    with pytest.raises(ConfigError, match="C017 model_type: model factory raised TypeError"):
+    with pytest.raises(ConfigError, match=r"C017 model_type: model 'torch\.nn:Linear' raised TypeError"):
         build_model("torch.nn:Linear", (64,), 10, 0)
     with pytest.raises(ConfigError, match="C018 model_type"):
         build_model("builtins:dict", (64,), 10, 0)
@@ -353,7 +353,7 @@ def test_metrics_are_evaluated_by_name_and_refused_by_name() -> None:
     found = evaluate(module, DIGITS.test_x, DIGITS.test_y, batch=100, metrics=["macro_f1"])
     assert set(found) == {"accuracy", "loss", "macro_f1"} and 0 <= found["macro_f1"] <= 1
     assert evaluate(module, DIGITS.test_x[:0], DIGITS.test_y[:0], metrics=["macro_f1"])["macro_f1"] == 0.0
-    with pytest.raises(ConfigError, match=r"C010 metric 'macro_f2' unknown.*Did you mean 'macro_f1'"):
+    with pytest.raises(ConfigError, match=r"C010 metrics: metric 'macro_f2' unknown.*Did you mean 'macro_f1'"):
         require_metrics(["macro_f2"])
     with pytest.raises(ConfigError, match=r"C008 metrics: two metrics are called 'macro_f1'"):
         require_metrics(["macro_f1", "icrf.learning.metrics:macro_f1"])

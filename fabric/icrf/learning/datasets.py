@@ -279,15 +279,9 @@ def load_dataset(dataset_type: str, data_dir: str = "", **options: Any) -> Datas
 def _load(dataset_type: str, options: tuple[tuple[str, Any], ...]) -> Dataset:
     load = DATASETS.get(dataset_type)
     offered: Mapping[str, Any] = dict(options)
-    try:
-        with global_randomness(0):  # clusters that load by themselves get the same data, whatever the seed
-            loaded = load(**accepted_arguments(load, offered))
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            "C017", f"data set raised {type(error).__name__}: {error}", place="dataset_type", value=dataset_type
-        ) from error
+    # Clusters that load by themselves get the same data, whatever the seed.
+    with DATASETS.calling(dataset_type), global_randomness(0):
+        loaded = load(**accepted_arguments(load, offered))
     if isinstance(loaded, Dataset):
         return loaded
     if not isinstance(loaded, tuple) or len(loaded) != 4:

@@ -383,7 +383,7 @@ class FlatModule:
         self._tensor = torch.empty(self.layout.row_size, dtype=self.dtype)
         self._array: FlatArray = self._tensor.numpy()
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-        trainable, self._buffers = [], []
+        trainable, self._buffers, self._parameters = [], [], []
         for tensor, part in self.layout.places:
             if tensor.name in buffers:
                 home = _home(module, tensor.name)
@@ -393,9 +393,11 @@ class FlatModule:
             parameter = parameters[tensor.name]
             view.copy_(parameter.data)
             parameter.data = view
+            self._parameters.append((*_home(module, tensor.name), parameter, view, tensor.name))
             if parameter.requires_grad:
                 trainable.append((parameter, view))
         self.trainable: tuple[tuple[Any, Any], ...] = tuple(trainable)
+        self._children = [(parent, key, child) for parent in module.modules() for key, child in parent._modules.items()]
         # What is no state must not carry anything from one node to the next.
         self._constants = [(*_home(module, name), buffer, buffer.clone()) for name, buffer in buffers.items()]
         self._gather()
@@ -411,7 +413,8 @@ class FlatModule:
         """The same with the private tensors behind them, shape (row_size,).
 
         Raises:
-            WeightsError: W010 naming a buffer that has got another shape or dtype, or an integer out of range.
+            WeightsError: W010 naming a buffer that has got another shape or dtype, an integer out of range, or a
+                parameter that is not in its place in the buffer any more: what it has learned would be lost.
         """
         self._gather()
         return self._array
@@ -422,6 +425,12 @@ class FlatModule:
         The module is in training mode and without gradients then: nothing of the node before is left.
         """
         self.layout.check(flat)
+        for parent, key, child in self._children:
+            parent._modules[key] = child
+        for owner, key, parameter, view, _ in self._parameters:
+            owner._parameters[key] = parameter
+            if not _is_view(parameter, view):
+                parameter.grad, parameter.data = None, view
         np.copyto(self._array[: len(flat)], flat)
         if len(flat) < len(self._array):
             np.copyto(self._array[len(flat) :], self._private)
@@ -449,7 +458,20 @@ class FlatModule:
             parameter.grad = None
 
     def _gather(self) -> None:
-        """Copy the buffers' values into the flat form."""
+        """Copy the buffers' values into the flat form, where the parameters' are already."""
+        current = dict(self.module.named_parameters())
+        for _, _, parameter, view, name in self._parameters:
+            found = current.get(name)
+            if found is not parameter or not _is_view(found, view):
+                dtype, shape = str(getattr(found, "dtype", "none")).removeprefix("torch."), getattr(found, "shape", ())
+                raise WeightsError(
+                    "W010",
+                    f"parameter {name!r} was replaced",
+                    place=name,
+                    value=f"{dtype} {tuple(shape)}",
+                    allowed=f"the model's own {self.layout.dtype} {tuple(view.shape)}",
+                    hint="change its values in place: with torch.no_grad(): parameter.copy_(values)",
+                )
         for owner, key, _, tensor, part in self._buffers:
             found = owner._buffers[key]
             dtype, shape = str(getattr(found, "dtype", "none")).removeprefix("torch."), getattr(found, "shape", ())
@@ -462,6 +484,16 @@ class FlatModule:
                     allowed=f"{tensor.dtype} {tensor.shape}",
                 )
             put(tensor, part, found.detach().numpy())
+
+
+def _is_view(parameter: Any, view: Any) -> bool:
+    """Whether a parameter's values are those that `view` shows."""
+    return bool(
+        parameter.data_ptr() == view.data_ptr()
+        and parameter.shape == view.shape
+        and parameter.dtype == view.dtype
+        and parameter.stride() == view.stride()
+    )
 
 
 def _home(module: Any, name: str) -> tuple[Any, str]:

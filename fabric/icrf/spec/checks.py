@@ -295,6 +295,10 @@ _LOCAL_OPTIMIZERS = {"SCAFFOLD": ("SGD",), "FedNova": ("SGD",), "DiLoCo": ("SGD"
 
 def _aggregation(values: Values) -> Iterator[Problem]:
     rule = values["aggregation_strategy"]
+    if values["federated_learning_schema"] == DECENTRALIZED:
+        for key, only in (("aggregation_strategy", "FedAvg"), ("clip_norm", None)):
+            if values[key] != only:
+                yield _without_server(key, f"{key} {values[key]}", "null" if only is None else only)
     if values["federated_learning_schema"] not in WITH_SERVER:
         return
     if rule == "FedProx" and values["mu"] is None:
@@ -306,6 +310,12 @@ def _aggregation(values: Values) -> Iterator[Problem]:
     if rule == "SCAFFOLD" and values["clip_norm"] is not None:
         text = "clip_norm contradicts aggregation_strategy SCAFFOLD, which reads gradients off the unclipped update"
         yield Problem("C008", ("clip_norm",), text, allowed="null with SCAFFOLD")
+
+
+def _without_server(key: str, what: str, allowed: str) -> Problem:
+    text = f"{what} contradicts federated_learning_schema {DECENTRALIZED}, where no server combines updates"
+    hint = f"Leave it out, which keeps the mix with the neighbours (mixing), or set schema: {TRADITIONAL}."
+    return Problem("C008", (key,), text, allowed=allowed, hint=hint)
 
 
 def _fewest_participants(values: Values) -> int:
