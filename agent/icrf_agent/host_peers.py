@@ -93,7 +93,7 @@ class DecentralizedFlow:
                 sent[place] = row[: self._size]
                 # What is private stays behind.
                 self._unshared[self._rows[index]] = row[self._size :]
-            t.manager.publish_many(t.posting(start, UPDATE, nodes, sent))
+            t.post(start, UPDATE, nodes, sent)
         return PhaseReport(nodes=tuple(trained), metric_sums=sums, node_metrics=t.by_node.take(start))
 
     def _train_node(self, start: StartRound, index: int, row: Array, sums: MetricSums) -> None:
@@ -238,6 +238,5 @@ class _Consensus:
     def publish(self, nodes: tuple[int, ...]) -> tuple[int, ...]:
         """Post the sum; the tensors that left the grid, if any: then nothing is posted."""
         if not self._overflow:
-            posting = self._t.posting(self._start, CONSENSUS, nodes, self._total.sums, weight=self._total.weight)
-            self._t.manager.publish_many(posting)
+            self._t.post(self._start, CONSENSUS, nodes, self._total.sums, weight=self._total.weight)
         return tuple(sorted(self._overflow))

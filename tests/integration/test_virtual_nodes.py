@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from icrf.client import Fabric
+from icrf.errors import ConfigErrors
 from icrf.federation.base import FederatedBase
 from icrf.federation.node import FederatedNode
 from icrf.learning.datasets import Dataset
@@ -112,6 +113,12 @@ def test_a_few_active_nodes_make_the_bits_of_all_at_once(all_active: list[str], 
 def test_the_state_of_the_optimizer_is_kept_and_part_of_a_nodes_identity(all_active: list[str]) -> None:
     fresh = hashes({**RING, "keep_optimizer_state": False})
     assert not set(fresh) & set(all_active)
+
+
+@pytest.mark.parametrize("keys", [STAR, {**RING, "optimizer": "RMSprop"}], ids=["star", "RMSprop"])
+def test_where_the_state_of_the_optimizer_cannot_be_kept_that_is_said(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigErrors, match="C012 .*keep_optimizer_state"):
+        FederationConfig.from_mapping({**keys, "keep_optimizer_state": True})
 
 
 @pytest.mark.parametrize("optimizer", [{"optimizer": "Adam", "momentum": 0.0}, {"private_keys": ["*bias"]}])
