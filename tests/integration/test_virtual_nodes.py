@@ -117,7 +117,7 @@ def test_the_state_of_the_optimizer_is_kept_and_part_of_a_nodes_identity(all_act
 
 @pytest.mark.parametrize("keys", [STAR, {**RING, "optimizer": "RMSprop"}], ids=["star", "RMSprop"])
 def test_where_the_state_of_the_optimizer_cannot_be_kept_that_is_said(keys: dict[str, Any]) -> None:
-    with pytest.raises(ConfigErrors, match="C012 .*keep_optimizer_state"):
+    with pytest.raises(ConfigErrors, match=r"C012 .*keep_optimizer_state"):
         FederationConfig.from_mapping({**keys, "keep_optimizer_state": True})
 
 
