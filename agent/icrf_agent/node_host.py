@@ -23,6 +23,7 @@ from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_peers import DecentralizedFlow
 from icrf_agent.host_state import HostHeld
 from icrf_agent.host_tools import HostTools
+from icrf_agent.host_vector import Together
 from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.node_state import wrap
 from icrf_agent.topology_manager import HybridTopologyManager, References
@@ -64,7 +65,9 @@ class NodeHost:
         self._generation = 0
         nodes = HostNodes(setup, self._manager, self._notes)
         by_node = NodeMetrics(setup.activation.nodes)
-        tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references, by_node)
+        tools = HostTools(
+            setup.activation, nodes, nodes.layout, self._manager, self._references, by_node, Together(nodes)
+        )
         flow: Flow = _FLOWS[setup.activation.flow](tools, setup.state)
         self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation
         found = flow.initial()
