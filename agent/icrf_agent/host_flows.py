@@ -9,7 +9,7 @@ learns several models, all are sent, and each node trains the one that suits its
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -412,11 +412,13 @@ class CentralizedFlow:
     def _calling_the_rule(self, start: StartRound, index: int, method: str) -> Iterator[None]:
         """Rules may be the user's own code: what they raise becomes U001, naming the rule, and what they draw from the
         global generators depends on the federation's seed, the node, the round and the method alone."""
-        config = self._t.nodes.config
-        seed = derive_seed(config.seed, index, start.round, f"global rule {method}")
+        seed = self._t.nodes.config.seed
         try:
-            with nullcontext() if self._rule_is_ours else global_randomness(seed):
+            if self._rule_is_ours:
                 yield
+            else:
+                with global_randomness(derive_seed(seed, index, start.round, f"global rule {method}")):
+                    yield
         except IcrfError:
             raise
         except (Exception, SystemExit) as error:

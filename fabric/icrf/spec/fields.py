@@ -131,8 +131,12 @@ def _resource_form(value: Any) -> str:
 
 
 def _width(value: Any) -> Any:
-    if value in ("off", "auto") or (isinstance(value, int) and not isinstance(value, bool)):
+    if value in ("off", "auto"):
         return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 2 <= value <= MAX_WIDTH:
+            return value
+        raise invalid("C007", f"{value} not in [2, {MAX_WIDTH}]", "off, auto, or a number of nodes from 2")
     raise invalid("C006", f"expected a width, got {describe(value)}", "off, auto, or a number of nodes from 2")
 
 
