@@ -61,7 +61,7 @@ class NodeHost:
         Raises:
             WeightsError: W010, W020 for a state that does not fit; see also :class:`HostNodes`.
         """
-        torch.set_num_threads(NUM_THREADS)
+        _use_one_thread()
         self._generation = 0
         nodes = HostNodes(setup, self._manager, self._notes)
         by_node = NodeMetrics(setup.activation.nodes)
@@ -148,6 +148,7 @@ class NodeHost:
 
     def _at(self, start: StartRound) -> Flow:
         nodes, flow = self._ready()
+        _use_one_thread()
         nodes.enter(start)
         return flow
 
@@ -172,10 +173,17 @@ class NodeHost:
     def _between_rounds(self, index: int) -> HostNodes:
         """Load a node's current state; what it sends now belongs to the last round, whichever that is."""
         nodes, flow = self._ready()
+        _use_one_thread()
         nodes.get(index).context.model.load(flow.state_of(index))
         nodes.mailbox.position = None
         nodes.states.set_aside()
         return nodes
+
+
+def _use_one_thread() -> None:
+    """Before anything is computed: MKL counts per calling thread, and phases need not be called from the one that has
+    set up the nodes."""
+    torch.set_num_threads(NUM_THREADS)
 
 
 def _plain(result: Any) -> Any:

@@ -7,6 +7,7 @@ two at the end of an array must not show in one row more than in another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from icrf.preconditions import VECTORIZED_OPTIMIZERS
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 Terms = Sequence[LocalTerms | None]
+Part = tuple[slice, tuple[int, ...]]
 
 
 class Recurrence(Protocol):
@@ -27,14 +29,17 @@ class Recurrence(Protocol):
 
     num_moments: int
 
-    def update(self, weights: Any, gradient: Any, moments: Sequence[Any], steps: Any) -> None:
+    def scales(self, steps: float) -> tuple[float, ...]:
+        """What the number of a row's steps, the next one included, decides."""
+
+    def update(self, weights: Any, gradient: Any, moments: Sequence[Any], scales: Sequence[Any]) -> None:
         """Take one step in place.
 
         Args:
-            weights: the tensor's columns of the rows at work, shape (k, elements).
+            weights: the tensor of the rows at work, shape (k, ...).
             gradient: of the same shape; it may share memory with another one.
             moments: what is kept, each of the same shape.
-            steps: steps of each row, this one included, float64, shape (k, 1).
+            scales: those of all rows, each of shape (k, 1, ...).
         """
 
 
@@ -45,7 +50,10 @@ class _Sgd:
         self._learning_rate, self._momentum, self._weight_decay = learning_rate, momentum, weight_decay
         self.num_moments = 1 if momentum else 0
 
-    def update(self, weights: Any, gradient: Any, moments: Sequence[Any], steps: Any) -> None:
+    def scales(self, steps: float) -> tuple[float, ...]:
+        return ()
+
+    def update(self, weights: Any, gradient: Any, moments: Sequence[Any], scales: Sequence[Any]) -> None:
         if self._weight_decay:
             gradient = gradient + weights * self._weight_decay
         if self._momentum:
@@ -61,7 +69,10 @@ class _Adam:
     def __init__(self, learning_rate: float, weight_decay: float, *, decoupled: bool) -> None:
         self._learning_rate, self._weight_decay, self._decoupled = learning_rate, weight_decay, decoupled
 
-    def update(self, weights: Any, gradient: Any, moments: Sequence[Any], steps: Any) -> None:
+    def scales(self, steps: float) -> tuple[float, ...]:
+        return math.sqrt(1.0 - _BETA2**steps), self._learning_rate / (1.0 - _BETA1**steps)
+
+    def update(self, weights: Any, gradient: Any, moments: Sequence[Any], scales: Sequence[Any]) -> None:
         if self._weight_decay and self._decoupled:
             weights.mul_(1.0 - self._learning_rate * self._weight_decay)
         elif self._weight_decay:
@@ -69,8 +80,7 @@ class _Adam:
         first, second = moments
         first.lerp_(gradient, 1.0 - _BETA1)
         second.mul_(_BETA2).add_(gradient.square().mul_(1.0 - _BETA2))
-        root = (1.0 - _BETA2**steps).sqrt().to(weights.dtype)
-        size = (self._learning_rate / (1.0 - _BETA1**steps)).to(weights.dtype)
+        root, size = scales
         weights.sub_((first / second.sqrt().div_(root).add_(_EPSILON)).mul_(size))
 
 
@@ -79,14 +89,16 @@ class StackedOptimizer:
 
     Args:
         rows: the models, shape (width, padded row size); updated in place.
-        parts: the columns of each tensor that is learned.
+        parts: the columns and the shape of each tensor that is learned.
         shared: elements of a row that nodes share, the first ones; terms are about these.
     """
 
-    def __init__(self, recurrence: Recurrence, rows: Any, parts: Sequence[slice], shared: int) -> None:
+    def __init__(self, recurrence: Recurrence, rows: Any, parts: Sequence[Part], shared: int) -> None:
         self._recurrence, self._rows, self._parts, self._shared = recurrence, rows, parts, shared
+        self._weights = self._tensors(rows)
         self._moments = [torch.zeros_like(rows) for _ in range(recurrence.num_moments)]
-        self._steps = torch.zeros((len(rows), 1), dtype=torch.float64, device=rows.device)
+        self._moments_of = list(zip(*map(self._tensors, self._moments), strict=True)) or [()] * len(parts)
+        self._steps = [0.0] * len(rows)
         self._anchor: Any = None
         self._mu: Any = None
         self._correction: Any = None
@@ -98,8 +110,9 @@ class StackedOptimizer:
             terms: per row.
             starts: the rows' models, flat.
         """
-        for matrix in (*self._moments, self._steps):
-            matrix.zero_()
+        self._steps = [0.0] * len(self._rows)
+        for moment in self._moments:
+            moment.zero_()
         self._anchor = self._correction = None
         pulls = [0.0 if term is None or term.anchor is None else term.mu for term in terms]
         if any(pulls):
@@ -107,20 +120,19 @@ class StackedOptimizer:
                 start if term is None or term.anchor is None else term.anchor
                 for start, term in zip(starts, terms, strict=True)
             ]
-            self._anchor = self._stacked(anchors)
-            self._mu = torch.tensor(pulls, dtype=self._rows.dtype, device=self._rows.device)[:, None]
+            self._anchor = self._tensors(self._stacked(anchors))
+            self._mu = self._per_row(pulls)
         if any(term is not None and term.correction is not None for term in terms):
             zeros = np.zeros(self._shared, self._anchor_dtype)
-            self._correction = self._stacked(
-                [zeros if term is None or term.correction is None else term.correction for term in terms]
-            )
+            corrections = [zeros if term is None or term.correction is None else term.correction for term in terms]
+            self._correction = self._tensors(self._stacked(corrections))
         for row, term in enumerate(terms):
             if term is not None and term.optimizer_state is not None:
                 kept = torch.tensor(term.optimizer_state)
                 for k, moment in enumerate(self._moments):
                     moment[row, : self._shared] = kept[k * self._shared : (k + 1) * self._shared]
                 for number in kept[len(self._moments) * self._shared :]:
-                    self._steps[row] = number
+                    self._steps[row] = float(number)
 
     def end(self, terms: Terms) -> None:
         """Give back the optimizer states that outlive the call."""
@@ -128,7 +140,7 @@ class StackedOptimizer:
             if term is not None and term.optimizer_state is not None:
                 kept = [moment[row, : self._shared] for moment in self._moments]
                 numbers = len(term.optimizer_state) - len(kept) * self._shared
-                kept += [self._steps[row].to(self._rows.dtype)] * numbers
+                kept += [self._per_row([self._steps[row]])] * numbers
                 np.copyto(term.optimizer_state, torch.cat(kept).cpu().numpy())
 
     def step(self, gradients: Sequence[Any], num_active: int) -> None:
@@ -139,22 +151,39 @@ class StackedOptimizer:
             num_active: rows at work.
         """
         active = slice(num_active)
-        self._steps[active] += 1.0
-        for part, found in zip(self._parts, gradients, strict=True):
+        self._steps[active] = [steps + 1.0 for steps in self._steps[active]]
+        # In Python, one by one: what vector code makes of a power depends on where in the array it stands.
+        scales = [
+            self._per_row(values) for values in zip(*map(self._recurrence.scales, self._steps[active]), strict=True)
+        ]
+        for number, (found, whole) in enumerate(zip(gradients, self._weights, strict=True)):
             if found is None:
                 continue
-            weights, gradient = self._rows[active, part], found[active].flatten(1)
-            if part.stop <= self._shared:
-                gradient = self._with_terms(gradient, weights, active, part)
-            moments = [moment[active, part] for moment in self._moments]
-            self._recurrence.update(weights, gradient, moments, self._steps[active])
+            weights, gradient = whole[active], found[active]
+            if self._parts[number][0].stop <= self._shared:
+                gradient = self._with_terms(gradient, weights, active, number)
+            moments = [moment[active] for moment in self._moments_of[number]]
+            self._recurrence.update(weights, gradient, moments, [self._column(scale, weights) for scale in scales])
 
-    def _with_terms(self, gradient: Any, weights: Any, active: slice, part: slice) -> Any:
+    def _with_terms(self, gradient: Any, weights: Any, active: slice, number: int) -> Any:
         if self._anchor is not None:
-            gradient = gradient + (weights - self._anchor[active, part]).mul_(self._mu[active])
+            pull = (weights - self._anchor[number][active]).mul_(self._column(self._mu, weights))
+            gradient = gradient + pull
         if self._correction is not None:
-            gradient = gradient + self._correction[active, part]
+            gradient = gradient + self._correction[number][active]
         return gradient
+
+    def _per_row(self, values: Sequence[float]) -> Any:
+        return torch.tensor(values, dtype=self._rows.dtype, device=self._rows.device)
+
+    @staticmethod
+    def _column(values: Any, like: Any) -> Any:
+        """A number per row, in a shape that goes with a tensor of the first rows."""
+        return values[: len(like)].view(-1, *[1] * (like.dim() - 1))
+
+    def _tensors(self, matrix: Any) -> list[Any]:
+        """The parts of a matrix like the rows, in their shapes; views."""
+        return [matrix[:, part].view(len(matrix), *shape) for part, shape in self._parts]
 
     @property
     def _anchor_dtype(self) -> Any:
@@ -172,7 +201,7 @@ def stacked_optimizer(
     name: str,
     *,
     rows: Any,
-    parts: Sequence[slice],
+    parts: Sequence[Part],
     shared: int,
     learning_rate: float,
     momentum: float,

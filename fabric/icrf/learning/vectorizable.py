@@ -139,7 +139,8 @@ def _changed_by(module: Any, x: Any) -> str:
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.no_grad():
         module(x)
-    changed = [name for name, buffer in module.named_buffers() if not torch.equal(buffer, before.get(name, buffer[:0]))]
+    after = dict(module.named_buffers())
+    changed = [name for name in after if name not in before or not torch.equal(after[name], before[name])]
     return f"changes buffer {', '.join(changed[:5])} in training" if changed else ""
 
 

@@ -157,12 +157,12 @@ class VectorTrainer:
         trainable = {name for name, found in flat_module.module.named_parameters() if found.requires_grad}
         floats = [(t.name, t.shape, part) for t, part in layout.places if not t.is_integer]
         self._tensors = {name: self._rows[:, part].view(width, *shape).detach() for name, shape, part in floats}
-        learned = [(name, part) for name, _, part in floats if name in trainable]
-        self._leaves = [self._tensors[name].requires_grad_() for name, _ in learned]
+        learned = [(name, part, shape) for name, shape, part in floats if name in trainable]
+        self._leaves = [self._tensors[name].requires_grad_() for name, _, _ in learned]
         self._optimizer = stacked_optimizer(
             recipe.optimizer,
             rows=self._rows,
-            parts=[part for _, part in learned],
+            parts=[(part, shape) for _, part, shape in learned],
             shared=layout.num_parameters,
             learning_rate=recipe.learning_rate,
             momentum=recipe.momentum,
