@@ -6,8 +6,9 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from benchmarks.document import table
 
 # Between two right systems a digit or two on the edge of two classes may differ, and the last bits of the weights.
 ACCURACY_TOLERANCE = 0.0025
@@ -52,7 +53,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def difference(found: Measured, reference: Measured) -> str:
     """In what a run's outcome is not that of the reference on the same work; empty if it is."""
     mine, wanted = found["accuracy"], reference["accuracy"]
-    if (mine is None) != (wanted is None) or (mine is not None and abs(mine - wanted) > ACCURACY_TOLERANCE):
+    if (mine is None) != (wanted is None) or (mine is not None and not abs(mine - wanted) <= ACCURACY_TOLERANCE):
         return f"accuracy {mine}, the reference has {wanted}: other work was done"
     if not abs(found["norm"] - reference["norm"]) <= NORM_TOLERANCE * reference["norm"]:
         return f"weights of norm {found['norm']:.6g}, the reference has {reference['norm']:.6g}: other work was done"
@@ -78,6 +79,9 @@ def make_row(case: str, system: str, runs: Sequence[Measured], references: Seque
     ratios = [s / statistics.median(r["round_s"]) for s, r in zip(seconds, references, strict=True)]
     values: dict[str, Any] = {**spread(seconds), "unit": "s/round", "ratio_to_reference": spread(ratios)["median"]}
     values["ratio_spread"] = [short(min(ratios)), short(max(ratios))]
+    # The round that the rest of the machine disturbed least.
+    least, least_there = (min(s for run in some for s in run["round_s"]) for some in (runs, references))
+    values["best_round"], values["best_ratio"] = short(least), short(least / least_there)
     values["repeats"], values["rounds"] = len(runs), len(runs[0]["round_s"])
     values["first_round_s"] = spread([run["first_round_s"] for run in runs])
     for name in ("private_mb", "resident_mb"):
@@ -96,58 +100,41 @@ def _seconds(value: float) -> str:
     return f"{value:.3g}"
 
 
-HEADER = (
+_HEADER = (
     "case",
     "system",
-    "s per round (least to largest)",
+    "s per round (least, largest)",
     "x the loop",
-    "s to the first round",
+    "first round after s",
     "private MB",
     "accuracy",
 )
 
 
 def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
-    """The table of docs/performance.md; what a system does not have is left out, what was refused is said."""
-    lines = [HEADER, ("---",) * len(HEADER)]
-    for row in rows:
-        v = row.values
-        if row.problem:
-            if row.refused:
-                lines.append((row.case, titles[row.system], f"refused: {row.problem}", "", "", "", ""))
-            continue
-        lines.append(
-            (
-                row.case,
-                titles[row.system],
-                f"{_seconds(v['median'])} ({_seconds(v['min'])} to {_seconds(v['max'])})",
-                f"{v['ratio_to_reference']:.2f}",
-                f"{v['first_round_s']['median']:.1f}",
-                f"{v['private_mb']:.0f}",
-                "" if v["accuracy"] is None else f"{v['accuracy']:.4f}",
-            )
-        )
-    table = [f"| {' | '.join(cells)} |" for cells in lines]
-    splits = [
-        f"| {row.case} | {titles[row.system]} | " + " | ".join(_seconds(s) for s in row.values["split"].values()) + " |"
-        for row in rows
-        if "split" in row.values
-    ]
-    if splits:
-        parts = next(row.values["split"] for row in rows if "split" in row.values)
-        table += ["", f"| case | system | {' | '.join(parts)} |", "|---" * (2 + len(parts)) + "|", *splits]
-    return "\n".join(table)
+    """The tables of docs/performance.md; what a system does not have is left out, what was refused is said."""
+    cells = [_cells(row, titles[row.system]) for row in rows if row.refused or not row.problem]
+    found = table(_HEADER, cells)
+    split = [row for row in rows if "split" in row.values]
+    if split:
+        parts = list(split[0].values["split"])
+        times = [
+            (row.case, titles[row.system], *(_seconds(row.values["split"][part]) for part in parts)) for row in split
+        ]
+        found += "\n\nOf a round, seconds:\n\n" + table(("case", "system", *parts), times)
+    return found
 
 
-def write_between_marks(path: Path, script: str, text: str) -> None:
-    """Replace what a script has written into a document the last time.
-
-    Raises:
-        ValueError: the document has no place for it.
-    """
-    begin, end = f"<!-- measured by {script} -->", "<!-- end of what was measured -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{path} has no '{begin}' ... '{end}'")
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+def _cells(row: Row, title: str) -> tuple[str, ...]:
+    if row.problem:
+        return (row.case, title, f"refused: {row.problem}", "", "", "", "")
+    v = row.values
+    return (
+        row.case,
+        title,
+        f"{_seconds(v['median'])} ({_seconds(v['min'])}, {_seconds(v['max'])})",
+        f"{v['ratio_to_reference']:.2f}",
+        f"{v['first_round_s']['median']:.1f}",
+        f"{v['private_mb']:.0f}",
+        "" if v["accuracy"] is None else f"{v['accuracy']:.4f}",
+    )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.catalogue import System
 from benchmarks.environments import ROOT, is_ready, python_of
 from benchmarks.memory import Family, MemoryWatch
-from benchmarks.systems_table import System
 
 RUN_LIMIT_S = 900.0
 _SHOWN_LINES = 15

@@ -36,12 +36,12 @@ class Family:
         self._known = {pid: ours for pid, ours in self._known.items() if pid in alive}
         for pid in sorted(alive - self._known.keys()):
             self._known[pid] = self._belongs(pid)
-        return [pid for pid, ours in self._known.items() if ours]
+        return [pid for pid, ours in self._known.items() if ours and _state_and_parent(pid)[0] != b"Z"]
 
     def _belongs(self, pid: int) -> bool:
+        if self._known.get(int(_state_and_parent(pid)[1])):
+            return True
         try:
-            if self._known.get(int(_status_fields(pid)[1])):
-                return True
             return self._mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:
             return False  # it has just ended, or is another user's
@@ -49,9 +49,7 @@ class Family:
     def end(self, grace_s: float = 10.0) -> None:
         """Wait a little for all to end, then kill who is left."""
         deadline = time.monotonic() + grace_s
-        while (left := [pid for pid in self.members() if _status_fields(pid)[:1] != [b"Z"]]) and (
-            time.monotonic() < deadline
-        ):
+        while (left := self.members()) and time.monotonic() < deadline:
             time.sleep(0.1)
         for pid in left:
             try:
@@ -60,12 +58,13 @@ class Family:
                 continue
 
 
-def _status_fields(pid: int) -> list[bytes]:
-    """The fields of ``/proc/PID/stat`` from the state on; the second is the parent's id. Empty if it has ended."""
+def _state_and_parent(pid: int) -> tuple[bytes, bytes]:
+    """The letter of a process's state (Z once it has ended) and its parent's id."""
     try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
-        return [b"Z", b"0"]
+        return b"Z", b"0"
+    return state, parent
 
 
 class MemoryWatch:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, parse_case
+from benchmarks.catalogue import DEFAULT_CASES, DEFAULT_SYSTEMS, REFERENCE, SYSTEMS
+from benchmarks.document import write_part
 from benchmarks.environments import PACKAGES, ROOT, set_up
-from benchmarks.figures import LEAST_REPEATS, Row, make_row, markdown, write_between_marks
+from benchmarks.figures import LEAST_REPEATS, Row, make_row, markdown
 from benchmarks.measure import measure
-from benchmarks.systems_table import DEFAULT_CASES, DEFAULT_SYSTEMS, REFERENCE, SYSTEMS
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 COMMAND = "scripts/bench one-cluster"
@@ -86,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
         if refused or arguments.repeat < LEAST_REPEATS:
             _say(f"{DOCUMENT.name} is written from whole measurements of at least {LEAST_REPEATS} runs only")
             return 2
-        write_between_marks(DOCUMENT, COMMAND, f"{_circumstances(rows)}\n\n{table}")
+        write_part(DOCUMENT, COMMAND, f"{_circumstances(rows)}\n\n{table}")
     return 1 if refused else 0
 
 
