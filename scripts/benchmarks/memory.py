@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _MARK = "ICRF_BENCH_RUN"
+_KILL_S = 5.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -48,14 +49,22 @@ class Family:
 
     def end(self, grace_s: float = 10.0) -> None:
         """Wait a little for all to end, then kill who is left."""
-        deadline = time.monotonic() + grace_s
-        while (left := self.members()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for pid in left:
+        if self._gone_within(grace_s):
+            return
+        for pid in self.members():
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        self._gone_within(_KILL_S)
+
+    def _gone_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.members():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def _state_and_parent(pid: int) -> tuple[bytes, bytes]:

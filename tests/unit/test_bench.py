@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.cases import Case, judge, parse_case
 from benchmarks.catalogue import DEFAULT_CASES, DEFAULT_SYSTEMS, SYSTEMS, System
 from benchmarks.document import read_part, table, write_part
@@ -20,7 +21,6 @@ from benchmarks.memory import Family
 from benchmarks.one_cluster import COMMAND, DOCUMENT, compare
 from benchmarks.systems.fabric import configuration
 from benchmarks.systems.loop import Share
-
 from icrf.client import Fabric
 from icrf.spec import FederationConfig
 from icrf.testing.inline import InlineFabric
