@@ -74,6 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
             if any(SYSTEMS[name].environment == environment for name in systems):
                 set_up(environment)
     rows: list[Row] = []
+    load = os.getloadavg()[0]
     for case in cases:
         for row in compare(case, systems, arguments.repeat):
             rows.append(row)
@@ -87,7 +88,7 @@ def main(arguments: argparse.Namespace) -> int:
         if refused or arguments.repeat < LEAST_REPEATS:
             _say(f"{DOCUMENT.name} is written from whole measurements of at least {LEAST_REPEATS} runs only")
             return 2
-        write_part(DOCUMENT, COMMAND, f"{_circumstances(rows)}\n\n{table}")
+        write_part(DOCUMENT, COMMAND, f"{_circumstances(rows, load)}\n\n{table}")
     return 1 if refused else 0
 
 
@@ -99,15 +100,15 @@ def _chosen(names: Sequence[str]) -> list[str]:
     return [REFERENCE, *(name for name in names if name != REFERENCE)]
 
 
-def _circumstances(rows: Sequence[Row]) -> str:
-    """Machine, versions and command of a measurement."""
+def _circumstances(rows: Sequence[Row], load: float) -> str:
+    """Machine (with its load average before), versions and command of a measurement."""
     versions: dict[str, set[str]] = {}
     for row in rows:
         for name, version in row.values.get("versions", {}).items():
             versions.setdefault(name, set()).add(version)
     shown = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+    machine = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, load {load:.1f} before"
     command = f"{COMMAND} {shlex.join(sys.argv[2:])}"
     return f"Machine: {machine}. Versions: {shown}. Command: `{command}`."
 
