@@ -16,7 +16,10 @@ def main() -> int:
     one_cluster.add_arguments(command)
     command.set_defaults(run=one_cluster.main)
     arguments = parser.parse_args()
-    return int(arguments.run(arguments))
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
