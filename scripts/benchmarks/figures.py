@@ -82,6 +82,8 @@ def make_row(case: str, system: str, runs: Sequence[Measured], references: Seque
     # The round that the rest of the machine disturbed least.
     least, least_there = (min(s for run in some for s in run["round_s"]) for some in (runs, references))
     values["best_round"], values["best_ratio"] = short(least), short(least / least_there)
+    if runs[0]["processor_s"] is not None:
+        values["processor_s"] = short(statistics.median(run["processor_s"] for run in runs))
     values["repeats"], values["rounds"] = len(runs), len(runs[0]["round_s"])
     values["first_round_s"] = spread([run["first_round_s"] for run in runs])
     for name in ("private_mb", "resident_mb"):
@@ -127,13 +129,14 @@ def markdown(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
 
 def _cells(row: Row, title: str) -> tuple[str, ...]:
     if row.problem:
-        return (row.case, title, f"refused: {row.problem}", "", "", "", "")
+        return (row.case, title, f"refused: {row.problem}", *[""] * (len(_HEADER) - 3))
     v = row.values
     return (
         row.case,
         title,
         f"{_seconds(v['median'])} ({_seconds(v['min'])}, {_seconds(v['max'])})",
         f"{v['ratio_to_reference']:.2f}",
+        _seconds(v["processor_s"]) if "processor_s" in v else "",
         f"{v['first_round_s']['median']:.1f}",
         f"{v['private_mb']:.0f}",
         "" if v["accuracy"] is None else f"{v['accuracy']:.4f}",

@@ -1,4 +1,4 @@
-"""The processes of a measured system, and the memory they take together (Linux)."""
+"""The processes of a measured system, and what they take together of memory and processors (Linux)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 _MARK = "ICRF_BENCH_RUN"
 _KILL_S = 5.0
+# Processor time of a process in user and kernel mode, and that of its ended children, in what _fields returns.
+_TIMES = slice(11, 15)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -19,10 +21,13 @@ class Family:
     """All processes that were started with this family's mark in their environment, and their children.
 
     Both are asked for: a process may overwrite its environment with its title, or lose its parent.
+
+    Args:
+        name: the mark; a new one by default.
     """
 
-    def __init__(self) -> None:
-        self._mark = f"{_MARK}={uuid.uuid4().hex}"
+    def __init__(self, name: str = "") -> None:
+        self._mark = f"{_MARK}={name or uuid.uuid4().hex}"
         self._known: dict[int, bool] = {}
 
     @property
@@ -31,16 +36,27 @@ class Family:
         name, _, value = self._mark.partition("=")
         return {name: value}
 
+    @classmethod
+    def mine(cls) -> Family:
+        """The family of this process, itself included."""
+        family = cls(os.environ.get(_MARK, ""))
+        family._known[os.getpid()] = True
+        return family
+
+    def processor_s(self) -> float:
+        """Seconds of processors that the living members have taken, and those of their children that have ended."""
+        return sum(sum(map(int, _fields(pid)[_TIMES])) for pid in self.members()) / os.sysconf("SC_CLK_TCK")
+
     def members(self) -> list[int]:
         """Ids of the living processes."""
         alive = {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()}
         self._known = {pid: ours for pid, ours in self._known.items() if pid in alive}
         for pid in sorted(alive - self._known.keys()):
             self._known[pid] = self._belongs(pid)
-        return [pid for pid, ours in self._known.items() if ours and _state_and_parent(pid)[0] != b"Z"]
+        return [pid for pid, ours in self._known.items() if ours and _fields(pid)[0] != b"Z"]
 
     def _belongs(self, pid: int) -> bool:
-        if self._known.get(int(_state_and_parent(pid)[1])):
+        if self._known.get(int(_fields(pid)[1])):
             return True
         try:
             return self._mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -67,13 +83,12 @@ class Family:
         return True
 
 
-def _state_and_parent(pid: int) -> tuple[bytes, bytes]:
-    """The letter of a process's state (Z once it has ended) and its parent's id."""
+def _fields(pid: int) -> list[bytes]:
+    """The fields of ``/proc/PID/stat`` from the state on; those of an ended process if there is none."""
     try:
-        state, parent, *_ = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
-        return b"Z", b"0"
-    return state, parent
+        return [b"Z", *[b"0"] * 20]
 
 
 class MemoryWatch:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, judge
+from benchmarks.memory import Family
 
 
 class Unavailable(Exception):
@@ -28,11 +29,14 @@ class Rounds:
         started: wall-clock time at which the process was started.
         seconds: of each round, the first included.
         first_done: wall-clock time of the end of the first round.
+        processor_s: what all of the system's processes had taken of the processors then, and at the end of the last.
     """
 
     started: float
+    expected: int
     seconds: list[float] = field(default_factory=list)
     first_done: float = 0.0
+    processor_s: list[float] = field(default_factory=list)
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -46,6 +50,8 @@ class Rounds:
         self.seconds.append(seconds)
         if len(self.seconds) == 1:
             self.first_done = time.time()
+        if len(self.seconds) in (1, self.expected):
+            self.processor_s.append(Family.mine().processor_s())
 
 
 @dataclass(frozen=True)
@@ -69,16 +75,18 @@ def run(work: Callable[[Case, Rounds, Mapping[str, Any]], Finished], *packages: 
         packages: whose versions belong to the result.
     """
     job = json.loads(sys.argv[1])
-    case, rounds = Case(**job["case"]), Rounds(job["started"])
+    case, rounds = Case(**job["case"]), Rounds(job["started"], job["case"]["rounds"] + 1)
     try:
         finished = work(case, rounds, job["options"])
     except Unavailable as reason:
         found: dict[str, Any] = {"unavailable": str(reason)}
     else:
-        if len(rounds.seconds) != case.rounds + 1:
-            raise SystemExit(f"{len(rounds.seconds)} rounds were timed, {case.rounds + 1} asked for")
+        if len(rounds.seconds) != rounds.expected:
+            raise SystemExit(f"{len(rounds.seconds)} rounds were timed, {rounds.expected} asked for")
+        taken = rounds.processor_s
         found = {
             "round_s": rounds.seconds[1:],
+            "processor_s": (taken[1] - taken[0]) / case.rounds if taken else None,
             "first_round_s": rounds.first_done - rounds.started,
             **asdict(judge(case, finished.weights)),
             "split": dict(finished.split),

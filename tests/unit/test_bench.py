@@ -31,7 +31,8 @@ TITLES = {name: system.title for name, system in SYSTEMS.items()}
 
 def found(*round_s: float, accuracy: float | None = 0.75, norm: float = 7.0, **more: Any) -> dict[str, Any]:
     """What a run of one process brings back."""
-    same = {"first_round_s": 2.0, "private_mb": 100.0, "resident_mb": 150.0, "split": {}, "versions": {"torch": "2"}}
+    same: dict[str, Any] = {"processor_s": 0.5, "first_round_s": 2.0, "private_mb": 100.0, "resident_mb": 150.0}
+    same |= {"split": {}, "versions": {"torch": "2"}}
     return {"round_s": list(round_s), "accuracy": accuracy, "norm": norm, **same, **more}
 
 
@@ -99,7 +100,7 @@ def test_a_failed_run_is_refused_and_without_the_reference_everything_is() -> No
 def test_the_tables_show_rows_and_parts_of_rounds() -> None:
     run = found(0.25, split={"train_s": 0.125, "commit_s": 0.001})
     text = markdown([make_row("digits10", "icrf", [run], [found(0.5)])], TITLES)
-    assert "| digits10 | **ICRF** | 0.25 (0.25, 0.25) | 0.50 | 2.0 | 100 | 0.7500 |" in text
+    assert "| digits10 | **ICRF** | 0.25 (0.25, 0.25) | 0.50 | 0.5 | 2.0 | 100 | 0.7500 |" in text
     assert "| digits10 | **ICRF** | 0.125 | 0.001 |" in text
 
 
@@ -170,6 +171,7 @@ def test_a_run_of_the_loop_from_end_to_end() -> None:
     assert row.values["rounds"] == 2
     assert row.values["accuracy"] == judge(case, plain_rounds(case)).accuracy
     assert row.values["private_mb"] > 0
+    assert row.values["processor_s"] >= 0
 
 
 def test_a_run_that_fails_says_why() -> None:

@@ -74,7 +74,8 @@ def flare(case: Case, rounds: Rounds, options: Mapping[str, Any]) -> Finished:
         times = [begun[number] for number in sorted(begun)]
         for begin, end in itertools.pairwise(times):
             rounds.add(end - begin)
-        rounds.first_done = times[1]
+        # All of that was over when it was read.
+        rounds.first_done, rounds.processor_s = times[1], []
         return Finished(torch.load(notes / "model.pt", weights_only=True))
 
 
