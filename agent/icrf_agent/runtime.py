@@ -31,6 +31,7 @@ from icrf.protocol import (
 )
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
+from icrf_agent.phases import Phases, elementwise_max
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
 from icrf_agent.topology_manager import Posting
@@ -75,6 +76,7 @@ class HostedRuntime:
         self._gateway_address = ""
         self._arrived: dict[str, set[PayloadHeader]] = {}
         self._notes, self._own_notes = notes, notes is None
+        self._phases = Phases(lambda: self._manager)
         # Creating and releasing hosts must not overlap: what one makes, the other has to find.
         self._lifecycle = asyncio.Lock()
 
@@ -144,7 +146,7 @@ class HostedRuntime:
             request.run_id,
             request.generation,
             num_samples=tuple(pair for part in parts for pair in part.num_samples),
-            absmax=_elementwise_max([p.absmax for p in parts]),
+            absmax=elementwise_max([p.absmax for p in parts]),
             state_hashes=b"".join(p.state_hashes for p in parts),
             model_hash="".join(p.model_hash for p in parts),
         )
@@ -217,29 +219,30 @@ class HostedRuntime:
             return await self._started(*await self._substrate.rebuild(self._cluster))
 
     async def publish_model(self, run_id: str, start: StartRound) -> None:
-        run = await self._begin(run_id, start)
-        await asyncio.gather(*(run.hosts[slot].call("host_publish_model", start) for slot in run.aggregating_slots))
+        await self._phases.publish(self._run(run_id), start)
 
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
-        run = await self._begin(run_id, start)
-        report = await self._on(run, range(len(run.hosts)), "host_train", start)
+        run = self._run(run_id)
+        await self._phases.begin(run, start)
+        report = await self._phases.on(run, range(len(run.hosts)), "host_train", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
         slots = [run.model_slot] if start.merge else run.aggregating_slots
-        report = await self._on(run, slots, "host_aggregate", start)
+        report = await self._phases.on(run, slots, "host_aggregate", start)
+        await self._phases.settle(run)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def install(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
-        return await self._on(run, run.aggregating_slots, "host_install", start)
+        return await self._phases.on(run, run.aggregating_slots, "host_install", start)
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
-        report: PhaseReport = await run.model_host.call("host_evaluate", start)
+        report = await self._phases.on(run, [run.model_slot], "host_evaluate", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
@@ -264,6 +267,8 @@ class HostedRuntime:
         await self._shared.gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
 
     async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
+        if run_id in self._runs:
+            await self._phases.drop(self._runs[run_id])
         if not self._alive.is_set():
             return  # nothing of it is left
         async with self._healing:  # a manager that died in silence, while no step ran here, is linked again
@@ -406,17 +411,6 @@ class HostedRuntime:
             raise RunError("F005", f"run {run_id[:8]} is not active on cluster {self._cluster}")
         return self._runs[run_id]
 
-    async def _begin(self, run_id: str, start: StartRound) -> Hosted:
-        run = self._run(run_id)
-        run.position = max(run.position, (start.round, start.attempt))
-        await self._manager.call("begin_round", run_id, start.generation, start.round, start.attempt)
-        return run
-
-    async def _on(self, run: Hosted, slots: Sequence[int], method: str, start: StartRound) -> PhaseReport:
-        reports = await asyncio.gather(*(run.hosts[slot].call(method, start) for slot in slots))
-        run.stateful.update(slot for slot, report in zip(slots, reports, strict=True) if report.node_states)
-        return merge_reports(reports)
-
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
         """The posting that a transfer sends, and which row of it (-1: all)."""
         if transfer.kind in (PARTIAL, CONSENSUS):
@@ -464,30 +458,6 @@ class HostedRuntime:
 def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:
     """``{federation}/{node}`` where a node has a host of its own, else ``{federation}/host-{slot}``."""
     return f"{request.federation}/{request.nodes[nodes[0]].id if len(nodes) == 1 else f'host-{slot}'}"
-
-
-def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
-    """One report of a cluster from those of its hosts, in host order, which is node order."""
-    sums: dict[str, tuple[int, int]] = {}
-    for report in reports:
-        for name, (numerator, weight) in report.metric_sums.items():
-            old = sums.get(name, (0, 0))
-            sums[name] = (old[0] + numerator, old[1] + weight)
-    return PhaseReport(
-        nodes=tuple(n for r in reports for n in r.nodes),
-        overflow=tuple(sorted({t for r in reports for t in r.overflow})),
-        absmax=_elementwise_max([r.absmax for r in reports]),
-        metric_sums=sums,
-        metrics={k: v for r in reports for k, v in r.metrics.items()},
-        node_metrics={k: v for r in reports for k, v in r.node_metrics.items()},
-        model_hash="".join(r.model_hash for r in reports),
-        state_hashes=b"".join(r.state_hashes for r in reports),
-        bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),
-    )
-
-
-def _elementwise_max(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(max(column) for column in zip(*(r for r in rows if r), strict=True))
 
 
 def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:

@@ -272,6 +272,8 @@ class Plan:
         bytes_inter_cluster_per_merge: payload bytes of one that ends with one model for all groups.
         num_parameters: elements of a model on its way.
         tensors: rule -> how many tensors of the model follow it.
+        num_models: models that the server learns and sends to every client that takes part; 1 but for a clustered
+            federation with one server.
     """
 
     federation: str
@@ -299,6 +301,7 @@ class Plan:
     groups: dict[str, str] = field(default_factory=dict)
     bytes_inter_cluster_within_groups: int = 0
     bytes_inter_cluster_per_merge: int = 0
+    num_models: int = 1
 
 
 @dataclass(frozen=True)

@@ -59,21 +59,16 @@ def build_topology(
         connected: refuse a graph of several components; gossip on one would never agree.
 
     Raises:
-        ConfigError: C010 unknown name, C016 a key that the topology needs is not set, C017 a builder asks for a
-            parameter that does not exist.
+        ConfigError: C010 unknown name, C016 a key that the topology needs is not set, C017 a builder that
+            raises or asks for a parameter that does not exist, C018 one that returns something else.
         TopologyError: T0xx, see :data:`icrf.errors.CATALOGUE`.
     """
     if num_nodes < 1:
         raise TopologyError("T008", "a topology needs a node", value=num_nodes, allowed="at least 1 node")
-    builder = TOPOLOGIES.get(name)
-    arguments = inject("topology", "federated_learning_topology", builder, {**parameters, "num_nodes": num_nodes}, name)
-    result = builder(**arguments)
-    if isinstance(result, HybridAdjacencyMatrix):
-        matrix = result
-    elif hasattr(result, "is_directed") and hasattr(result, "edges"):
-        matrix = from_network(result, parameters.get("node_ids", ()))
-    else:
-        matrix = HybridAdjacencyMatrix.from_dense(result)
+    arguments = inject(TOPOLOGIES, name, {**parameters, "num_nodes": num_nodes})
+    with TOPOLOGIES.calling(name):
+        result = TOPOLOGIES.get(name)(**arguments)
+        matrix = _matrix_of(name, result, parameters.get("node_ids", ()))
     if matrix.num_nodes != num_nodes:
         raise TopologyError(
             "T010",
@@ -83,6 +78,35 @@ def build_topology(
     if connected:
         file = parameters.get("adjacency_matrix_file_name") if name == "custom" else None
         require_connected(matrix, place=file or f"topology {name!r}")
+    return matrix
+
+
+def _matrix_of(name: str, result: Any, node_ids: Sequence[str]) -> HybridAdjacencyMatrix:
+    """What a builder has returned; the errors say whose it is."""
+    if isinstance(result, HybridAdjacencyMatrix):
+        return result
+    try:
+        if hasattr(result, "is_directed") and hasattr(result, "edges"):
+            return from_network(result, node_ids)
+        allowed = "a NumPy matrix, a HybridAdjacencyMatrix or a networkx graph"
+        return HybridAdjacencyMatrix.from_dense(numbers_of(TOPOLOGIES, name, result, allowed))
+    except TopologyError as error:
+        place = f"topology {name!r}, {error.place}" if error.place else f"topology {name!r}"
+        raise TopologyError(
+            error.code, error.message, place=place, value=error.value, allowed=error.allowed, hint=error.hint
+        ) from error
+
+
+def numbers_of(registry: Registry[Any], name: str, result: Any, allowed: str) -> np.ndarray[Any, Any]:
+    """The dense matrix that a plugged-in function has returned; C018, saying what is `allowed`, for anything else."""
+    try:
+        matrix = np.asarray(result)
+    except ValueError:  # rows of different lengths
+        matrix = np.empty(0)
+    if matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
+        what = f"{registry.kind} '{name}' returned {type(result).__name__}"
+        found = f"shape {matrix.shape}, dtype {matrix.dtype}" if isinstance(result, np.ndarray) else None
+        raise ConfigError("C018", what, place=registry.key, value=found, allowed=allowed)
     return matrix
 
 
@@ -106,19 +130,30 @@ def _braces(nodes: list[int]) -> str:
     return "{" + ",".join(str(node) for node in nodes[:SHOWN]) + more + "}"
 
 
-def inject(
-    kind: str, key: str, function: Callable[..., Any], available: Mapping[str, Any], name: str
-) -> dict[str, Any]:
+def parameters_of(registry: Registry[Any], name: str) -> Mapping[str, inspect.Parameter]:
+    """What a plugged-in function may be called with; C017 where that cannot be told, as of what is no function."""
+    function = registry.get(name)
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "C017",
+            f"{registry.kind} '{name}' is a {type(function).__name__}",
+            place=registry.key,
+            allowed="a function whose parameters can be read",
+        ) from error
+
+
+def inject(registry: Registry[Any], name: str, available: Mapping[str, Any]) -> dict[str, Any]:
     """What to call a plugged-in function with: the values of `available` that its parameters name.
 
-    Args:
-        kind, key, name: what is called, under which configuration key and how, for messages.
-
     Raises:
-        ConfigError: C016 a parameter whose key is not set, C017 one that does not exist.
+        ConfigError: C010 an unknown name, C016 a parameter whose key is not set, C017 one that does not exist, or code
+            that cannot be loaded.
     """
     arguments = {}
-    for parameter in inspect.signature(function).parameters.values():
+    kind = registry.kind
+    for parameter in parameters_of(registry, name).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         required = parameter.default is parameter.empty
@@ -126,7 +161,7 @@ def inject(
             raise ConfigError(
                 "C017",
                 f"{kind} {name!r} asks for parameter {parameter.name!r}, which does not exist",
-                place=key,
+                place=registry.key,
                 allowed=", ".join(sorted(available)),
             )
         if required and available[parameter.name] is None:
@@ -202,23 +237,23 @@ def k_connected(num_nodes: int, k_value: int) -> HybridAdjacencyMatrix:
     Raises:
         TopologyError: T011 if no such graph exists: k outside [1, num_nodes - 1], or k = 1 with more than two nodes.
     """
-    if not 1 <= k_value < num_nodes:
-        raise TopologyError(
-            "T011",
-            f"{num_nodes} nodes cannot have {k_value} neighbours each",
-            place="k_value",
-            allowed=f"1 to {num_nodes - 1}",
-        )
     if k_value == 1 and num_nodes > 2:
-        raise TopologyError(
-            "T011", "one neighbour each connects two nodes only", place="k_value", allowed=f"2 to {num_nodes - 1}"
-        )
+        text = "one neighbour each connects two nodes only"
+        raise TopologyError("T011", text, place="k_value", allowed=degrees(num_nodes))
+    if not 1 <= k_value < num_nodes:
+        text = f"{num_nodes} nodes cannot have {k_value} neighbours each"
+        raise TopologyError("T011", text, place="k_value", allowed=degrees(num_nodes))
     near = circulant(num_nodes, range(1, k_value // 2 + 1))
     if k_value % 2 == 0:
         return near
     opposite = np.arange((num_nodes + 1) // 2)
     across = np.stack([opposite, opposite + num_nodes // 2], axis=1)
     return HybridAdjacencyMatrix.from_edges(num_nodes, np.concatenate([np.stack(near.edges(), axis=1), across]))
+
+
+def degrees(num_nodes: int) -> str:
+    """How many neighbours each of the nodes of a connected graph may have, in words."""
+    return f"{min(2, num_nodes - 1)} to {num_nodes - 1}" if num_nodes > 1 else "two nodes or more"
 
 
 def circulant(num_nodes: int, offsets: Iterable[int], symmetric: bool = True) -> HybridAdjacencyMatrix:
