@@ -21,7 +21,8 @@ from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError,
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, configured_dataset
-from icrf.learning.layout import FlatArray, FlatModule, Layout
+from icrf.learning.flat_module import FlatModule
+from icrf.learning.layout import FlatArray, Layout
 from icrf.learning.metrics import METRICS
 from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
@@ -119,6 +120,9 @@ class HostMailbox:
 class HostNodes:
     """The nodes of one host; they share one model, one trainer and the data set.
 
+    Attributes:
+        most_samples: of any node of the federation, as dealt; 0 on a host that trains none.
+
     Args:
         setup: which nodes and where.
         manager: the cluster's topology manager.
@@ -149,6 +153,7 @@ class HostNodes:
         self.model = self._fresh_model(dataset)
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
+        self.most_samples = 0
         self._entered = (0, 0)
         self._residents = Residents(self._activate, self._passivate)
         self._left: dict[int, _Left] = {}
@@ -209,6 +214,10 @@ class HostNodes:
         """Whether a node has the role ``train``."""
         return index in self._num_samples
 
+    def num_samples(self, index: int) -> int:
+        """How many training samples a node had when it was set up."""
+        return self._num_samples.get(index, 0)
+
     def call(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         """Call user code; whatever it raises becomes U001 with node, cluster, file and line.
 
@@ -229,7 +238,7 @@ class HostNodes:
         except IcrfError:
             raise
         except (Exception, SystemExit) as error:
-            raise self._node_error(node.id, method, error) from error
+            raise self.node_error(node.id, method, error) from error
         finally:
             self._notes.leave()
 
@@ -265,7 +274,10 @@ class HostNodes:
 
     def measure(self, index: int, method: str, *arguments: Any) -> dict[str, float]:
         """Call `train` or `evaluate`, whose result must be metrics; U002 where it is not, W020 for one not finite."""
-        found = self.call(index, method, *arguments)
+        return self.metrics(index, method, self.call(index, method, *arguments))
+
+    def metrics(self, index: int, method: str, found: Any) -> dict[str, float]:
+        """What `train` or `evaluate` of a node has returned, checked as :meth:`measure` does."""
         try:
             metrics = {str(name): float(value) for name, value in ({} if found is None else found).items()}
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
@@ -316,6 +328,7 @@ class HostNodes:
         # Every host makes the same split and takes out what is its nodes' own.
         if not self._part_of.keys().isdisjoint(self.indices):
             self._parts = configured_partition(self.config, dataset, len(trains))
+            self.most_samples = int(self._parts.sizes.max())
         self._test = tuple(to_tensor(part) for part in dataset.test_part())
         here = self._setup.activation.assignment
         num_hosts = min(self._setup.activation.num_slots, here.count(here[self.indices[0]]))
@@ -423,7 +436,7 @@ class HostNodes:
         except IcrfError:
             raise
         except (Exception, SystemExit) as error:
-            raise self._node_error(spec.id, f"{key} '{name}'", error) from error
+            raise self.node_error(spec.id, f"{key} '{name}'", error) from error
         if not isinstance(node, FederatedNode):
             what = f"node template {type(node).__name__} is no FederatedNode"
             raise ConfigError("C017", what, place=key, value=name, hint="subclass icrf.FederatedNode")
@@ -453,7 +466,8 @@ class HostNodes:
                     hint=f"its operator can start the agent with --allow {name}",
                 )
 
-    def _node_error(self, node_id: str, method: str, error: BaseException) -> NodeError:
+    def node_error(self, node_id: str, method: str, error: BaseException) -> NodeError:
+        """U001 for what user code has raised, with its file and line."""
         print(traceback.format_exc(), file=sys.stderr, flush=True)  # noqa: T201 - the worker's log keeps it whole
         frames = traceback.extract_tb(error.__traceback__)
         # The innermost line of the user's own: what torch or this package did with it says less.

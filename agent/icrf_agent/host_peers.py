@@ -4,6 +4,7 @@ updates, and mixes what their neighbours sent."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,43 +83,39 @@ class DecentralizedFlow:
         blocks = blocks_of(tuple(self._rows), self._size * t.layout.dtype.itemsize)
         for nodes in blocks:
             sent = t.buffer("sent", (len(blocks[0]), self._size))[: len(nodes)]
-            for place, index in enumerate(nodes):
-                row = t.buffer("row", (self._width,))
-                read_row(state, self._rows[index], row)
-                t.nodes.model.load(row[: t.layout.row_size])
-                if t.nodes.trains(index) and index in training:
-                    self._train_node(start, index, row, sums)
-                    trained.append(index)
-                self._take_update(start, index, row)
-                sent[place] = row[: self._size]
-                # What is private stays behind.
-                self._unshared[self._rows[index]] = row[self._size :]
+            for group in t.together.groups(nodes):
+                busy = [index for index in group if index in training and t.nodes.trains(index)]
+                for index, row in self._trained(start, group, busy, state, sums):
+                    sent[self._rows[index] - self._rows[nodes[0]]] = row[: self._size]
+                    # What is private stays behind.
+                    self._unshared[self._rows[index]] = row[self._size :]
+                trained += busy
             t.post(start, UPDATE, nodes, sent)
-        return PhaseReport(nodes=tuple(trained), metric_sums=sums, node_metrics=t.by_node.take(start))
+        return PhaseReport(nodes=tuple(sorted(trained)), metric_sums=sums, node_metrics=t.by_node.take(start))
 
-    def _train_node(self, start: StartRound, index: int, row: Array, sums: MetricSums) -> None:
-        """Train the model that is loaded, with what is kept of the optimizer at the end of `row`."""
-        t = self._t
-        optimizer = row[t.layout.row_size :]
-        t.nodes.trainer.begin(LocalTerms(optimizer_state=optimizer if len(optimizer) else None))
-        t.train_node(start, index, sums)
-        t.nodes.trainer.begin()
-
-    def _take_update(self, start: StartRound, index: int, row: Array) -> None:
-        """Write what the model has become over what it was, in `row`."""
-        t, name = self._t, self._t.activation.nodes[index].id
-        with t.nodes.blamed(index):
-            updated = t.nodes.model.row
-        if self._gossip.push_sum:
-            mass = float(self._gossip.mass(start.round - 1)[index])
-            self._weigh_step(row[: self._size], updated[: self._size], mass)
-        row[: t.layout.row_size] = updated
-        bad = t.layout.first_nonfinite(updated)
-        if bad:
-            place = f"{name} on {t.nodes.cluster}"
-            raise WeightsError(
-                "W020", f"{name} has non-finite values in {bad}", place=place, hint="lower the learning rate"
-            )
+    def _trained(
+        self, start: StartRound, group: Sequence[int], busy: Sequence[int], state: Table, sums: MetricSums
+    ) -> Iterator[tuple[int, Array]]:
+        """The nodes of a group with their rows, `busy` ones trained; a row is valid until the next group."""
+        t, size = self._t, self._t.layout.row_size
+        rows = dict(zip(group, t.buffer(f"rows of {len(group)}", (len(group), self._width)), strict=True))
+        terms = {}
+        for index, row in rows.items():
+            read_row(state, self._rows[index], row)
+            # What the optimizer goes on from is written in place.
+            terms[index] = LocalTerms(optimizer_state=row[size:] if self._width > size else None)
+        ahead = t.together.train({i: t.together.job(i, rows[i][:size], terms[i]) for i in busy})
+        for index, row in rows.items():
+            t.nodes.model.load(ahead[index].row if index in ahead else row[:size])
+            if index in busy:
+                t.nodes.trainer.begin(terms[index])
+                t.train_node(start, index, sums, ahead=ahead.get(index))
+                t.nodes.trainer.begin()
+            with t.nodes.blamed(index):
+                updated = t.nodes.model.row
+            self._finish_update(start, index, row[:size], updated)
+            row[:size] = updated
+            yield index, row
 
     def aggregate(self, start: StartRound) -> PhaseReport:
         """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
@@ -157,6 +154,20 @@ class DecentralizedFlow:
             node_metrics=t.by_node.take(start),
             bytes_intra_cluster=crossing * self._size * t.layout.dtype.itemsize,
         )
+
+    def _finish_update(self, start: StartRound, index: int, before: Array, update: Array) -> None:
+        """Weigh a node's step where masses differ, in place, and look at the outcome."""
+        t = self._t
+        if self._gossip.push_sum:
+            size, mass = t.layout.num_parameters, float(self._gossip.mass(start.round - 1)[index])
+            self._weigh_step(before[:size], update[:size], mass)
+        bad = t.layout.first_nonfinite(update)
+        if bad:
+            name = t.activation.nodes[index].id
+            place = f"{name} on {t.nodes.cluster}"
+            raise WeightsError(
+                "W020", f"{name} has non-finite values in {bad}", place=place, hint="lower the learning rate"
+            )
 
     @staticmethod
     def _weigh_step(before: Array, update: Array, mass: float) -> None:

@@ -80,6 +80,7 @@ class _Settings:
     number_of_models: int
     resident_nodes: int | None
     resident_memory_mb: int | None
+    width: int
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> _Settings:
@@ -98,6 +99,7 @@ class _Settings:
             number_of_models=config.get("number_of_models") or 1 if clustered else 1,
             resident_nodes=config.get("resident_nodes"),
             resident_memory_mb=config.get("resident_memory_mb"),
+            width=width if isinstance(width := config.get("vectorize"), int) else 0,
         )
 
     @property
@@ -156,7 +158,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         bytes_inter_cluster_per_round=per_round,
         bytes_inter_cluster_per_evaluation=per_evaluation,
         bytes_inter_cluster_total=per_round * settings.rounds + per_evaluation * settings.num_evaluations,
-        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, residents),
+        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, residents, settings.width),
         slots=slots,
         feasible=not problems,
         problems=problems,
@@ -350,11 +352,13 @@ def _peak_memory_bytes(
     clusters: Sequence[ClusterInfo],
     num_parameters: int,
     residents: Mapping[str, int],
+    width: int = 0,
 ) -> int:
     """An estimate of the largest memory that one cluster needs, Ray itself and the data sets not counted.
 
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
-    rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum.
+    rows, plus its partial sum (8 bytes); where nodes train together, weights and gradients of `width` more.
+    Centralized adds on the coordinator the server's state and the sum.
     Decentralized adds the updates of all local nodes in the object store, hierarchical the committed and the next state
     of every local aggregator. Of the nodes that are active at once come the rows that they keep, committed and next.
     All add the payloads that arrive from other clusters in a round.
@@ -368,7 +372,7 @@ def _peak_memory_bytes(
     for index, cluster in enumerate(clusters):
         if cluster.name not in slots:
             continue
-        needed = slots[cluster.name] * (HOST_BYTES + (2 + rows.down) * model + partial) + arriving[index]
+        needed = slots[cluster.name] * (HOST_BYTES + (2 + rows.down + 2 * width) * model + partial) + arriving[index]
         keeping = residents[cluster.name]
         if exchange.flow == CENTRALIZED:
             needed += rows.server * model + partial if index == exchange.coordinator else 0

