@@ -30,12 +30,14 @@ from icrf.protocol import (
     TensorSpec,
     nodes_of,
     sample_size,
+    shared_size,
 )
 from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
-from icrf.spec.choices import WITH_SERVER, in_groups
+from icrf.spec.choices import STATIC, WITH_SERVER, in_groups
 from icrf.topology import (
     MIXINGS,
+    Adapter,
     Hierarchy,
     HybridAdjacencyMatrix,
     build_topology,
@@ -293,13 +295,13 @@ def resolve_rows(
 
     Raises:
         ConfigError: C008 if the rule does not work with as few participants as a round may have, or has nodes keep what
-            the rounds that a cluster misses would change.
+            the rounds that a cluster misses would change; C010, C016 or C017 about the strategy by which graphs change.
     """
     from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
 
     nodes_keep = config.client_template is not None
     if flow_of(config) != CENTRALIZED:
-        return Rows(nodes_keep=nodes_keep)
+        return Rows(nodes_keep=nodes_keep, gathered=_num_gathered(config, layout))
     rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
     rule.require(_fewest_participants(config, nodes, turns))
     rows = rule.rows.with_private(layout)
@@ -313,6 +315,14 @@ def resolve_rows(
             hint="its nodes keep what each round changes, so that no round can do without a cluster",
         )
     return replace(rows, nodes_keep=nodes_keep)
+
+
+def _num_gathered(config: FederationConfig, layout: Sequence[TensorSpec]) -> int:
+    """Numbers per node that a decision on the next graph needs."""
+    if config.topology_adaptation_strategy == STATIC:
+        return 0
+    adapter = Adapter(config.topology_adaptation_strategy, config.model_dump(), shared_size(layout))
+    return adapter.num_gathered
 
 
 def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:

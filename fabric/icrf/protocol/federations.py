@@ -110,6 +110,8 @@ class Rows:
         client_scalars: numbers that it keeps after them.
         every_update: contributions travel one by one, because the rule has to see each of them.
         nodes_keep: nodes are of a class of the user's own, and may have a state of their own.
+        gathered: numbers per peer that go to the coordinator in a round that decides on the next graph, see
+            :mod:`icrf.topology.adaptation`.
     """
 
     down: int = 1
@@ -120,6 +122,7 @@ class Rows:
     client_scalars: int = 0
     every_update: bool = False
     nodes_keep: bool = False
+    gathered: int = 0
 
     @property
     def clients_keep(self) -> bool:
@@ -272,6 +275,10 @@ class Plan:
         bytes_inter_cluster_per_merge: payload bytes of one that ends with one model for all groups.
         num_parameters: elements of a model on its way.
         tensors: rule -> how many tensors of the model follow it.
+        adaptation: the strategy by which the graph changes between rounds; empty where it stays as it is. What depends
+            on the graph is said of the one that the run starts with.
+        adaptation_period: rounds from one decision on the graph to the next; 0 where it stays as it is.
+        bytes_inter_cluster_per_adaptation: payload bytes that such a decision adds.
     """
 
     federation: str
@@ -299,6 +306,9 @@ class Plan:
     groups: dict[str, str] = field(default_factory=dict)
     bytes_inter_cluster_within_groups: int = 0
     bytes_inter_cluster_per_merge: int = 0
+    adaptation: str = ""
+    adaptation_period: int = 0
+    bytes_inter_cluster_per_adaptation: int = 0
 
 
 @dataclass(frozen=True)

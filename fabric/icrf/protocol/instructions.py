@@ -35,6 +35,7 @@ class Activate:
     Attributes:
         restore_round: start from the committed state of this round; 0 is the initial state.
         checkpoint: artifact with this cluster's part of that state; empty where the cluster keeps none.
+        initial_graph: the graph that the federation was submitted with, where it has changed since.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class Activate:
     restore_round: int = 0
     checkpoint: str = ""
     rows: Rows = field(default_factory=Rows)
+    initial_graph: Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class StartRound:
         late: those of them that bring an update of an earlier round, one item per round, ascending.
         kept: rounds whose updates clusters that do not take part still owe after this round, ascending; the aggregator
             keeps the models that they started from.
+        adapt: decide on the graph of the rounds to come, after this one.
     """
 
     run_id: str
@@ -98,6 +101,19 @@ class StartRound:
     merge: bool = False
     late: tuple[LateUpdates, ...] = ()
     kept: tuple[int, ...] = ()
+    adapt: bool = False
+
+
+@dataclass(frozen=True)
+class Relink:
+    """From the next round on nodes are linked like this; answered by :class:`Relinked`.
+
+    Nodes and their states stay as they are; what belongs to an earlier `generation` is refused from now on.
+    """
+
+    run_id: str
+    generation: int
+    graph: Graph
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,7 @@ Instruction = (
     Reserve
     | Activate
     | StartRound
+    | Relink
     | AbortAttempt
     | SaveCheckpoint
     | StoreModel

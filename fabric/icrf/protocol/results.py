@@ -42,6 +42,7 @@ class RoundResult:
             256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
+        edges_added, edges_removed: directed edges by which the graph of the rounds to come differs from that of this one.
         staleness: node id -> how many rounds ago the round was whose update it contributed; only nodes that were late.
     """
 
@@ -63,6 +64,8 @@ class RoundResult:
     participants_bitmap: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     staleness: dict[str, int] = field(default_factory=dict)
+    edges_added: int = 0
+    edges_removed: int = 0
 
     @property
     def participant_nodes(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.sparse import issparse
 
 from icrf.errors import ConfigError, TopologyError
 from icrf.registry import Registry
@@ -67,13 +68,7 @@ def build_topology(
         raise TopologyError("T008", "a topology needs a node", value=num_nodes, allowed="at least 1 node")
     builder = TOPOLOGIES.get(name)
     arguments = inject("topology", "federated_learning_topology", builder, {**parameters, "num_nodes": num_nodes}, name)
-    result = builder(**arguments)
-    if isinstance(result, HybridAdjacencyMatrix):
-        matrix = result
-    elif hasattr(result, "is_directed") and hasattr(result, "edges"):
-        matrix = from_network(result, parameters.get("node_ids", ()))
-    else:
-        matrix = HybridAdjacencyMatrix.from_dense(result)
+    matrix = as_matrix(builder(**arguments), parameters.get("node_ids", ()))
     if matrix.num_nodes != num_nodes:
         raise TopologyError(
             "T010",
@@ -84,6 +79,21 @@ def build_topology(
         file = parameters.get("adjacency_matrix_file_name") if name == "custom" else None
         require_connected(matrix, place=file or f"topology {name!r}")
     return matrix
+
+
+def as_matrix(found: Any, node_ids: Sequence[str] = ()) -> HybridAdjacencyMatrix:
+    """The graph that a user's function has returned: dense, SciPy, networkx or our own.
+
+    Raises:
+        TopologyError: T0xx for what is no graph.
+    """
+    if isinstance(found, HybridAdjacencyMatrix):
+        return found
+    if issparse(found):
+        found = found.toarray()
+    if hasattr(found, "is_directed") and hasattr(found, "edges"):
+        return from_network(found, node_ids)
+    return HybridAdjacencyMatrix.from_dense(found)
 
 
 def require_connected(matrix: HybridAdjacencyMatrix, place: str = "") -> None:
