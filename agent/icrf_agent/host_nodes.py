@@ -338,6 +338,7 @@ class HostNodes:
             "dataset_type": c.dataset_type,
             "data_distribution_kind": c.data_distribution_kind,
             "aggregation_strategy": c.aggregation_strategy,
+            "topology_adaptation_strategy": c.topology_adaptation_strategy,
             **{f"metrics[{k}]": name for k, name in enumerate(c.metrics)},
         }
         for key, name in wanted.items():

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import WeightsError
+from icrf.errors import RunError, WeightsError
 from icrf.exchange import CONSENSUS, UPDATE
 from icrf.ports import PhaseReport
-from icrf.protocol import Activated, StartRound
+from icrf.protocol import Activated, Graph, StartRound
+from icrf.spec.choices import STATIC
 from icrf.topology import Gossip, mixing_matrix
 from icrf.update import weighted_mix
 from icrf_agent.checkpoint import pack_rows, unpack_rows
+from icrf_agent.host_adaptation import HostAdaptation
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums, row_hashes
 
@@ -40,9 +42,18 @@ class DecentralizedFlow:
             initial = np.tile(t.nodes.model.row, (len(self._rows), 1))
         self._state = VersionedState(initial, number, recycle=not t.has_last_word)
         self._updates = np.empty_like(initial)
-        self._gossip = Gossip(mixing_matrix(t.activation.graph, t.nodes.config.mixing))
-        self._needed = {int(j) for i in t.nodes.indices for j in self._gossip.neighbours(i)}
+        self._trained: tuple[int, ...] = ()
+        self._adaptation = None if t.nodes.config.topology_adaptation_strategy == STATIC else HostAdaptation(t)
+        self.relink(t.activation.graph)
         self._consensus: tuple[int, int, Array] | None = None
+
+    def relink(self, graph: Graph) -> None:
+        """Mix along this graph from the next round on."""
+        t = self._t
+        self._gossip = Gossip(mixing_matrix(graph, t.nodes.config.mixing))
+        self._needed = {int(j) for i in t.nodes.indices for j in self._gossip.neighbours(i)}
+        if self._adaptation is not None:
+            self._adaptation.graph = graph
 
     def initial(self) -> Activated:
         t = self._t
@@ -85,7 +96,8 @@ class DecentralizedFlow:
         # What is private stays behind; without any this is no copy.
         sent = np.ascontiguousarray(updates[:, : t.layout.num_parameters])
         t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), sent))
-        return PhaseReport(nodes=tuple(trained), metric_sums=sums, node_metrics=t.by_node.take(start))
+        self._trained = tuple(trained)
+        return PhaseReport(nodes=self._trained, metric_sums=sums, node_metrics=t.by_node.take(start))
 
     def aggregate(self, start: StartRound) -> PhaseReport:
         """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
@@ -107,6 +119,8 @@ class DecentralizedFlow:
         overflow: set[int] = set()
         if start.evaluate:
             overflow = self._publish_consensus(start, state[:, :size])
+        if start.adapt and self._adaptation is not None:
+            self._adaptation.tell(start, self._rows, state, self._trained)
         self._state.stage(start, state)
         local = t.activation.assignment[t.nodes.indices[0]]
         crossing = sum(1 for j in self._needed - set(self._rows) if t.activation.assignment[j] == local)
@@ -154,6 +168,12 @@ class DecentralizedFlow:
             model_hash=t.layout.model_sha256(model),
             bytes_intra_cluster=t.foreign_bytes(postings, 8 * t.layout.num_parameters),
         )
+
+    def adapt(self, start: StartRound) -> Graph:
+        """Decide on the graph of the rounds to come; F005 where graphs stay as they are."""
+        if self._adaptation is None:
+            raise RunError("F005", "the graph of this federation is static")
+        return self._adaptation.decide(start)
 
     def model_at(self, round_number: int) -> Array | None:
         """The consensus model of a round, where this host made one."""

@@ -15,7 +15,7 @@ from icrf import values
 from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
 from icrf.ports import ModelFile, PhaseReport
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activated, StartRound
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activated, Relink, StartRound
 from icrf_agent.host_flows import CentralizedFlow
 from icrf_agent.host_groups import HierarchicalFlow
 from icrf_agent.host_nodes import HostNodes, HostSetup
@@ -119,6 +119,15 @@ class NodeHost:
         self._ready()[0].states.set_aside()
         return flow.evaluate(start)
 
+    def host_adapt(self, start: StartRound) -> PhaseReport:
+        """Decide on the graph of the rounds to come (first host of the coordinator)."""
+        return PhaseReport(graph=self._peers().adapt(start))
+
+    def host_relink(self, order: Relink) -> None:
+        """Take over another graph, under a new generation."""
+        self._peers().relink(order.graph)
+        self._generation = order.generation
+
     def host_model(self, round_number: int) -> ModelFile:
         """The global or consensus model of a committed round, or all of several; F006 where this host has none."""
         nodes, flow = self._ready()
@@ -146,6 +155,12 @@ class NodeHost:
     def _at(self, start: StartRound) -> Flow:
         nodes, flow = self._ready()
         nodes.enter(start)
+        return flow
+
+    def _peers(self) -> DecentralizedFlow:
+        flow = self._ready()[1]
+        if not isinstance(flow, DecentralizedFlow):
+            raise RunError("F005", "only the graph of peers changes")
         return flow
 
     def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:

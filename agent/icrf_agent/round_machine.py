@@ -13,8 +13,8 @@ nodes keep something, a cluster trains also if none of its nodes takes part: its
 Decentralized::
 
     train ─> send one update per (node, remote cluster) ─┐
-                                                         ├─> aggregate (mix) ─> [consensus ─> evaluate] ─> report
-    updates of remote neighbours ────────────────────────┘
+                                                         ├─> aggregate (mix) ─> [consensus ─> evaluate]
+    updates of remote neighbours ────────────────────────┘                   ─> [what is gathered ─> adapt] ─> report
 
 Hierarchical: as centralized, with a coordinator per group and models and partials of several groups side by side. In a
 round that ends with the global model every cluster sends the root one sum over all groups instead::
@@ -28,12 +28,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from icrf.exchange import CONSENSUS, MERGED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
+from icrf.exchange import CONSENSUS, GATHERED, MERGED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
 from icrf.ports import Arrival, PhaseReport
 from icrf.protocol import DECENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
-INSTALL = "install"
+INSTALL, ADAPT = "install", "adapt"
 
 _Expected = tuple[str, int, int, tuple[int, ...]]
 
@@ -81,6 +81,7 @@ class RoundMachine:
     _mixing: bool = False
     _mixed: bool = False
     _ending: bool = False
+    _ended: set[str] = field(default_factory=set)
     _finished: bool = False
     _overflow: tuple[int, ...] = ()
     _wire_bytes: int = 0
@@ -92,6 +93,8 @@ class RoundMachine:
         kinds = [MODEL, PARTIAL, UPDATE, MERGED]
         if self._mixes_consensus or plan.flow != DECENTRALIZED:
             kinds.append(CONSENSUS)
+        if self.start.adapt:
+            kinds.append(GATHERED)
         inbound = [transfer for kind in kinds for transfer in plan.inbound(here, kind)]
         self._expected = {_key(t.kind, t.sender, t.source, t.recipients) for t in inbound}
         if plan.flow == DECENTRALIZED:
@@ -142,7 +145,8 @@ class RoundMachine:
         if step.kind == AGGREGATE:
             self._mixed = True
             return self._send_after_aggregating() + self._go_on(now_s)
-        return self._finish()
+        self._ending = False
+        return self._go_on(now_s)
 
     # ------------------------------------------------------------ inside
 
@@ -181,7 +185,9 @@ class RoundMachine:
         return self._send(PARTIAL, UPDATE, CONSENSUS)
 
     def _send_after_aggregating(self) -> list[Step]:
-        return self._send(CONSENSUS) if self._mixes_consensus else self._send(MERGED)
+        if self.plan.flow != DECENTRALIZED:
+            return self._send(MERGED)
+        return self._send(*[CONSENSUS] * self.start.evaluate, *[GATHERED] * self.start.adapt)
 
     def _go_on(self, now_s: float) -> list[Step]:
         if not self._trained or self._sending:
@@ -198,21 +204,27 @@ class RoundMachine:
         return self._end_round(now_s)
 
     def _end_round(self, now_s: float) -> list[Step]:
-        """What follows when the new states are made, wherever they are made: a last step, or the report."""
+        """What follows when the new states are made, wherever they are made: another step, or the report."""
         if self._ending:
             return []
-        if self._mixes_consensus and self._coordinates:
-            awaited, last = CONSENSUS, EVALUATE
-        elif self.cluster in self.plan.installing:
-            awaited, last = MERGED, INSTALL
-        else:
-            self._exchanged(now_s)
-            return self._finish()
-        if self._waits_for(awaited):
+        left = [(awaited, last) for awaited, last in self._last_steps if last not in self._ended]
+        if left and self._waits_for(left[0][0]):
             return []
         self._exchanged(now_s)
+        if not left:
+            return self._finish()
         self._ending = True
-        return [Step(last)]
+        self._ended.add(left[0][1])
+        return [Step(left[0][1])]
+
+    @property
+    def _last_steps(self) -> list[tuple[str, str]]:
+        """What this cluster has to do once the new states are made, in order, each with what it waits for."""
+        if self.cluster in self.plan.installing:
+            return [(MERGED, INSTALL)]
+        if not self._coordinates or self.plan.flow != DECENTRALIZED:
+            return []
+        return [(CONSENSUS, EVALUATE)] * self.start.evaluate + [(GATHERED, ADAPT)] * self.start.adapt
 
     def _exchanged(self, now_s: float) -> None:
         if self._seconds.exchange_from >= 0.0:
@@ -249,6 +261,7 @@ class RoundMachine:
             absmax=state.absmax,
             model_hash=state.model_hash,
             state_hashes=state.state_hashes,
+            graph=next((phase.graph for phase in self._merged if phase.graph), None),
         )
         return [Step(REPORT, report=report)]
 

@@ -17,13 +17,14 @@ from typing import Any
 from urllib.parse import quote
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
-from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer, num_elements
+from icrf.exchange import EXACT, MESSAGE, OF_A_CLUSTER, UPDATE, Transfer, num_elements
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import (
     Activate,
     Activated,
     HeldRun,
     PeerAddress,
+    Relink,
     Reserve,
     StartRound,
     element_type,
@@ -31,6 +32,7 @@ from icrf.protocol import (
 )
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
+from icrf_agent.phase_reports import elementwise_max, merge_reports
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
 from icrf_agent.topology_manager import Posting
@@ -144,7 +146,7 @@ class HostedRuntime:
             request.run_id,
             request.generation,
             num_samples=tuple(pair for part in parts for pair in part.num_samples),
-            absmax=_elementwise_max([p.absmax for p in parts]),
+            absmax=elementwise_max([p.absmax for p in parts]),
             state_hashes=b"".join(p.state_hashes for p in parts),
             model_hash="".join(p.model_hash for p in parts),
         )
@@ -243,21 +245,34 @@ class HostedRuntime:
         await self._send_letters(run, start.round, start.attempt)
         return report
 
+    async def adapt(self, run_id: str, start: StartRound) -> PhaseReport:
+        report: PhaseReport = await self._run(run_id).model_host.call("host_adapt", start)
+        return report
+
+    async def relink(self, request: Relink) -> Activate:
+        async with self._lifecycle:
+            run = self._run(request.run_id)
+            run.relink(request)
+            async with self._healing:
+                await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
+            await self._manager.call("relink", request)
+            await asyncio.gather(*(host.call("host_relink", request) for host in run.hosts))
+            return run.activation
+
     async def send_payload(self, run_id: str, start: StartRound, transfer: Transfer) -> None:
         run = self._run(run_id)
         posting, row = await self._posting_for(start, transfer)
-        partial = transfer.kind in (PARTIAL, CONSENSUS)
-        layout = run.activation.layout
+        layout, rows = run.activation.layout, run.activation.rows
         header = self._header(
             run,
             (start.round, start.attempt),
             transfer.kind,
             transfer.target,
             sender=transfer.sender,
-            dtype="float64" if partial else element_type(layout),
-            num_elements=num_elements(transfer.kind, shared_size(layout), run.activation.rows),
+            dtype="float64" if transfer.kind in EXACT else element_type(layout),
+            num_elements=num_elements(transfer.kind, shared_size(layout), rows, len(posting.senders)),
             weight=posting.weight,
-            recipients=transfer.recipients if partial else (),
+            recipients=transfer.recipients if transfer.kind in EXACT else (),
         )
         assert self._shared is not None and self._shared.gateway is not None
         peer = self._peer(run, transfer.target)
@@ -419,9 +434,9 @@ class HostedRuntime:
 
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
         """The posting that a transfer sends, and which row of it (-1: all)."""
-        if transfer.kind in (PARTIAL, CONSENSUS):
+        if transfer.kind in OF_A_CLUSTER:
             args = (start.run_id, start.round, start.attempt, transfer.kind, transfer.recipients or None)
-            return await self._manager.call("cluster_partial", *args), -1
+            return await self._manager.call("cluster_posting", *args), -1
         postings = await self._manager.call("collect", start.run_id, start.round, start.attempt, transfer.kind)
         for posting in postings:
             if transfer.sender in posting.senders:
@@ -464,30 +479,6 @@ class HostedRuntime:
 def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:
     """``{federation}/{node}`` where a node has a host of its own, else ``{federation}/host-{slot}``."""
     return f"{request.federation}/{request.nodes[nodes[0]].id if len(nodes) == 1 else f'host-{slot}'}"
-
-
-def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
-    """One report of a cluster from those of its hosts, in host order, which is node order."""
-    sums: dict[str, tuple[int, int]] = {}
-    for report in reports:
-        for name, (numerator, weight) in report.metric_sums.items():
-            old = sums.get(name, (0, 0))
-            sums[name] = (old[0] + numerator, old[1] + weight)
-    return PhaseReport(
-        nodes=tuple(n for r in reports for n in r.nodes),
-        overflow=tuple(sorted({t for r in reports for t in r.overflow})),
-        absmax=_elementwise_max([r.absmax for r in reports]),
-        metric_sums=sums,
-        metrics={k: v for r in reports for k, v in r.metrics.items()},
-        node_metrics={k: v for r in reports for k, v in r.node_metrics.items()},
-        model_hash="".join(r.model_hash for r in reports),
-        state_hashes=b"".join(r.state_hashes for r in reports),
-        bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),
-    )
-
-
-def _elementwise_max(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(max(column) for column in zip(*(r for r in rows if r), strict=True))
 
 
 def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:

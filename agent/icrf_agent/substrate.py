@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Reserve
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve
 from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.node_state import merge, unwrap, wrap
@@ -96,6 +96,16 @@ class Hosted:
     active: bool = False
     quarantine: NodeError | None = None
     setting_up: asyncio.Future[Activated] | None = None
+
+    def relink(self, order: Relink) -> None:
+        """From now on the run has this graph under this generation; P003 if a later one is in force."""
+        was = self.activation
+        if order.generation < was.generation:
+            over = f"generation {order.generation} of run {order.run_id[:8]} is over"
+            raise RoutingError("P003", over, value=was.generation)
+        initial = was.initial_graph or was.graph
+        self.activation = replace(was, generation=order.generation, graph=order.graph, initial_graph=initial)
+        self.setups = [replace(setup, activation=self.activation) for setup in self.setups]
 
     @cached_property
     def _slot_of(self) -> dict[int, int]:

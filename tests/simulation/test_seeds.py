@@ -103,7 +103,7 @@ def test_a_manager_that_takes_one_groups_sum_for_anothers_is_caught(monkeypatch:
     def all_of_them(original: Any, self: HybridTopologyManager, *arguments: Any) -> Any:
         return original(self, *arguments[:4])
 
-    wrap(monkeypatch, HybridTopologyManager, "cluster_partial", all_of_them)
+    wrap(monkeypatch, HybridTopologyManager, "cluster_posting", all_of_them)
     assert "I1" in caught()
 
 

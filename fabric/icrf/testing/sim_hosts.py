@@ -229,7 +229,7 @@ def posted(manager: HybridTopologyManager, start: StartRound, transfer: Transfer
     """What a transfer carries."""
     key = (start.run_id, start.round, start.attempt, transfer.kind)
     if transfer.kind in (PARTIAL, CONSENSUS):
-        posting = manager.cluster_partial(*key, transfer.recipients or None)
+        posting = manager.cluster_posting(*key, transfer.recipients or None)
         return posting, array_of(posting)
     for posting in manager.collect(*key):
         if transfer.sender in posting.senders:
