@@ -16,7 +16,7 @@ import numpy as np
 
 from icrf import values
 from icrf.errors import ProtocolError, RoutingError, WeightsError
-from icrf.exchange import CONSENSUS, EXACT, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, num_elements
+from icrf.exchange import EXACT, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
 from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, shared_size

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from icrf.errors import IcrfError, error_from_dict, error_from_json, make_error
-from icrf.protocol import CENTRALIZED, Activated, RoundReport
+from icrf.protocol import CENTRALIZED, Activated, Graph, RoundReport, StartRound
+from icrf.topology import HybridAdjacencyMatrix, require_usable
 
 HASH_BYTES = 32
 MAX_SAMPLES = 2**31 - 1
@@ -85,6 +87,24 @@ class ReportChecks:
         elif len(report.state_hashes) != HASH_BYTES * len(self._keepers[cluster]):
             found = f"{len(report.state_hashes)} bytes for {len(self._keepers[cluster])} nodes"
             raise _malformed(cluster, "state_hashes", found)
+
+
+def check_graph(
+    cluster: str, report: RoundReport, start: StartRound, coordinator: str, graph: Graph, config: Mapping[str, Any]
+) -> None:
+    """Raise P001 unless the coordinator of a round that decides on the next graph, and nobody else, has sent one; T0xx
+    for one on which these peers cannot go on.
+
+    Args:
+        graph: the one in force.
+    """
+    decides = start.adapt and cluster == coordinator
+    if (report.graph is not None) != decides:
+        raise _malformed(cluster, "graph", "none" if decides else "a graph that nobody has asked for")
+    if report.graph is not None and report.graph != graph:
+        if report.graph.weights or report.graph.self_weights:
+            raise _malformed(cluster, "graph", "a graph with weights")
+        require_usable(HybridAdjacencyMatrix.from_graph(report.graph), graph.num_nodes, config)
 
 
 def error_of(cluster: str, error_json: str) -> IcrfError:

@@ -32,6 +32,7 @@ from icrf.protocol import (
     Reject,
     Release,
     Released,
+    Relinked,
     Report,
     Reserved,
     RoundReport,
@@ -298,7 +299,7 @@ class FederationMediator:
         effects: Effects,
         now: Now,
         cluster: str,
-        report: Reserved | Activated | RoundReport | Checkpointed | ModelStored | Released | Warned,
+        report: Reserved | Activated | RoundReport | Relinked | Checkpointed | ModelStored | Released | Warned,
     ) -> None:
         run = self._runs.get(report.run_id)
         if run is None:
@@ -310,6 +311,8 @@ class FederationMediator:
                 run.activated(effects, now, cluster, report)
             elif isinstance(report, RoundReport):
                 run.round_report(effects, now, cluster, report)
+            elif isinstance(report, Relinked):
+                run.relinked(effects, now, cluster, report)
             elif isinstance(report, Checkpointed):
                 run.checkpointed(effects, now, cluster, report)
             elif isinstance(report, ModelStored):

@@ -33,6 +33,7 @@ from icrf.protocol import (
     nodes_of,
     shared_size,
 )
+from icrf.spec.choices import STATIC
 from icrf.topology import Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
@@ -71,6 +72,8 @@ class _Settings:
     placement: Mapping[str, str | Mapping[str, str]]
     placement_group_strategy: str
     mixing: str
+    adaptation: str
+    adaptation_period: int
     device: str
     determinism: str
 
@@ -85,6 +88,8 @@ class _Settings:
             placement=config.get("placement") or {},
             placement_group_strategy=config.get("placement_group_strategy") or "PACK",
             mixing=config.get("mixing") or "metropolis_hastings",
+            adaptation=config.get("topology_adaptation_strategy") or STATIC,
+            adaptation_period=config.get("adaptation_period", 1),
             device=config.get("device") or "cpu",
             determinism=config.get("determinism") or "strict",
         )
@@ -95,6 +100,11 @@ class _Settings:
         if self.evaluate_every < 1:
             return min(1, self.rounds)
         return -(-self.rounds // self.evaluate_every)
+
+    @property
+    def num_adaptations(self) -> int:
+        """Rounds that decide on the next graph."""
+        return 0 if self.adaptation == STATIC else self.rounds // max(1, self.adaptation_period)
 
     @property
     def num_merges(self) -> int:
@@ -132,6 +142,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
+    per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
     grouped = _grouped(submission, exchange, adjacency, num_parameters)
     peers = submission.flow == DECENTRALIZED
     mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
@@ -146,7 +157,9 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         links=tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
         bytes_inter_cluster_per_round=per_round,
         bytes_inter_cluster_per_evaluation=per_evaluation,
-        bytes_inter_cluster_total=per_round * settings.rounds + per_evaluation * settings.num_evaluations,
+        bytes_inter_cluster_total=per_round * settings.rounds
+        + per_evaluation * settings.num_evaluations
+        + per_adaptation * settings.num_adaptations,
         slem=mixing.slem if mixing else -1.0,
         slem_kind=mixing.slem_kind if mixing else "none",
         rounds_to_consensus=mixing.rounds_to_consensus if mixing else -1,
@@ -159,6 +172,9 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
         mixing=mixing,
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
+        adaptation="" if settings.adaptation == STATIC else settings.adaptation,
+        adaptation_period=0 if settings.adaptation == STATIC else settings.adaptation_period,
+        bytes_inter_cluster_per_adaptation=per_adaptation,
         **grouped,
     )
     return plan, assignment
@@ -313,7 +329,7 @@ def _peak_memory_bytes(
     rows = exchange.rows
     model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
     arriving: Counter[int] = Counter()
-    for transfer in exchange.merging or exchange.transfers + exchange.evaluation:
+    for transfer in exchange.merging or exchange.transfers + exchange.evaluation + exchange.adaptation:
         arriving[transfer.target] += exchange.transfer_bytes(transfer, num_parameters)
     peak = 0
     for index, cluster in enumerate(clusters):
@@ -325,6 +341,9 @@ def _peak_memory_bytes(
             needed += 2 * rows.client * model * len(exchange.local_participants(index))
         elif exchange.flow == DECENTRALIZED:
             needed += 2 * model * len(exchange.local_nodes(index))
+            if index == exchange.coordinator:
+                # What a decision on the next graph looks at: all rows, as one matrix.
+                needed += _FLOAT32 * rows.gathered * len(exchange.assignment)
         else:
             needed += 2 * model * len(set(exchange.local_nodes(index)) & set(exchange.aggregators)) + partial
         peak = max(peak, needed)

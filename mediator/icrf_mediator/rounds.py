@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError, InternalError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, LateUpdates, RoundReport, RoundResult, StartRound, nodes_of
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Graph, LateUpdates, RoundReport, RoundResult, StartRound, nodes_of
 from icrf.staleness import late_nodes, scaled
 from icrf.update import choose_grid, merkle_root, metric_mean
 
@@ -34,6 +34,7 @@ class Commit:
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluated: bool = False
     late: tuple[LateUpdates, ...] = ()
+    graph: Graph | None = None
 
     def result(self, generation: int, wall_s: float, node_ids: Sequence[str] = ()) -> RoundResult:
         """The round as users see it.
@@ -163,6 +164,7 @@ class RoundLedger:
         merge: bool = False,
         late: tuple[LateUpdates, ...] = (),
         kept: tuple[int, ...] = (),
+        adapt: bool = False,
     ) -> StartRound:
         """Open the next round.
 
@@ -173,6 +175,7 @@ class RoundLedger:
             merge: hierarchical: end with one model for all groups.
             late: what participants bring of earlier rounds.
             kept: the rounds whose updates are still owed afterwards.
+            adapt: decide on the graph of the rounds to come.
         """
         self._escalation = [0] * len(self.absmax)
         weight = self._weight(participants, late)
@@ -189,6 +192,7 @@ class RoundLedger:
             merge=merge,
             late=late,
             kept=kept,
+            adapt=adapt,
         )
         self.open = Attempt(start, tuple(c for c in self.clusters if c not in without), now_s)
         return start
@@ -266,6 +270,7 @@ class RoundLedger:
             node_metrics={node: found for r in reports.values() for node, found in r.node_metrics.items()},
             evaluated=attempt.start.evaluate,
             late=attempt.start.late,
+            graph=coordinator.graph,
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
         self._history.setdefault(commit.round, (model_hash, absmax))

@@ -9,7 +9,6 @@ from typing import Any
 from icrf.ports import Write
 from icrf.protocol import (
     QUEUED,
-    Graph,
     NodeSpec,
     RoundResult,
     Rows,
@@ -19,6 +18,7 @@ from icrf.protocol import (
     TensorSpec,
 )
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.graphs import graph_of
 from icrf_mediator.placement import Placement
 from icrf_mediator.runs import RunMachine
 
@@ -43,8 +43,7 @@ def submission_of(row: Mapping[str, Any]) -> Submission:
     parts = dict(row)
     parts["schedule"] = tuple(parts.get("schedule", ()))
     parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
-    graph = dict(parts["graph"])
-    parts["graph"] = Graph(graph.pop("num_nodes"), **{name: tuple(values) for name, values in graph.items()})
+    parts["graph"] = graph_of(parts["graph"])
     parts["layout"] = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in parts["layout"])
     parts["rows"] = Rows(**parts["rows"])
     return Submission(**parts)
@@ -94,6 +93,11 @@ def restore_run(
         run.load_participants(int(row.key[1]), str(row.row["participants"]), str(row.row.get("late", "")))
     for row in _rows(tables, "checkpoints", run_id):
         run.checkpoints.load(int(row.key[1]), row.row["artifacts"])
+    run.load_graphs(
+        {int(row.key[1]): graph_of(row.row) for row in _rows(tables, "graphs", run_id)},
+        {int(row.key[1]): int(row.row["round"]) for row in activations},
+        {int(row.key[1]): int(row.row["round"]) for row in _rows(tables, "relinks", run_id)},
+    )
     run.rejoin(effects, now)
     return run
 

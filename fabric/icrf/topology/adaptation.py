@@ -27,14 +27,13 @@ made anew for every decision: what it should remember must be in the graph.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-import inspect
 
 import numpy as np
 

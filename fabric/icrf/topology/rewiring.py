@@ -41,9 +41,7 @@ def random_rewire(adjacency_matrix: Matrix, random_state: np.random.RandomState,
 
 
 @ADAPTERS.register("cosine_similarity")
-def cosine_similarity(
-    adjacency_matrix: Matrix, sketches: np.ndarray[Any, np.dtype[np.float64]]
-) -> Matrix:
+def cosine_similarity(adjacency_matrix: Matrix, sketches: np.ndarray[Any, np.dtype[np.float64]]) -> Matrix:
     """Nodes whose models differ from the mean of all in the same direction become neighbours.
 
     The edges are those of the spanning tree of largest similarities, and then the most similar pairs, as many as there
