@@ -11,8 +11,7 @@ from icrf.errors import RunError, WeightsError
 from icrf.exchange import CONSENSUS, UPDATE
 from icrf.ports import PhaseReport
 from icrf.protocol import Activated, Graph, StartRound
-from icrf.spec.choices import STATIC
-from icrf.topology import Gossip, mixing_matrix
+from icrf.topology import STATIC, Gossip, mixing_matrix
 from icrf.update import weighted_mix
 from icrf_agent.checkpoint import pack_rows, unpack_rows
 from icrf_agent.host_adaptation import HostAdaptation

@@ -34,9 +34,10 @@ from icrf.protocol import (
 )
 from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
-from icrf.spec.choices import STATIC, WITH_SERVER, in_groups
+from icrf.spec.choices import WITH_SERVER, in_groups
 from icrf.topology import (
     MIXINGS,
+    STATIC,
     Adapter,
     Hierarchy,
     HybridAdjacencyMatrix,

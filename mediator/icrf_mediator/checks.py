@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icrf.errors import IcrfError, error_from_dict, error_from_json, make_error
-from icrf.protocol import CENTRALIZED, Activated, Graph, RoundReport, StartRound
+from icrf.protocol import CENTRALIZED, Activated, Graph, RoundReport
 from icrf.topology import HybridAdjacencyMatrix, require_usable
 
 HASH_BYTES = 32
@@ -89,16 +89,13 @@ class ReportChecks:
             raise _malformed(cluster, "state_hashes", found)
 
 
-def check_graph(
-    cluster: str, report: RoundReport, start: StartRound, coordinator: str, graph: Graph, config: Mapping[str, Any]
-) -> None:
-    """Raise P001 unless the coordinator of a round that decides on the next graph, and nobody else, has sent one; T0xx
-    for one on which these peers cannot go on.
+def check_graph(cluster: str, report: RoundReport, decides: bool, graph: Graph, config: Mapping[str, Any]) -> None:
+    """Raise P001 unless a cluster that decides on the next graph, and nobody else, has sent one; T0xx for one on which
+    these peers cannot go on.
 
     Args:
         graph: the one in force.
     """
-    decides = start.adapt and cluster == coordinator
     if (report.graph is not None) != decides:
         raise _malformed(cluster, "graph", "none" if decides else "a graph that nobody has asked for")
     if report.graph is not None and report.graph != graph:

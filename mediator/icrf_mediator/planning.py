@@ -33,8 +33,7 @@ from icrf.protocol import (
     nodes_of,
     shared_size,
 )
-from icrf.spec.choices import STATIC
-from icrf.topology import Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
+from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
 # A host with torch imported and one optimizer step made (measured), before any model.

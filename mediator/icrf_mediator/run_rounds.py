@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from icrf.errors import RunError
+from icrf.errors import IcrfError, RunError
 from icrf.ports import Write
 from icrf.protocol import (
     HIERARCHICAL,
@@ -27,9 +27,9 @@ from icrf.topology import STATIC, HybridAdjacencyMatrix, changed_edges
 from icrf_mediator.checkpoints import KEPT
 from icrf_mediator.checks import check_graph
 from icrf_mediator.effects import Effects, Now
-from icrf_mediator.graphs import graph_row
+from icrf_mediator.graphs import graph_differs, graph_row
 from icrf_mediator.placement import Placement
-from icrf_mediator.rounds import Commit
+from icrf_mediator.rounds import Commit, differs
 from icrf_mediator.run_base import RunBase
 
 
@@ -266,6 +266,16 @@ class RunRounds(RunBase):
         assert self._ledger is not None and self._ledger.open is not None
         decides = self._ledger.open.start.adapt and cluster == self._ledger.coordinator
         check_graph(cluster, report, decides, self.graphs.after(self._ledger.round), self.config)
+
+    def _not_repeated(self, commit: Commit) -> IcrfError | None:
+        """What is wrong with a round that was committed before and has another outcome now; None if it has none."""
+        assert self._ledger is not None
+        known = self._ledger.recorded(commit.round)
+        if known != commit.model_hash:
+            return differs(commit.round, known, commit.model_hash)
+        if commit.round <= self.info.rounds_done and self.graphs.differs(commit.round, commit.graph):
+            return graph_differs(commit.round)
+        return None
 
     def _keep_graph(self, effects: Effects, commit: Commit, result: RoundResult) -> RoundResult:
         """Journal the graph that a new round has ended with, where it is another; the result says what changed."""

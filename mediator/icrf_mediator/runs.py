@@ -47,9 +47,8 @@ from icrf.protocol import (
     RoundReport,
     StoreModel,
 )
-from icrf_mediator.checks import check_graph, error_of
+from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
-from icrf_mediator.graphs import graph_differs
 from icrf_mediator.placement import Placement
 from icrf_mediator.rounds import Commit, differs
 from icrf_mediator.run_base import LIVE, NEVER
@@ -171,9 +170,7 @@ class RunMachine(RunRounds):
         self._checks.round_report(cluster, report)
         if report.overflow:
             return self._retry_coarser(effects, now, report.overflow)
-        check_graph(
-            cluster, report, ledger.open.start, ledger.coordinator, self.graphs.after(ledger.round), self.config
-        )
+        self._check_graph(cluster, report)
         self.record.attempt(effects, cluster, report)
         commit = ledger.collect(cluster, report)
         self._arrived(cluster)
@@ -383,11 +380,9 @@ class RunMachine(RunRounds):
         peers = [PeerAddress(name, self._addresses(name)) for name in self.clusters]
         self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self.clusters)}")
         restore, graph = (self._restored_round, artifacts), self.graphs.after(self._restored_round)
-        federation = self.info.federation
         self.graphs.set_up(self._restored_round)
-        orders = self.placement.activate(
-            self.run_id, self.generation, federation, self.submission, peers, restore, graph
-        )
+        whom = (self.run_id, self.generation, self.info.federation)
+        orders = self.placement.activate(*whom, self.submission, peers, restore, graph)
         self._ask(effects, now, orders, self._activate_s)
 
     def _ready(self, effects: Effects, now: Now) -> None:
@@ -439,11 +434,8 @@ class RunMachine(RunRounds):
 
     def _committed(self, effects: Effects, now: Now, commit: Commit) -> None:
         assert self._ledger is not None and self.placement is not None
-        known = self._ledger.recorded(commit.round)
-        if known != commit.model_hash:
-            return self.fail(effects, now, differs(commit.round, known, commit.model_hash))
-        if commit.round <= self.info.rounds_done and self.graphs.differs(commit.round, commit.graph):
-            return self.fail(effects, now, graph_differs(commit.round))
+        if (error := self._not_repeated(commit)) is not None:
+            return self.fail(effects, now, error)
         self._attempt_floor, self._late = 0, set()
         if commit.round > self.info.rounds_done:
             self._recoveries = 0

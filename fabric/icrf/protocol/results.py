@@ -42,7 +42,7 @@ class RoundResult:
             256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
-        edges_added, edges_removed: directed edges by which the graph of the rounds to come differs from that of this one.
+        edges_added, edges_removed: directed edges that the rounds to come have more than this one, and less.
         staleness: node id -> how many rounds ago the round was whose update it contributed; only nodes that were late.
     """
 

@@ -3,6 +3,7 @@
 from icrf.topology import families, random_graphs, rewiring  # noqa: F401 - they register what they define
 from icrf.topology.adaptation import (
     ADAPTERS,
+    STATIC,
     Adapter,
     Situation,
     Sketcher,
@@ -41,6 +42,7 @@ __all__ = [
     "INTRA_CLUSTER",
     "MAX_DENSE_NODES",
     "MIXINGS",
+    "STATIC",
     "TOPOLOGIES",
     "Adapter",
     "Gossip",

@@ -19,7 +19,7 @@ Edges = np.ndarray[Any, np.dtype[np.int64]]
 
 # A draw that falls apart is repeated so often before the graph stays as it is.
 _DRAWS = 100
-# Draws of a pair of edges for every swap that is wanted: pairs that share a node, or lead to an edge twice, do not count.
+# Draws of a pair of edges for every swap that is wanted: pairs with a node or an edge in common do not count.
 _TRIES = 20
 # Cosines are rounded to multiples of about 2^-40 each, so that their sums are exact, in whatever order.
 _UNIT = float(1 << 20)
@@ -29,8 +29,8 @@ _UNIT = float(1 << 20)
 def random_rewire(adjacency_matrix: Matrix, random_state: np.random.RandomState, adaptation_share: float) -> Matrix:
     """A share of the edges is moved, and every node keeps its degree.
 
-    Two edges a-b and c-d become a-d and c-b (Maslov and Sneppen 2002). Where no swap is possible, as in a mesh, or every
-    draw falls apart, the graph stays as it is.
+    Two edges a-b and c-d become a-d and c-b (Maslov and Sneppen 2002). Where no swap is possible, as in a mesh, or
+    every draw falls apart, the graph stays as it is.
     """
     parts = _num_components(adjacency_matrix)
     for _ in range(_DRAWS):
@@ -67,7 +67,7 @@ def prune_unavailable(initial_matrix: Matrix, available: np.ndarray[Any, np.dtyp
     The edges that it takes to keep the graph connected stay, as few as can be.
     """
     edges = _edges(initial_matrix)
-    usable = available[edges].all(axis=1)
+    usable = available[edges[:, 0]] & available[edges[:, 1]]
     order = np.argsort(~usable, kind="stable")
     edges, usable = edges[order], usable[order]
     return _of_edges(edges[usable | _in_tree(edges, len(initial_matrix))], len(initial_matrix))
