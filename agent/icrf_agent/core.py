@@ -6,7 +6,7 @@ belong to, and drops everything that is stale. The shell (``service.py``) carrie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from icrf.errors import IcrfError
 from icrf.exchange import ExchangePlan, compile_exchange
@@ -238,7 +238,7 @@ class AgentCore:
             return []
         if order.generation > run.activation.generation:
             try:
-                activation = replace(run.activation, generation=order.generation, graph=order.graph)
+                activation = order.applied_to(run.activation)
                 run.plan, run.activation = self._compile(activation).plan, activation
             except IcrfError as error:
                 return [Say(Relinked(order.run_id, order.generation, error.to_json()))]

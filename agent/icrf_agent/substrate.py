@@ -103,8 +103,7 @@ class Hosted:
         if order.generation < was.generation:
             over = f"generation {order.generation} of run {order.run_id[:8]} is over"
             raise RoutingError("P003", over, value=was.generation)
-        initial = was.initial_graph or was.graph
-        self.activation = replace(was, generation=order.generation, graph=order.graph, initial_graph=initial)
+        self.activation = order.applied_to(was)
         self.setups = [replace(setup, activation=self.activation) for setup in self.setups]
 
     @cached_property

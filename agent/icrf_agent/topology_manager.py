@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,7 +135,7 @@ class HybridTopologyManager:
             room = self._linked(order.run_id)
             if order.generation < room.activation.generation:
                 self._room(order.run_id, order.generation)
-            room.activation = replace(room.activation, generation=order.generation, graph=order.graph)
+            room.activation = order.applied_to(room.activation)
             adjacency = HybridAdjacencyMatrix.from_graph(order.graph)
             room.topology.link_nodes([node.id for node in room.activation.nodes], adjacency)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from icrf.protocol.federations import Graph, NodeSpec, Resources, Rows, TensorSpec
 
@@ -114,6 +114,11 @@ class Relink:
     run_id: str
     generation: int
     graph: Graph
+
+    def applied_to(self, activation: Activate) -> Activate:
+        """The activation in force from now on."""
+        initial = activation.initial_graph or activation.graph
+        return replace(activation, generation=self.generation, graph=self.graph, initial_graph=initial)
 
 
 @dataclass(frozen=True)
