@@ -6,6 +6,7 @@ and no user code. What it decides on is exact and in node order, so that the ans
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -48,21 +49,24 @@ class HostAdaptation:
                 hint="install the same version of its code on every cluster",
             )
 
-    def tell(self, start: StartRound, rows: Mapping[int, int], state: Array, trained: Collection[int]) -> None:
+    def tell(
+        self, start: StartRound, rows: Mapping[int, int], trained: Collection[int], models: tuple[Array, Array, Array]
+    ) -> None:
         """Publish what the decision needs of this host's nodes.
 
         Args:
-            rows: node index -> row of `state`.
-            state: their new models.
+            rows: node index -> row of each array of `models`.
             trained: those that trained in this round.
+            models: what they started from, what training has made of it, and what they have after mixing.
         """
         t, width = self._t, self._adapter.num_gathered
         if not width:
             return
-        told = np.empty((len(rows), width), t.layout.dtype)
+        told, size = np.empty((len(rows), width), t.layout.dtype), t.layout.num_parameters
         for index, k in rows.items():
-            model = state[k, : t.layout.num_parameters]
-            self._adapter.row(index in trained, t.by_node.train_loss.get(index, 0.0), model, told[k])
+            before, after, mixed = (array[k, :size] for array in models)
+            loss = t.by_node.train_loss.get(index, math.nan) if index in trained else None
+            self._adapter.row(loss, after - before, mixed, told[k])
         t.manager.publish_many(t.posting(start, GATHERED, tuple(rows), told))
 
     def decide(self, start: StartRound) -> Graph:

@@ -103,7 +103,7 @@ class DecentralizedFlow:
         t = self._t
         postings = t.collect(start, UPDATE)
         rows = t.rows_of(postings, sorted(self._needed))
-        self._state.rebase(start)
+        before = self._state.rebase(start)
         state, size = self._state.spare(), t.layout.num_parameters
         sums: MetricSums = {}
         for index, k in self._rows.items():
@@ -119,7 +119,7 @@ class DecentralizedFlow:
         if start.evaluate:
             overflow = self._publish_consensus(start, state[:, :size])
         if start.adapt and self._adaptation is not None:
-            self._adaptation.tell(start, self._rows, state, self._trained)
+            self._adaptation.tell(start, self._rows, self._trained, (before, self._updates, state))
         self._state.stage(start, state)
         local = t.activation.assignment[t.nodes.indices[0]]
         crossing = sum(1 for j in self._needed - set(self._rows) if t.activation.assignment[j] == local)

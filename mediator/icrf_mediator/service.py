@@ -47,6 +47,8 @@ _OF_UNFINISHED_RUNS = (
     "activations",
     "members",
     "participants",
+    "graphs",
+    "relinks",
     "commits",
     "checkpoints",
     "events",

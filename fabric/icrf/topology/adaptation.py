@@ -13,7 +13,8 @@ needs as parameters; they are injected by name, and nothing is gathered that no 
 ``adjacency_matrix``  the graph as it is: int8, shape (num_nodes, num_nodes); [i, j] = 1: i may send to j
 ``initial_matrix``    the graph that the federation started with, likewise
 ``node_weights``      the nodes' models after the round, in the model's type, shape (num_nodes, num_parameters)
-``sketches``          64 numbers per node in their place, shape (num_nodes, 64), see :class:`Sketcher`
+``sketches``          what training has changed in the round, as 64 numbers per node, float64, shape (num_nodes, 64),
+                      see :class:`Sketcher`; zeros for nodes that did not train
 ``metrics``           name -> float64, shape (num_nodes,): ``train_loss``, NaN for nodes that did not train
 ``available``         which nodes trained in the round, bool, shape (num_nodes,)
 ``round_number``      the round that has just been made
@@ -72,7 +73,7 @@ class TopologyAdaptationStrategy(ABC):
 
 
 class Sketcher:
-    """Random projections of models to 64 numbers that keep angles and distances, roughly.
+    """Random projections of flat models to 64 numbers that keep angles and distances, roughly.
 
     A count sketch (Charikar, Chen and Farach-Colton 2002; Weinberger et al., arXiv 0902.2206): every parameter is added
     to one of 64 sums, with a sign, both drawn from the federation's seed. It is linear: the sketch of a difference is
@@ -142,12 +143,19 @@ class Adapter:
     def _sketcher(self) -> Sketcher:
         return Sketcher(self._parameters["seed"], self._num_parameters)
 
-    def row(self, trained: bool, train_loss: float, model: Array, out: Array) -> None:
-        """Write into `out`, shape (num_gathered,), what a decision needs of one node."""
-        out[:_NUM_FACTS] = float(trained), train_loss if trained else 0.0
+    def row(self, train_loss: float | None, change: Array, model: Array, out: Array) -> None:
+        """Write what a decision needs of one node.
+
+        Args:
+            train_loss: None if it did not train.
+            change: what its training has added to its model, shape (num_parameters,).
+            model: its model after the round, likewise.
+            out: shape (num_gathered,).
+        """
+        out[:_NUM_FACTS] = (0.0, 0.0) if train_loss is None else (1.0, train_loss)
         at = _NUM_FACTS
         if _SKETCHES in self._asks:
-            out[at : at + SKETCH_SIZE] = self._sketcher.of(model)
+            out[at : at + SKETCH_SIZE] = 0.0 if train_loss is None else self._sketcher.of(change)
             at += SKETCH_SIZE
         if _WEIGHTS in self._asks:
             out[at:] = model
