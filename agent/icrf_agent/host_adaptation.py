@@ -92,6 +92,6 @@ class HostAdaptation:
                 return self._adapter.decide(situation).to_graph()
         except IcrfError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = f"topology_adaptation_strategy {self._name} on {t.nodes.cluster}, after round {start.round}"
             raise NodeError("U001", f"{type(error).__name__}: {error}", place=place) from error

@@ -350,7 +350,7 @@ class CentralizedFlow:
                 yield
         except IcrfError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name = self._t.nodes.config.aggregation_strategy
             place = f"aggregation_strategy {name} on {self._t.nodes.cluster}"
             raise NodeError("U001", f"{type(error).__name__}: {error}", place=place) from error

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
-from icrf.protocol import Activate, StartRound
+from icrf.protocol import Activate, NodeSpec, StartRound
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.host_notes import HostNotes
@@ -232,12 +232,22 @@ class HostNodes:
         return node.num_samples
 
     def measure(self, index: int, method: str, *arguments: Any) -> dict[str, float]:
-        """Call `train` or `evaluate`, whose result must be metrics; U002 where it is not."""
+        """Call `train` or `evaluate`, whose result must be metrics; U002 where it is not, W020 for one not finite."""
         found = self.call(index, method, *arguments)
         try:
-            return {str(name): float(value) for name, value in ({} if found is None else found).items()}
-        except (AttributeError, TypeError, ValueError) as error:
+            metrics = {str(name): float(value) for name, value in ({} if found is None else found).items()}
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise self._no_numbers(index, method, found, "a dict of numbers by name, or None") from error
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise WeightsError(
+                    "W020",
+                    f"metric '{name}' is not finite",
+                    place=f"{self._nodes[index].id} on {self.cluster}, {method}",
+                    value=value,
+                    hint="leave it out where it has no value; a loss like that calls for a lower learning rate",
+                )
+        return metrics
 
     def loss_of(self, index: int) -> float:
         """A node's training loss with the model that is loaded, infinite in place of NaN; U002 for no number."""
@@ -280,14 +290,7 @@ class HostNodes:
                 features, labels = dataset.train_part(parts[position[index]])
                 data = (to_tensor(features), to_tensor(labels))
             spec = self._specs[index]
-            node = self._template(spec.role)(node_id=spec.id, role=spec.role, config=self.config)
-            if not isinstance(node, FederatedNode):
-                raise ConfigError(
-                    "C017",
-                    f"node template {type(node).__name__} is no FederatedNode",
-                    place="client_template",
-                    hint="subclass icrf.FederatedNode",
-                )
+            node = self._make(spec)
             node.context = NodeContext(
                 index=index,
                 cluster=self.cluster,
@@ -318,14 +321,23 @@ class HostNodes:
                 allowed=f"{dealt} with mixing sample_weighted",
             )
 
-    def _template(self, role: str) -> type[FederatedNode]:
-        name = self.config.server_template if "aggregate" in role.split("-") else self.config.client_template
-        if not name:
-            return FederatedNode
-        if name.startswith(LOCAL_TEMPLATE):
-            return self._setup.templates[name]
-        found: type[FederatedNode] = load_attr(name)
-        return found
+    def _make(self, spec: NodeSpec) -> FederatedNode:
+        """A node of the class that the configuration names for its role."""
+        key = "server_template" if "aggregate" in spec.role.split("-") else "client_template"
+        name: str | None = getattr(self.config, key)
+        template: Callable[..., Any] = FederatedNode
+        if name:
+            template = self._setup.templates[name] if name.startswith(LOCAL_TEMPLATE) else load_attr(name, key)
+        try:
+            node = template(node_id=spec.id, role=spec.role, config=self.config)
+        except IcrfError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._node_error(spec.id, f"{key} '{name}'", error) from error
+        if not isinstance(node, FederatedNode):
+            what = f"node template {type(node).__name__} is no FederatedNode"
+            raise ConfigError("C017", what, place=key, value=name, hint="subclass icrf.FederatedNode")
+        return node
 
     def _require_allowed(self) -> None:
         if self._setup.allow is None:

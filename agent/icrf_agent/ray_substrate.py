@@ -406,10 +406,11 @@ def _template_of(setup: HostSetup) -> type:
     """The class of the host's only node; only its method names matter here."""
     role = setup.activation.nodes[setup.nodes[0]].role
     config = FederationConfig.from_json(setup.activation.config_json)
-    name = config.server_template if "aggregate" in role.split("-") else config.client_template
+    key = "server_template" if "aggregate" in role.split("-") else "client_template"
+    name: str | None = getattr(config, key)
     if not name:
         return FederatedNode
-    return setup.templates[name] if name.startswith(LOCAL_TEMPLATE) else load_attr(name)
+    return setup.templates[name] if name.startswith(LOCAL_TEMPLATE) else load_attr(name, key)
 
 
 def _spell(resources: dict[str, float]) -> str:

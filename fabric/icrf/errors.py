@@ -201,7 +201,9 @@ class ConfigErrors(ConfigError):
         return "\n".join(str(e) for e in self.errors)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "errors": [e.to_dict() for e in self.errors]}
+        """Plain values: of a single error its own, of several C011; ``errors`` has each of them."""
+        whole = self.errors[0].to_dict() if len(self.errors) == 1 else super().to_dict()
+        return {**whole, "errors": [e.to_dict() for e in self.errors]}
 
 
 class TopologyError(IcrfError):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import ConfigError, IcrfError
+from icrf.errors import ConfigError
 from icrf.protocol import Submission, bitmap, sample_size
 from icrf.registry import Registry
 from icrf.seeds import stable_random_state
@@ -100,20 +100,16 @@ def schedule(
         A bitmap in hexadecimal per round.
 
     Raises:
-        ConfigError: C010 or C017 for a name that cannot be loaded, C018 for an answer that cannot be used.
+        ConfigError: C010 for an unknown name, C017 for code that cannot be loaded or that raises, C018 for an answer
+            that cannot be used.
     """
     choose = SAMPLERS.get(sampler)
     index = {node_ids[i]: i for i in clients}
     rows = []
     for number in range(1, rounds + 1):
-        try:
-            found = [
-                str(name) for name in choose(number, list(index), count, stable_random_state(seed, sampler, number))
-            ]
-        except IcrfError:
-            raise
-        except Exception as error:
-            raise _unusable(sampler, number, f"raised {type(error).__name__}: {error}") from error
+        with SAMPLERS.calling(sampler, f"for round {number}"):
+            drawn = choose(number, list(index), count, stable_random_state(seed, sampler, number))
+            found = [str(name) for name in drawn]
         strangers = [name for name in found if name not in index]
         if strangers or not found:
             raise _unusable(

@@ -17,6 +17,12 @@ def fewest_updates(rule: str, num_byzantine: int) -> int:
     return factor * num_byzantine + more
 
 
+def most_byzantine(rule: str, num_updates: int) -> int:
+    """The largest number of bad updates that ``TrimmedMean``, ``Krum`` or ``MultiKrum`` tolerates; -1: not even 0."""
+    factor, more = _FEWEST[rule]
+    return max(-1, (num_updates - more) // factor)
+
+
 def most_selected(num_updates: int, num_byzantine: int) -> int:
     """The largest number of updates that ``MultiKrum`` may average: n - f - 2, those that a score looks at."""
     return num_updates - num_byzantine - 2

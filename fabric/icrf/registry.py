@@ -6,11 +6,12 @@ import difflib
 import importlib
 import re
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from icrf.errors import ConfigError
+from icrf.errors import ConfigError, IcrfError
 
 T = TypeVar("T")
 
@@ -36,16 +37,37 @@ KINDS = (
     "sink",
 )
 
+# The configuration key, or the flag, that names a plug-in of this kind: the place of errors about it.
+_KEYS = {
+    "topology": "federated_learning_topology",
+    "mixing": "mixing",
+    "adapter": "topology_adaptation_strategy",
+    "grouping": "group_by",
+    "model": "model_type",
+    "dataset": "dataset_type",
+    "partitioner": "data_distribution_kind",
+    "aggregator": "aggregation_strategy",
+    "metric": "metrics",
+    "schema": "schema",
+    "sampler": "client_sampler",
+    "assignment": "assignment_strategy",
+    "sink": "--log",
+}
+
 
 class Registry(Generic[T]):
     """The plug-ins of one kind, e.g. ``topology``.
 
     Args:
         kind: a singular noun for messages; entry points are looked up in the group ``icrf.<kind>``.
+
+    Attributes:
+        key: the configuration key that names plug-ins of this kind, the place of errors about them.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.key = _KEYS.get(kind, "")
         self._objects: dict[str, T] = {}
         _REGISTRIES.add(self)
         for name, obj in _EARLY.pop(kind, {}).items():
@@ -87,12 +109,32 @@ class Registry(Generic[T]):
         if name in self._objects:
             return self._objects[name]
         if ":" in name:
-            loaded: T = load_attr(name)
+            loaded: T = load_attr(name, self.key)
             return loaded
         for point in entry_points(group=self._group, name=name):
-            from_package: T = _import(name, point.load, f"entry point {point.value}")
+            from_package: T = _import(name, point.load, f"entry point {point.value}", self.key)
             return from_package
-        raise unknown_name(self.kind, name, self.names())
+        raise unknown_name(self.kind, name, self.names(), self.key)
+
+    @contextmanager
+    def calling(self, name: str, purpose: str = "") -> Iterator[None]:
+        """Around every call of the plug-in `name` outside a node: what it raises is the user's to mend.
+
+        Errors of the fabric pass as they are.
+
+        Args:
+            purpose: said after the reason, such as ``for round 3``.
+
+        Raises:
+            ConfigError: C017 naming key and plug-in, also where it tries to end the process.
+        """
+        try:
+            yield
+        except IcrfError:
+            raise
+        except (Exception, SystemExit) as error:
+            what = f"{self.kind} '{name}' raised {_reason(error)}"
+            raise ConfigError("C017", f"{what} {purpose}".rstrip(), place=self.key, value=name) from error
 
     def names(self) -> tuple[str, ...]:
         """Registered names and installed entry points, sorted."""
@@ -145,21 +187,27 @@ def is_import_path(name: str) -> bool:
     return _IMPORT_PATH.fullmatch(name) is not None
 
 
-def load_attr(path: str) -> Any:
+def load_attr(path: str, place: str = "") -> Any:
     """Import ``module:attr`` (``attr`` may be dotted).
+
+    Args:
+        place: the configuration key that names it, for errors.
 
     Raises:
         ConfigError: C017 with the reason: malformed path, module that cannot be imported, no such attribute.
     """
     if not is_import_path(path):
-        raise ConfigError("C017", f"'{path}' is no import path", allowed="package.module:attribute")
+        raise ConfigError("C017", f"'{path}' is no import path", place=place, allowed="package.module:attribute")
     module_name, _, attribute = path.partition(":")
-    found: Any = _import(path, lambda: importlib.import_module(module_name), f"module '{module_name}'")
+    found: Any = _import(path, lambda: importlib.import_module(module_name), f"module '{module_name}'", place)
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [name for name in dir(found) if not name.startswith("_")]
             raise ConfigError(
-                "C017", f"cannot load '{path}': '{module_name}' has no '{part}'", hint=did_you_mean(part, public)
+                "C017",
+                f"cannot load '{path}': '{module_name}' has no '{part}'",
+                place=place,
+                hint=did_you_mean(part, public),
             )
         found = getattr(found, part)
     return found
@@ -210,16 +258,20 @@ def _definition(obj: object) -> str:
     return f"{getattr(obj, '__module__', '?')}:{getattr(obj, '__qualname__', repr(obj))}"
 
 
-def _import(path: str, load: Callable[[], Any], what: str) -> Any:
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _import(path: str, load: Callable[[], Any], what: str, place: str) -> Any:
     try:
         return load()
     # Importing runs foreign code, which may raise anything or try to end the process.
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         missing = isinstance(error, ModuleNotFoundError) and path.startswith(f"{error.name}")
         raise ConfigError(
             "C017",
             f"cannot load '{path}': {what} failed to import",
-            value=reason,
+            place=place,
+            value=_reason(error),
             hint="Put its folder beside the configuration or on PYTHONPATH." if missing else "",
         ) from error

@@ -24,6 +24,8 @@ from icrf.report import ReportData, render
 from icrf.spec import FederationConfig
 from icrf.spec.documents import dump_yaml
 
+# What a plan has for "none" where its files have null.
+_UNMIXED = {"slem": -1.0, "rounds_to_consensus": -1}
 _FILES = ("config.yaml", "plan.json", "rounds.jsonl", "nodes.jsonl", ARTIFACT, "summary.json", "report.html")
 
 
@@ -187,6 +189,10 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
     ``accuracy``, ``loss`` and ``metrics`` are those of the last evaluated round, null or empty without one.
     ``rounds_to_target`` is there only where a target is set, null if it was not reached. ``wall_s`` runs from
     submission to the end.
+
+    ``model_sha256`` is that of the model in ``model.safetensors``: the global one, or the mean of all peers or groups.
+    In ``rounds.jsonl`` that one is the ``consensus_sha256`` of an evaluated or merging round, and ``model_sha256`` is
+    the identity of all nodes' states; with one server the two are the same model.
     """
     config = json.loads(info.config_json) if info.config_json else {}
     evaluated = next((r.metrics for r in reversed(rounds) if "accuracy" in r.metrics or "loss" in r.metrics), {})
@@ -218,21 +224,30 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as ``plan.json`` and ``fabric plan --json`` have it."""
+    """A plan as ``plan.json`` and ``fabric plan --json`` have it: ``slem`` and ``rounds_to_consensus`` are null where
+    no peers mix, and the latter where they never agree."""
     values: dict[str, Any] = clean_json(asdict(plan))
+    for mixed in (values, values["mixing"] or {}):
+        mixed |= {key: None for key in _UNMIXED if mixed.get(key) == _UNMIXED[key]}
     return values
 
 
 def plan_from_dict(values: Mapping[str, Any]) -> Plan:
     """The inverse of :func:`plan_to_dict`."""
+    mixing = values.get("mixing")
     fields = {
-        **values,
+        **_with_numbers(values),
         "clusters": tuple(values["clusters"]),
         "problems": tuple(values["problems"]),
         "links": tuple(LinkBytes(**link) for link in values["links"]),
-        "mixing": MixingReport(**values["mixing"]) if values.get("mixing") else None,
+        "mixing": MixingReport(**_with_numbers(mixing)) if mixing else None,
     }
     return Plan(**fields)
+
+
+def _with_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a plan with what stands for null in JSON."""
+    return {key: _UNMIXED[key] if value is None and key in _UNMIXED else value for key, value in values.items()}
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -50,7 +50,7 @@ def open_sink(spec: str) -> MetricsSink:
             ``module:attr`` of a class or function that takes nothing and returns a sink.
 
     Raises:
-        ConfigError: C010 unknown kind, C016 no target, C017 code or a package that cannot be loaded.
+        ConfigError: C010 unknown kind, C016 no target, C017 code or a package that cannot be loaded, or that raises.
     """
     kind, _, target = spec.partition(":")
     if kind in SINKS.names():
@@ -59,7 +59,8 @@ def open_sink(spec: str) -> MetricsSink:
         return SINKS.get(kind)(target)
     if not is_import_path(spec):
         raise unknown_name("sink", kind, [*SINKS.names(), "module:attr"], place="--log")
-    made: MetricsSink = load_attr(spec)()
+    with SINKS.calling(spec):
+        made: MetricsSink = load_attr(spec, SINKS.key)()
     return made
 
 

@@ -6,7 +6,6 @@ a model that does not take the data, is refused here too, before anything was st
 
 from __future__ import annotations
 
-import inspect
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,6 @@ from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import WITH_SERVER, in_groups
 from icrf.topology import (
-    MIXINGS,
     STATIC,
     Adapter,
     Hierarchy,
@@ -48,6 +46,7 @@ from icrf.topology import (
     require_connected,
     require_consensus,
     wants_labels,
+    wants_samples,
     weigh,
 )
 
@@ -211,19 +210,13 @@ def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: Hybri
     if flow != DECENTRALIZED:
         return matrix.to_graph()
     parameters = {**config.model_dump(), "node_ids": tuple(n.id for n in nodes)}
-    if _wants_samples(config):
+    if wants_samples(config.mixing):
         parameters["num_samples"] = _sample_counts(config, nodes)
     graph = weigh(matrix, config.mixing, parameters)
     place = config.mixing_matrix_file_name if config.mixing == "custom" else f"mixing {config.mixing!r}"
     weights = mixing_matrix(graph, config.mixing)
     require_consensus(weights, allow_no_consensus=config.allow_no_consensus, place=place or "mixing")
     return graph
-
-
-def _wants_samples(config: FederationConfig) -> bool:
-    return (
-        flow_of(config) == DECENTRALIZED and "num_samples" in inspect.signature(MIXINGS.get(config.mixing)).parameters
-    )
 
 
 def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -69,9 +69,10 @@ class ReportChecks:
         for name, part in report.metric_sums.items():
             if part.weight < 1 or not _NUMERATOR.fullmatch(part.numerator):
                 raise _malformed(cluster, f"metric_sums[{name}]", "no exact sum")
-        for node, found in report.node_metrics.items():
+        for place, found in {"metrics": report.metrics, **report.node_metrics}.items():
             if not all(math.isfinite(value) for value in found.values()):
-                raise _malformed(cluster, f"node_metrics[{node}]", "a value that is not finite")
+                where = place if found is report.metrics else f"node_metrics[{place}]"
+                raise _malformed(cluster, where, "a value that is not finite")
 
     def _state(self, cluster: str, report: Activated | RoundReport) -> None:
         """The hashes and maxima of a new state."""

@@ -36,6 +36,9 @@ from icrf.protocol import (
 from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
+# The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
+# submits them may be of another version.
+_CLUSTERED = "ClusterFederatedLearning"
 # A host with torch imported and one optimizer step made (measured), before any model.
 HOST_BYTES = 360 * 1_000_000
 
@@ -75,9 +78,11 @@ class _Settings:
     adaptation_period: int
     device: str
     determinism: str
+    number_of_models: int
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> _Settings:
+        clustered = config.get("federated_learning_schema") == _CLUSTERED
         return cls(
             federation_id=config.get("federation_id", ""),
             rounds=config.get("federated_learning_rounds", 1),
@@ -91,6 +96,7 @@ class _Settings:
             adaptation_period=config.get("adaptation_period", 1),
             device=config.get("device") or "cpu",
             determinism=config.get("determinism") or "strict",
+            number_of_models=config.get("number_of_models") or 1 if clustered else 1,
         )
 
     @property
@@ -142,7 +148,6 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
     per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
-    grouped = _grouped(submission, exchange, adjacency, num_parameters)
     peers = submission.flow == DECENTRALIZED
     mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
     problems = _problems(settings, config, clusters, slots)
@@ -171,10 +176,11 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
         mixing=mixing,
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
+        num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
         adaptation="" if settings.adaptation == STATIC else settings.adaptation,
         adaptation_period=0 if settings.adaptation == STATIC else settings.adaptation_period,
         bytes_inter_cluster_per_adaptation=per_adaptation,
-        **grouped,
+        **_grouped(submission, exchange, adjacency, num_parameters),
     )
     return plan, assignment
 

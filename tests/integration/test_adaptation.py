@@ -259,7 +259,6 @@ def edges(*pairs: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("answer", "code", "place"),
     [
-        (None, "T001", ""),
         (np.ones((2, 3)), "T001", ""),
         (0.5 * RING, "T002", "A[0,1]"),
         (RING + np.eye(NUM_NODES), "T005", ""),
@@ -276,6 +275,13 @@ def test_a_matrix_that_peers_cannot_use_is_refused_by_the_name_of_its_strategy(
     assert error.code == code, error
     assert error.place.startswith("topology_adaptation_strategy 'mine' after round 2") and error.place.endswith(place)
     assert error.allowed and "local-1" in str(error)
+
+
+def test_an_answer_that_is_no_matrix_is_refused(fabrics: dict[int, InlineFabric], adapter: Any) -> None:
+    adapter(lambda: None)
+    error = failure_of(fabrics[2], submission_of("mine"))
+    assert (error.code, error.place) == ("C018", "topology_adaptation_strategy")
+    assert "adapter 'mine' returned NoneType" in error.message and "networkx" in error.allowed
 
 
 def test_a_graph_of_several_components_may_be_allowed(fabrics: dict[int, InlineFabric], adapter: Any) -> None:
@@ -297,7 +303,7 @@ def test_a_strategy_that_cannot_be_called_is_refused_before_anything_starts(adap
     adapter(lambda adjacency_matrix, colour: adjacency_matrix)
     with pytest.raises(ConfigError, match=r"C017.*colour.*node_weights"):
         submission_of("mine")
-    with pytest.raises(ConfigError, match=r"C017.*'math:pi' is float.*a class with a method adapt, or a function"):
+    with pytest.raises(ConfigError, match=r"C017 topology_adaptation_strategy.*'math:pi' is a float"):
         submission_of("math:pi")
 
 

@@ -331,14 +331,22 @@ class Failing(MeanAggregator):
         out[0][:] = mean[0] / (facts.number - 1 // 0)
 
 
-def test_a_rule_that_raises_is_named(fabrics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+class Exiting(MeanAggregator):
+    """Would end the process of its host."""
+
+    def advance(self, mean: Any, previous: Any, out: Any, facts: RoundFacts) -> None:
+        sys.exit(0)
+
+
+@pytest.mark.parametrize(("rule", "reason"), [("Failing", "ZeroDivisionError"), ("Exiting", "SystemExit")])
+def test_a_rule_that_raises_is_named(fabrics: Any, monkeypatch: pytest.MonkeyPatch, rule: str, reason: str) -> None:
     monkeypatch.setitem(sys.modules, "my_rules", sys.modules[__name__])
-    config = FederationConfig.from_mapping({**STAR, **DIGITS, "aggregation_strategy": "my_rules:Failing"})
+    config = FederationConfig.from_mapping({**STAR, **DIGITS, "aggregation_strategy": f"my_rules:{rule}"})
     info = fabrics(2).port.submit(build_submission(config))
     for _ in fabrics(2).port.watch(info.run_id):
         pass
     error = fabrics(2).port.get(info.run_id).error_json
-    assert "U001" in error and "ZeroDivisionError" in error and "my_rules:Failing on local-" in error
+    assert "U001" in error and reason in error and f"my_rules:{rule} on local-" in error
 
 
 class Noisy(FedAvg):

@@ -386,7 +386,7 @@ def test_a_grouping_of_ones_own_is_asked_where_the_federation_is_submitted(plant
     with InlineFabric(2) as fabric:
         plan: Plan = fabric.port.plan(submission)
     assert _members(plan, "server_1") == [f"client_{i}" for i in range(1, 9, 2)]
-    with pytest.raises(ConfigError, match=r"C018.*3 groups"):
+    with pytest.raises(ConfigError, match=r"C018 group_by: .*left group 3 empty"):
         build_submission(config_of(**{**keys, "number_of_groups": 4}))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -411,7 +413,64 @@ class NoNode:
 
 def test_a_template_must_be_a_federated_node() -> None:
     error = failure_of(1, NoNode, **STAR)
-    assert error.code == "C017" and "NoNode" in str(error)
+    assert error.code == "C017" and "NoNode" in str(error) and error.place == "client_template"
+    assert failure_of(1, None, server=NoNode, **STAR).place == "server_template"
+
+
+class Exiting(FederatedNode):
+    def __init__(self, **_: Any) -> None:
+        sys.exit(1)
+
+
+def test_a_template_that_raises_is_named_with_its_node_and_its_line() -> None:
+    error = failure_of(1, None, server=Exiting, **STAR)
+    assert error.code == "U001" and error.place == "server on local-1, server_template 'local:Exiting'"
+    assert line_of(Exiting.__init__, "sys.exit") in error.message
+
+
+class Undefined(FederatedNode):
+    """A metric of one node, or of the one that evaluates, has no value."""
+
+    bad = "train"
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        found = super().train(**kwargs)
+        return {**found, "share": float("nan")} if self.bad == "train" and self.id == "client_2" else found
+
+    def evaluate(self, phase: str = "test") -> dict[str, float]:
+        found = super().evaluate(phase)
+        bad = (self.bad == phase and self.id in ("client_2", "server")) or self.bad == "consensus"
+        return {**found, "share": float("inf")} if bad else found
+
+
+class UndefinedTest(Undefined):
+    bad = "test"
+
+
+class UndefinedEval(Undefined):
+    bad = "eval"
+
+
+class UndefinedConsensus(Undefined):
+    bad = "consensus"
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "who"),
+    [
+        (Undefined, STAR, "client_2 on local-., train"),
+        (Undefined, RING, "client_2 on local-., train"),
+        (UndefinedTest, STAR, "server on local-., evaluate"),
+        (UndefinedEval, {**STAR, "evaluate_clients": True}, "client_2 on local-., evaluate"),
+        (UndefinedConsensus, RING, "client_. on local-., evaluate"),
+    ],
+)
+def test_a_metric_that_is_not_finite_ends_the_run_whoever_measures_it(
+    kind: type, keys: dict[str, Any], who: str
+) -> None:
+    error = failure_of(2, kind, server=kind if keys["federated_learning_topology"] == "star" else None, **keys)
+    assert error.code == "W020" and "metric 'share' is not finite" in error.message
+    assert re.fullmatch(who, error.place)
 
 
 # ---------------------------------------------------------------- the exact grid

@@ -90,6 +90,7 @@ def test_without_the_package_each_name_is_explained_with_the_nearest() -> None:
         load_config(PLUGIN / "wine.yaml", environment={})
     places = [error.place.rpartition(" ")[2] for error in caught.value.errors]
     assert {error.code for error in caught.value.errors} == {"C010"} and len(places) == 5
+    assert any("install the package first" in error.hint for error in caught.value.errors)
 
 
 def test_names_of_the_package_are_among_the_suggestions(installed: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from torch import nn
 
 from icrf import values
@@ -57,6 +58,16 @@ class Reshaping(FederatedNode):
     def train(self, **kwargs: Any) -> dict[str, float]:
         self.model.norm.num_batches_tracked = self.model.norm.num_batches_tracked.float()
         return {}
+
+
+class Growing(FederatedNode):
+    """One node makes a layer wider, after others and before others of its host."""
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        found = super().train(**kwargs)
+        if self.id == "client_1":
+            self.model.hidden.weight.data = torch.zeros([size + 1 for size in self.model.hidden.weight.shape])
+        return found
 
 
 class Remembering(FederatedNode):
@@ -249,6 +260,7 @@ def test_every_node_counts_one_where_models_are_private_in_part(schema: dict[str
     [
         ("Diverging", r"W020.*non-finite values in norm.running_mean"),
         ("Reshaping", r"W010.*client_\d.*'norm.num_batches_tracked' differs.*float32 \(\).*int64 \(\)"),
+        ("Growing", r"W010 client_1 on local-\d, hidden\.weight: parameter 'hidden\.weight' was replaced"),
     ],
 )
 @pytest.mark.parametrize("keys", [STAR, RING], ids=["star", "ring"])

@@ -316,7 +316,7 @@ def test_what_is_no_rule_is_refused() -> None:
         rule_of("test-more-than-models")
     with pytest.raises(ConfigError, match=r"C010.*FedAwg.*FedAvg"):
         rule_of("FedAwg")
-    with pytest.raises(ConfigError, match=r"C017.*made a list"):
+    with pytest.raises(ConfigError, match=r"C017.*made a value of type list"):
         rule_of("builtins:list")
     with pytest.raises(ConfigError, match=r"C017.*every_update False"):
         rule_of("test-forgetful")

@@ -204,3 +204,14 @@ def test_any_pins_are_kept_and_all_nodes_placed(data: st.DataObject) -> None:
         found = assign(strategy, build_topology("ring", num_nodes, {}), clusters_of(*slots), pins)
         assert len(found.clusters) == num_nodes
         assert all(found.clusters[node] == c for node, c in chosen.items())
+
+
+def test_a_strategy_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setitem(ASSIGNMENTS._objects, "test-broken", broken)
+    with pytest.raises(
+        ConfigError, match="C017 assignment_strategy: assignment 'test-broken' raised RuntimeError: boom"
+    ):
+        assign("test-broken", HybridAdjacencyMatrix.from_edges(2, [(0, 1)]), [], {})

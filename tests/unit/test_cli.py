@@ -279,6 +279,16 @@ def test_an_error_is_json_too(fabric: Command) -> None:
     assert last_json(result)["error"]["code"] == "C015" or last_json(result)["error"]["errors"][0]["code"] == "C015"
 
 
+def test_a_single_error_of_a_file_is_the_error_of_the_json(fabric: Command) -> None:
+    fabric.file.write_text(FED.replace("clients: 4", "clients: 0"))
+    error = last_json(fabric("run", "fed.yaml", "--json"))["error"]
+    assert (error["code"], error["place"]) == ("C007", "fed.yaml:4") and "number_of_clients" in error["message"]
+    assert [one["code"] for one in error["errors"]] == ["C007"]
+    fabric.file.write_text(FED.replace("clients: 4", "clients: 0").replace("rounds: 3", "rounds: no"))
+    error = last_json(fabric("run", "fed.yaml", "--json"))["error"]
+    assert (error["code"], [one["code"] for one in error["errors"]]) == ("C011", ["C007", "C006"])
+
+
 def test_a_defect_is_one_numbered_line_and_a_traceback_only_with_debug(fabric: Command) -> None:
     def broken(address: str) -> ScriptedMediator:
         raise ValueError("no idea")

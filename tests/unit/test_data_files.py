@@ -57,7 +57,7 @@ def test_a_missing_file_is_named_with_what_is_expected(tmp_path: Path) -> None:
         load_dataset("mnist", str(tmp_path))
     with pytest.raises(ConfigError, match=r"C015 data_dir: no such folder .*nowhere"):
         load_dataset("fmnist", str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="C015 data_dir: data_dir is not set"):
+    with pytest.raises(ConfigError, match="C016 data_dir: data_dir is missing"):
         load_dataset("mnist")
 
 
@@ -153,8 +153,8 @@ class Evil:
         ({b"data": np.zeros((2, 3072)), b"labels": [1, 2]}, "array of float64"),
         ({b"data": np.zeros((2, 3071), np.uint8), b"labels": [1, 2]}, r"shape \(2, 3071\)"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, r"labels is int64 of shape \(1,\)"),
-        ({b"labels": [1]}, "data"),
-        ([1, 2], "it holds a list"),
+        ({b"labels": [1]}, "it has no 'data'"),
+        ([1, 2], "it holds a value of type list"),
         (Path("x"), "asks for pathlib"),
     ],
 )
@@ -218,14 +218,21 @@ def test_without_a_test_file_a_fifth_is_held_out_for_good(tmp_path: Path) -> Non
         ({}, {"target_column": "kindd"}, "C010 target_column: the table has no column 'kindd'.*Did you mean 'kind'"),
         ({}, {"target_column": ""}, "C016 target_column"),
         ({}, {"ignored_columns": ("nope",)}, "C010 ignored_columns"),
-        ({}, {"ignored_columns": ("age", "sex", "code")}, "C018 .*leaves no column"),
+        ({}, {"ignored_columns": ("age", "sex", "code")}, "C018 ignored_columns: no column is left for features"),
         ({"train": TRAIN + "1,2\n"}, {}, "C015 data_dir: line 14 has 2 cells for 5 columns"),
-        ({"train": "a,a\n1,2\n"}, {}, "C015 data_dir: line 1 does not name columns"),
+        ({"train": "a,a\n1,2\n"}, {}, "C015 data_dir: line 1 names 'a' twice"),
+        ({"train": "a,,kind\n1,2,3\n"}, {}, "C015 data_dir: line 1 has no name for column 2"),
+        ({"train": "\n"}, {}, "C015 data_dir: line 1 does not name columns"),
         ({"train": "a,kind\n"}, {}, "C015 data_dir: it has no rows"),
-        ({"train": TRAIN + ",m,0,s1,9\n"}, {}, "C018 .*'age' is empty in row 13 of the training part"),
-        ({"test": "age,sex,code,site,kind\nx,m,0,s,9\n"}, {}, "C018 .*'age' is numeric in the training part"),
-        ({"test": "age,sex,code,site,kind\n1,m,0,s,11\n"}, {}, "C018 .*'kind' has '11' in the test part only"),
-        ({"test": "age,site,kind\n1,s,9\n"}, {}, "C018 .*'sex' is missing in the test part"),
+        ({"train": TRAIN + ",m,0,s1,9\n"}, {}, "C015 data_dir: line 14, column 'age' is empty .*train.csv"),
+        ({"test": TEST + "30,m,0,s1,\n"}, {}, "C015 data_dir: line 3, column 'kind' is empty .*test.csv"),
+        (
+            {"test": "age,sex,code,site,kind\nx,m,0,s,9\n"},
+            {},
+            "C015 .*line 2, column 'age': 'x' is not a finite number",
+        ),
+        ({"test": "age,sex,code,site,kind\n1,m,0,s,11\n"}, {}, "C018 .*'kind' has '11' in line 2 of .*test.csv"),
+        ({"test": "age,site,kind\n1,s,9\n"}, {}, "C018 .*'sex' is missing in test.csv"),
         ({"train": "age,site,kind\n1,s,9\n2,s,9\n"}, {}, "C018 .*'kind' holds 1 class"),
     ],
 )
@@ -234,6 +241,44 @@ def test_tables_that_cannot_be_used_name_column_and_row(
 ) -> None:
     with pytest.raises(ConfigError, match=error):
         table(tmp_path, **change, **options)
+
+
+@pytest.mark.parametrize("cell", ["NA", "nan", "inf", "9" * 400, "1e308", "-1e101", "12 years"])
+def test_a_bad_cell_never_turns_numbers_into_categories(tmp_path: Path, cell: str) -> None:
+    hint = ".*list 'age' under categorical_columns"
+    with pytest.raises(ConfigError, match=rf"C015 data_dir: line 14, column 'age': '.* is not .*/train\.csv.*{hint}"):
+        table(tmp_path / "train", TRAIN + f"{cell},m,0,s1,9\n")
+    with pytest.raises(ConfigError, match=rf"C015 data_dir: line 3, column 'age': '.* is not .*/test\.csv{hint}"):
+        table(tmp_path / "test", test=TEST + f"{cell},m,0,s1,9\n")
+    meant = table(tmp_path / "meant", TRAIN + f"{cell},m,0,s1,9\n", categorical_columns=("age",))
+    assert meant.train_x.shape == (13, 13 + 2 + 1)
+
+
+@pytest.mark.parametrize("bad", range(12))
+def test_a_bad_cell_of_a_file_without_a_test_part_is_named_wherever_it_falls(tmp_path: Path, bad: int) -> None:
+    lines = TRAIN.splitlines()
+    lines[1 + bad] = "nan" + lines[1 + bad][2:]
+    with pytest.raises(ConfigError, match=rf"C015 data_dir: line {2 + bad}, column 'age': 'nan' .*/train\.csv"):
+        table(tmp_path, "\n".join(lines), None)
+    new = TRAIN.splitlines()
+    new[1 + bad] = new[1 + bad].rpartition(",")[0] + ",nan"
+    with pytest.raises(ConfigError, match=rf"C015 data_dir: line {2 + bad}, column 'kind': 'nan' .*/train\.csv"):
+        table(tmp_path, "\n".join(new), None)
+
+
+def test_words_among_the_classes_are_classes_where_the_configuration_says_so(tmp_path: Path) -> None:
+    mixed = TRAIN + "30,m,0,s1,other\n"
+    with pytest.raises(ConfigError, match=r"C015 data_dir: line 14, column 'kind': 'other' is not a finite number"):
+        table(tmp_path, mixed)
+    assert table(tmp_path / "b", mixed, categorical_columns=("kind",)).num_classes == 3
+    words = table(tmp_path / "c", TRAIN.replace(",9\n", ",NA\n").replace(",10\n", ",b\n"), None)
+    assert words.num_classes == 2, "nothing in the column is a number"
+
+
+def test_a_test_value_far_from_all_training_values_is_refused(tmp_path: Path) -> None:
+    train = "a,kind\n" + "".join(f"{i}e-20,{i % 2}\n" for i in range(12))
+    with pytest.raises(ConfigError, match=r"C015 data_dir: line 2, column 'a': '1e30' is not in the range"):
+        table(tmp_path, train, "a,kind\n1e30,0\n", group_column="")
 
 
 def test_parquet_is_read_or_says_what_to_install(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def test_equal_clients_are_grouped_all_the_same() -> None:
     [
         ("contiguous", 5, "C008 .*number_of_groups 5 > 4 clients"),
         ("contigous", 2, "C010 .*contiguous"),
-        (f"{__name__}:one_too_few", 2, "C018 .*put 3 clients into 2 groups"),
-        (f"{__name__}:raises", 2, "C018 .*ZeroDivisionError"),
+        (f"{__name__}:one_too_few", 2, "C018 group_by: .*returned 3 groups for 4 clients"),
+        (f"{__name__}:raises", 2, "C017 group_by: .*:raises' raised ZeroDivisionError"),
         (f"{__name__}:asks_for_more", 2, "C017 .*no_such_thing"),
     ],
 )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from torch import nn
 from icrf.errors import IcrfError
 from icrf.learning.architectures import mlp
 from icrf.learning.layout import FlatModule, Layout
+from icrf.learning.models import build_model
 from icrf.protocol import TensorSpec
 from icrf.update import ExactSum, choose_grid
 
@@ -170,6 +175,46 @@ def test_a_buffer_that_has_become_something_else_is_refused_by_name(value: torch
         module.snapshot()
 
 
+def grown(module: Counting) -> None:
+    module.linear.weight.data = torch.zeros(3, 3)
+
+
+def moved(module: Counting) -> None:
+    module.linear.weight.data = module.linear.weight.data + 1
+
+
+def halved(module: Counting) -> None:
+    module.half()
+
+
+def another(module: Counting) -> None:
+    module.linear.weight = torch.nn.Parameter(torch.zeros(2, 2))
+
+
+def another_layer(module: Counting) -> None:
+    module.linear = torch.nn.Linear(2, 2)
+
+
+def removed(module: Counting) -> None:
+    module.linear.weight = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("change", [grown, moved, halved, another, another_layer, removed])
+def test_a_parameter_that_was_replaced_is_refused_by_name_and_gone_with_the_next_load(change: Any) -> None:
+    module = FlatModule(Counting())
+    start = module.snapshot()
+    change(module.module)
+    with pytest.raises(IcrfError, match=r"W010 (linear\.\w+|average): .*(was replaced|differs)"):
+        module.snapshot()
+    module.load(start)
+    assert module.flat.tobytes() == start.tobytes()
+    module.module.linear(torch.ones(1, 2)).sum().backward()
+    with torch.no_grad():
+        module.module.linear.weight += module.module.linear.weight.grad
+    learned = module.layout.to_state_dict(module.flat)["linear.weight"]
+    np.testing.assert_array_equal(learned, module.layout.to_state_dict(start)["linear.weight"] + 1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_integers_are_exact_up_to_their_bound(dtype: str) -> None:
     layout = Layout((TensorSpec("n", (5,), "int64", "rounded"), TensorSpec("w", (1,), dtype)))
@@ -230,5 +275,13 @@ def test_private_tensors_lie_behind_the_shared_ones() -> None:
     assert layout.first_nonfinite(changed) in layout.private and layout.first_nonfinite(changed[:3]) is None
     with pytest.raises(IcrfError, match=r"C010 private_keys: no tensor of the model is called 'norm\*'"):
         Layout.of_module(module, ["norm*"])
-    with pytest.raises(IcrfError, match=r"W010.*no parameters"):
-        Layout.of_module(module, ["*"])
+    for everything in (["*"], ["*.weight", "*.bias"]):
+        with pytest.raises(IcrfError, match=r"C008 private_keys: .*nothing would be shared"):
+            Layout.of_module(module, everything)
+
+
+def test_the_private_keys_of_the_page_fit_the_model_that_it_names() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    keys, model = re.findall(r"`private_keys: (\[.*\])`, which fits `(\w+)`", page)[0]
+    layout = Layout.of_module(build_model(model, (3, 32, 32), 10, 0), json.loads(keys))
+    assert layout.private and layout.names

@@ -248,6 +248,32 @@ def test_data_that_is_no_classification_task_is_refused() -> None:
     assert Dataset(x.astype(np.float64), y, x, y, 2, "mine").train_x.dtype == np.float32
 
 
+OWN_LABELS = {"huge": 10**15, "beyond int64": 2**64 - 41, "negative": -1}
+
+
+def own_labels(target_column: str) -> tuple[np.ndarray, ...]:
+    labels = np.arange(40) if OWN_LABELS[target_column] < 2**63 else np.arange(40, dtype=np.uint64)
+    labels = (
+        labels * OWN_LABELS[target_column] if target_column != "beyond int64" else labels + OWN_LABELS[target_column]
+    )
+    return np.zeros((40, 4)), labels, np.zeros((10, 4)), np.arange(10)
+
+
+def too_large_for_float32() -> tuple[np.ndarray, ...]:
+    return np.full((40, 4), 1e200), np.arange(40) % 2, np.zeros((10, 4)), np.arange(10) % 2
+
+
+@pytest.mark.parametrize("kind", OWN_LABELS)
+def test_labels_that_are_no_class_numbers_are_refused_as_such(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"C018 dataset_type .*own_labels: train_y has classes .* allowed: 0 to "):
+        load_dataset(f"{__name__}:own_labels", target_column=kind)
+
+
+def test_features_that_float32_cannot_hold_are_refused_without_a_warning() -> None:
+    with pytest.raises(ConfigError, match=r"C018 .*train_x has values that are not finite"):
+        load_dataset(f"{__name__}:too_large_for_float32")
+
+
 # ---------------------------------------------------------------- models
 
 
@@ -271,7 +297,7 @@ def test_user_factories_are_called_with_what_they_accept() -> None:
     module = build_model("torch.nn:Identity", (64,), 10, 0)
     with pytest.raises(ConfigError, match=r"C018.*\(2, 64\)"):
         check_fit(module, DIGITS)
-    with pytest.raises(ConfigError, match="C017 model_type: model factory raised TypeError"):
+    with pytest.raises(ConfigError, match=r"C017 model_type: model 'torch\.nn:Linear' raised TypeError"):
         build_model("torch.nn:Linear", (64,), 10, 0)
     with pytest.raises(ConfigError, match="C018 model_type"):
         build_model("builtins:dict", (64,), 10, 0)
@@ -327,7 +353,7 @@ def test_metrics_are_evaluated_by_name_and_refused_by_name() -> None:
     found = evaluate(module, DIGITS.test_x, DIGITS.test_y, batch=100, metrics=["macro_f1"])
     assert set(found) == {"accuracy", "loss", "macro_f1"} and 0 <= found["macro_f1"] <= 1
     assert evaluate(module, DIGITS.test_x[:0], DIGITS.test_y[:0], metrics=["macro_f1"])["macro_f1"] == 0.0
-    with pytest.raises(ConfigError, match=r"C010 metric 'macro_f2' unknown.*Did you mean 'macro_f1'"):
+    with pytest.raises(ConfigError, match=r"C010 metrics: metric 'macro_f2' unknown.*Did you mean 'macro_f1'"):
         require_metrics(["macro_f2"])
     with pytest.raises(ConfigError, match=r"C008 metrics: two metrics are called 'macro_f1'"):
         require_metrics(["macro_f1", "icrf.learning.metrics:macro_f1"])

@@ -286,6 +286,8 @@ def test_an_agents_error_ends_the_run_with_that_error_and_its_cluster(core: Any,
         ({"participants": b"\xff\xff"}, "P001"),
         ({"metric_sums": {"train_loss": MetricSum("1.5", 2)}}, "P001"),
         ({"metric_sums": {"train_loss": MetricSum("1", 0)}}, "P001"),
+        ({"metrics": {"loss": float("nan")}}, "P001"),
+        ({"node_metrics": {"client_0": {"loss": float("inf")}}}, "P001"),
     ],
 )
 def test_a_senseless_round_report_fails_the_run_and_nothing_else(core: Any, parts: dict[str, Any], code: str) -> None:

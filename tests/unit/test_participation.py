@@ -119,13 +119,17 @@ def test_a_sampler_of_ones_own_decides_every_round(core: Any, user_code: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
-    [("nobody", "chose nobody"), ("stranger", "'server', which does not train"), ("broken", "no clients left")],
+    ("name", "code", "what"),
+    [
+        ("nobody", "C018", "chose nobody"),
+        ("stranger", "C018", "'server', which does not train"),
+        ("broken", "C017", "no clients left"),
+    ],
 )
-def test_an_unusable_sampler_is_named(user_code: Any, name: str, what: str) -> None:
+def test_an_unusable_sampler_is_named(user_code: Any, name: str, code: str, what: str) -> None:
     with pytest.raises(ConfigError) as caught:
         schedule(f"users_samplers:{name}", IDS, (1, 2, 3), 2, 3, seed=0)
-    assert caught.value.code == "C018" and what in str(caught.value) and "round 1" in str(caught.value)
+    assert caught.value.code == code and what in str(caught.value) and "round 1" in str(caught.value)
 
 
 # ---------------------------------------------------------------- what crosses between clusters

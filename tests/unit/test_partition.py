@@ -179,7 +179,7 @@ def test_partitioners_of_users_are_called_by_name() -> None:
         if not name.startswith("_"):
             with pytest.raises(ConfigError, match=f"C018 data_distribution_kind: .*{name}' made no split"):
                 partition(f"{__name__}:Broken.{name}", labels, 4, 0)
-    with pytest.raises(ConfigError, match="C017 data_distribution_kind: partitioner raised TypeError"):
+    with pytest.raises(ConfigError, match="C017 data_distribution_kind: partitioner 'builtins:len' raised TypeError"):
         partition("builtins:len", labels, 4, 0)
 
 

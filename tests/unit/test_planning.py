@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from icrf.console.plan_view import limit_text
+from icrf.console.plan_view import limit_text, show_plan
+from icrf.console.terminal import Terminal
 from icrf.errors import ConfigError, ConfigErrors, RoutingError, TopologyError
 from icrf.protocol import (
     CENTRALIZED,
@@ -74,6 +75,17 @@ def test_a_star_over_three_clusters() -> None:
     assert plan.bytes_inter_cluster_per_round == 3 * 2 * 400
     assert plan.bytes_inter_cluster_per_evaluation == 0 and plan.bytes_inter_cluster_total == 24_000
     assert (plan.slem, plan.slem_kind, plan.rounds_to_consensus) == (-1.0, "none", -1)
+
+
+def test_a_plan_tells_how_many_models_a_server_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    for schema, expected in (("ClusterFederatedLearning", 3), ("TraditionalFederatedLearning", 1)):
+        keys = {"federated_learning_schema": schema, "number_of_models": 3}
+        plan, _ = make_plan(submission("star", 7, CENTRALIZED, **keys), [cluster("a")])
+        assert plan.num_models == expected
+        show_plan(Terminal(plain=True), plan)
+        assert ("models        3, of which every client gets all and trains one" in capsys.readouterr().out) == (
+            expected == 3
+        )
 
 
 def test_a_plan_tells_what_mixing_leads_to() -> None:

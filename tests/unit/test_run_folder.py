@@ -141,8 +141,21 @@ def test_a_plan_survives_its_json() -> None:
     plan = run.plan()
     assert plan is not None
     report = check_mixing(csr_matrix(np.full((3, 3), 1 / 3)))
-    for one in (plan, replace(plan, mixing=report)):
+    for one in (plan, replace(plan, mixing=report), replace(plan, mixing=replace(report, rounds_to_consensus=-1))):
         assert plan_from_dict(json.loads(json.dumps(plan_to_dict(one)))) == one
+
+
+def test_a_plan_without_peers_has_no_spectrum() -> None:
+    plan = submit().plan()
+    assert plan is not None and plan.mixing is None
+    written = plan_to_dict(plan)
+    assert (written["slem"], written["rounds_to_consensus"], written["mixing"]) == (None, None, None)
+    for rounds in (1, -1):
+        mixing = replace(check_mixing(csr_matrix(np.full((3, 3), 1 / 3))), rounds_to_consensus=rounds)
+        written = plan_to_dict(replace(plan, mixing=mixing, slem=0.0, rounds_to_consensus=rounds))
+        expected = None if rounds < 0 else rounds
+        assert (written["slem"], written["rounds_to_consensus"]) == (0.0, expected)
+        assert written["mixing"]["rounds_to_consensus"] == expected
 
 
 def test_the_default_folder_is_named_by_the_short_id() -> None:

@@ -150,6 +150,28 @@ def test_k_connected_is_the_harary_graph(num_nodes: int) -> None:
         assert sorted(matrix.degree.tolist())[:-1] == [k_value] * (num_nodes - 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_nodes", "keys", "allowed"),
+    [
+        ("k_connected", 5, {"k_value": 1}, "allowed: 2 to 4$"),
+        ("k_connected", 5, {"k_value": 5}, "allowed: 2 to 4$"),
+        ("k_connected", 2, {"k_value": 2}, "allowed: 1 to 1"),
+        ("k_connected", 1, {"k_value": 1}, "allowed: two nodes or more"),
+        ("random_regular", 5, {"k_value": 3, "seed": 1}, "allowed: 2 to 4, even$"),
+        ("random_regular", 6, {"k_value": 6, "seed": 1}, "allowed: 2 to 5$"),
+        ("random_regular", 1, {"k_value": 1, "seed": 1}, "allowed: two nodes or more$"),
+        ("small_world", 2, {"k_value": 2, "seed": 1}, "allowed: three nodes or more$"),
+        ("torus", 12, {"torus_rows": 5}, "allowed: 2, 3, 4, 6$"),
+        ("torus", 7, {"torus_rows": 2}, "no number of rows divides 7: take another number_of_clients"),
+    ],
+)
+def test_graphs_that_do_not_exist_say_which_would(
+    name: str, num_nodes: int, keys: dict[str, int], allowed: str
+) -> None:
+    with pytest.raises(TopologyError, match=f"T011 .*{allowed}"):
+        build_topology(name, num_nodes, keys)
+
+
 def same_graph(matrix: HybridAdjacencyMatrix, network: nx.Graph) -> bool:
     found = nx.from_numpy_array(matrix.to_dense(), create_using=nx.DiGraph if network.is_directed() else nx.Graph)
     return nx.is_isomorphic(found, network)

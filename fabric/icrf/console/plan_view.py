@@ -87,7 +87,10 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     cut = f"{plan.cut_edges:,} of {plan.num_edges:,}"
     if plan.num_edges:
         cut += f" ({100 * plan.cut_edges / plan.num_edges:.1f} %)"
-    facts: list[tuple[str, str | Text]] = [
+    facts: list[tuple[str, str | Text]] = []
+    if plan.num_models > 1:
+        facts.append(("models", f"{plan.num_models:,}, of which every client gets all and trains one"))
+    facts += [
         ("parameters", f"{plan.num_parameters:,}"),
         ("tensors", ", ".join(f"{count:,} {rule}" for rule, count in sorted(plan.tensors.items()))),
         ("cut edges", cut),

@@ -73,7 +73,9 @@ def contributions(
             message = "coalitions train with all of their clients in every round, and average whole models"
             raise ConfigError("C008", message, place=key, value=found, allowed=repr(allowed))
     if client_template is None:
-        client_template = load_attr(config.client_template) if config.client_template else FederatedNode
+        client_template = (
+            load_attr(config.client_template, "client_template") if config.client_template else FederatedNode
+        )
     game = CoalitionGame(config, client_template, metric)
     return shapley(config.number_of_clients, game, permutations=permutations, seed=config.seed)
 

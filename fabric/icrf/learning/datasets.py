@@ -17,8 +17,8 @@ import numpy as np
 from icrf.errors import ConfigError
 from icrf.learning.files.cifar import FOLDER, read_cifar_folder
 from icrf.learning.files.idx import read_idx_folder
-from icrf.learning.files.problems import require_folder, unreadable
-from icrf.learning.files.tables import TableColumns, make_table, read_csv, read_parquet, take_rows
+from icrf.learning.files.problems import not_set, require_folder, unreadable
+from icrf.learning.files.tables import Rows, TableColumns, make_table, read_csv, read_parquet
 from icrf.learning.injection import accepted_arguments
 from icrf.learning.rng import global_randomness, stable_random_state
 from icrf.registry import Registry
@@ -30,6 +30,8 @@ DATASETS: Registry[Callable[..., Any]] = Registry("dataset")
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"
 _HELD_OUT = 5
+# The largest class number that is taken from labels.
+_MAX_CLASS = (1 << 20) - 1
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Dataset:
             return values
         if values.dtype.kind != "f":
             raise self._error(f"{field} is {values.dtype}", "floating point, or uint8 for pixels of 0 to 255")
-        values = np.ascontiguousarray(values, np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            values = np.ascontiguousarray(values, np.float32)
         if not np.isfinite(values).all():
             raise self._error(f"{field} has values that are not finite", "finite values")
         object.__setattr__(self, field, values)
@@ -99,10 +102,10 @@ class Dataset:
         numbers = np.asarray(getattr(self, field))
         if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
             raise self._error(f"{field} is {numbers.dtype} of shape {numbers.shape}", "one integer per sample")
-        numbers = np.ascontiguousarray(numbers, np.int64)
         if largest is not None and numbers.size and not 0 <= numbers.min() <= numbers.max() <= largest:
             found = f"{numbers.min()} to {numbers.max()}"
             raise self._error(f"{field} has classes {found}", f"0 to {largest}")
+        numbers = np.ascontiguousarray(numbers, np.int64)
         object.__setattr__(self, field, numbers)
         return numbers
 
@@ -212,24 +215,26 @@ def parquet_table(
     return _table("parquet", read_parquet, data_dir, columns)
 
 
-def _table(kind: str, read: Callable[[Path], dict[str, list[str]]], data_dir: str, columns: TableColumns) -> Dataset:
+def _table(kind: str, read: Callable[[Path], Rows], data_dir: str, columns: TableColumns) -> Dataset:
     path = Path(data_dir)
     if not columns.target:
         raise ConfigError(
             "C016", "target_column is missing", place="target_column", hint="Name the column that holds the class"
         )
-    if not data_dir or not path.exists():
-        expected = f"a folder with train.{kind}, or one {kind} file"
-        raise unreadable(path, "no such file or folder" if data_dir else "data_dir is not set", expected=expected)
+    expected = f"a folder with train.{kind}, or one {kind} file"
+    if not data_dir:
+        raise not_set(expected=expected)
+    if not path.exists():
+        raise unreadable(path, "no such file or folder", expected=expected)
     folder = path if path.is_dir() else None
     train = read(folder / f"train.{kind}" if folder else path)
     if folder and (folder / f"test.{kind}").exists():
         test = read(folder / f"test.{kind}")
     else:
-        num_rows = len(train[next(iter(train))])
+        num_rows = len(train.numbers)
         order = stable_random_state(0, "table").permutation(num_rows)
         cut = num_rows - max(1, num_rows // _HELD_OUT)
-        train, test = take_rows(train, sorted(order[:cut])), take_rows(train, sorted(order[cut:]))
+        train, test = train.take(sorted(order[:cut])), train.take(sorted(order[cut:]))
     table = make_table(train, test, columns)
     return Dataset(
         table.train_x, table.train_y, table.test_x, table.test_y, table.num_classes, str(path), groups=table.groups
@@ -274,15 +279,9 @@ def load_dataset(dataset_type: str, data_dir: str = "", **options: Any) -> Datas
 def _load(dataset_type: str, options: tuple[tuple[str, Any], ...]) -> Dataset:
     load = DATASETS.get(dataset_type)
     offered: Mapping[str, Any] = dict(options)
-    try:
-        with global_randomness(0):  # clusters that load by themselves get the same data, whatever the seed
-            loaded = load(**accepted_arguments(load, offered))
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            "C017", f"data set raised {type(error).__name__}: {error}", place="dataset_type", value=dataset_type
-        ) from error
+    # Clusters that load by themselves get the same data, whatever the seed.
+    with DATASETS.calling(dataset_type), global_randomness(0):
+        loaded = load(**accepted_arguments(load, offered))
     if isinstance(loaded, Dataset):
         return loaded
     if not isinstance(loaded, tuple) or len(loaded) != 4:
@@ -293,5 +292,7 @@ def _load(dataset_type: str, options: tuple[tuple[str, Any], ...]) -> Dataset:
             allowed="a Dataset or (train_x, train_y, test_x, test_y)",
         )
     train_x, train_y, test_x, test_y = (np.asarray(part) for part in loaded)
-    num_classes = 1 + max((int(y.max()) for y in (train_y, test_y) if y.size and y.dtype.kind in "iu"), default=0)
+    # A model has a score per class: labels that count something else than classes would take all memory for it.
+    largest = max((int(y.max()) for y in (train_y, test_y) if y.size and y.dtype.kind in "iu"), default=0)
+    num_classes = 1 + min(max(largest, 0), _MAX_CLASS)
     return Dataset(train_x, train_y, test_x, test_y, num_classes, dataset_type)

@@ -114,7 +114,7 @@ class Layout:
                 (FedBN, Li et al. 2021, arXiv 2102.07623).
 
         Raises:
-            ConfigError: C010 for a pattern that no tensor has.
+            ConfigError: C010 for a pattern that no tensor has, C008 for patterns that leave no parameter to share.
             WeightsError: W011 for a tied parameter or a dtype that has no aggregation rule, by name; W010 for a module
                 without parameters or with one that is not materialised.
         """
@@ -145,15 +145,7 @@ class Layout:
             rule = ROUNDED if dtype not in _DTYPES else AGGREGATED if name in parameters else MEAN
             rule = PRIVATE if any(fnmatchcase(name, pattern) for pattern in private) else rule
             tensors.append(TensorSpec(name, tuple(int(n) for n in tensor.shape), dtype, rule))
-        for pattern in private:
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise ConfigError(
-                    "C010",
-                    f"no tensor of the model is called '{pattern}'",
-                    place="private_keys",
-                    allowed=", ".join(sorted(named)[:12]),
-                    hint=did_you_mean(pattern, named),
-                )
+        _check_private(private, tensors)
         return cls(tuple(tensors))
 
     @property
@@ -329,6 +321,27 @@ def _buffers(module: Any) -> dict[str, Any]:
     return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name in kept}
 
 
+def _check_private(private: Collection[str], tensors: Sequence[TensorSpec]) -> None:
+    """C010 for a pattern that no tensor has, C008 where nothing is left to share."""
+    names = [tensor.name for tensor in tensors]
+    for pattern in private:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                "C010",
+                f"no tensor of the model is called '{pattern}'",
+                place="private_keys",
+                allowed=", ".join(names[:12]),
+                hint=did_you_mean(pattern, names),
+            )
+    if private and not any(tensor.rule == AGGREGATED for tensor in tensors):
+        raise ConfigError(
+            "C008",
+            f"private_keys {list(private)} keep every parameter with its node: nothing would be shared",
+            place="private_keys",
+            allowed="patterns that leave a parameter to share",
+        )
+
+
 def _no_rule(name: str, dtype: str, wanted: str) -> WeightsError:
     return WeightsError(
         "W011",
@@ -365,7 +378,7 @@ class FlatModule:
         self._tensor = torch.empty(self.layout.row_size, dtype=getattr(torch, self.layout.dtype.name))
         self._array: FlatArray = self._tensor.numpy()
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-        trainable, self._buffers = [], []
+        trainable, self._buffers, self._parameters = [], [], []
         for tensor, part in self.layout.places:
             if tensor.name in buffers:
                 home = _home(module, tensor.name)
@@ -375,9 +388,11 @@ class FlatModule:
             parameter = parameters[tensor.name]
             view.copy_(parameter.data)
             parameter.data = view
+            self._parameters.append((*_home(module, tensor.name), parameter, view, tensor.name))
             if parameter.requires_grad:
                 trainable.append((parameter, view))
         self.trainable: tuple[tuple[Any, Any], ...] = tuple(trainable)
+        self._children = [(parent, key, child) for parent in module.modules() for key, child in parent._modules.items()]
         # What is no state must not carry anything from one node to the next.
         self._constants = [(*_home(module, name), buffer, buffer.clone()) for name, buffer in buffers.items()]
         self._gather()
@@ -393,7 +408,8 @@ class FlatModule:
         """The same with the private tensors behind them, shape (row_size,).
 
         Raises:
-            WeightsError: W010 naming a buffer that has got another shape or dtype, or an integer out of range.
+            WeightsError: W010 naming a buffer that has got another shape or dtype, an integer out of range, or a
+                parameter that is not in its place in the buffer any more: what it has learned would be lost.
         """
         self._gather()
         return self._array
@@ -404,6 +420,12 @@ class FlatModule:
         The module is in training mode and without gradients then: nothing of the node before is left.
         """
         self.layout.check(flat)
+        for parent, key, child in self._children:
+            parent._modules[key] = child
+        for owner, key, parameter, view, _ in self._parameters:
+            owner._parameters[key] = parameter
+            if not _is_view(parameter, view):
+                parameter.grad, parameter.data = None, view
         np.copyto(self._array[: len(flat)], flat)
         if len(flat) < len(self._array):
             np.copyto(self._array[len(flat) :], self._private)
@@ -426,7 +448,20 @@ class FlatModule:
             parameter.grad = None
 
     def _gather(self) -> None:
-        """Copy the buffers' values into the flat form."""
+        """Copy the buffers' values into the flat form, where the parameters' are already."""
+        current = dict(self.module.named_parameters())
+        for _, _, parameter, view, name in self._parameters:
+            found = current.get(name)
+            if found is not parameter or not _is_view(found, view):
+                dtype, shape = str(getattr(found, "dtype", "none")).removeprefix("torch."), getattr(found, "shape", ())
+                raise WeightsError(
+                    "W010",
+                    f"parameter {name!r} was replaced",
+                    place=name,
+                    value=f"{dtype} {tuple(shape)}",
+                    allowed=f"the model's own {self.layout.dtype} {tuple(view.shape)}",
+                    hint="change its values in place: with torch.no_grad(): parameter.copy_(values)",
+                )
         for owner, key, _, tensor, part in self._buffers:
             found = owner._buffers[key]
             dtype, shape = str(getattr(found, "dtype", "none")).removeprefix("torch."), getattr(found, "shape", ())
@@ -439,6 +474,16 @@ class FlatModule:
                     allowed=f"{tensor.dtype} {tensor.shape}",
                 )
             put(tensor, part, found.detach().numpy())
+
+
+def _is_view(parameter: Any, view: Any) -> bool:
+    """Whether a parameter's values are those that `view` shows."""
+    return bool(
+        parameter.data_ptr() == view.data_ptr()
+        and parameter.shape == view.shape
+        and parameter.dtype == view.dtype
+        and parameter.stride() == view.stride()
+    )
 
 
 def _home(module: Any, name: str) -> tuple[Any, str]:

@@ -52,11 +52,14 @@ def measure(names: Sequence[str], scores: Array, labels: Array) -> dict[str, flo
     """The named metrics, each under its name, a ``module:attr`` under its last part.
 
     Raises:
-        ConfigError: C010 for an unknown name, C017 for code that cannot be loaded, C018 for what returns no number.
+        ConfigError: C010 for an unknown name, C017 for code that cannot be loaded or that raises, C018 for what returns
+            no number.
     """
     found = {}
     for name in names:
-        value = METRICS.get(name)(scores, labels)
+        metric = METRICS.get(name)
+        with METRICS.calling(name):
+            value = metric(scores, labels)
         try:
             found[metric_key(name)] = float(value)
         except (TypeError, ValueError) as error:
@@ -70,7 +73,10 @@ def measure(names: Sequence[str], scores: Array, labels: Array) -> dict[str, flo
 def require_metrics(names: Sequence[str]) -> None:
     """Load all of them; C010 or C017 for one that cannot be used, C008 for two of the same name."""
     for number, name in enumerate(names):
-        METRICS.get(name)
+        metric = METRICS.get(name)
+        if not callable(metric):
+            what = f"metric '{name}' is a {type(metric).__name__}"
+            raise ConfigError("C017", what, place=METRICS.key, allowed="a function of scores and labels")
         if metric_key(name) in ("accuracy", "loss", *(metric_key(other) for other in names[:number])):
             raise ConfigError("C008", f"two metrics are called '{metric_key(name)}'", place="metrics", value=name)
 

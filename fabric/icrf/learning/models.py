@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from icrf.errors import ConfigError
+from icrf.errors import ConfigError, WeightsError
 from icrf.learning.architectures import BUILT_IN
 from icrf.learning.datasets import Dataset
 from icrf.learning.injection import accepted_arguments
@@ -39,19 +40,14 @@ def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, s
         seed: 63-bit seed.
 
     Raises:
-        ConfigError: C010 unknown name, C017 code that cannot be loaded or that raises, C018 no module came back.
+        ConfigError: C010 unknown name, C017 code that cannot be loaded or that raises, C018 no module came back,
+            or one whose tensors get their shapes from the first batch.
+        WeightsError: W020 for initial weights that are not finite.
     """
     factory = MODELS.get(model_type)
     arguments = accepted_arguments(factory, {"input_shape": tuple(input_shape), "num_classes": num_classes})
-    with global_randomness(seed):
-        try:
-            module = factory(**arguments)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                "C017", f"model factory raised {type(error).__name__}: {error}", place="model_type", value=model_type
-            ) from error
+    with MODELS.calling(model_type), global_randomness(seed):
+        module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise ConfigError(
             "C018",
@@ -59,7 +55,24 @@ def build_model(model_type: str, input_shape: Sequence[int], num_classes: int, s
             place="model_type",
             allowed="a torch.nn.Module",
         )
+    _require_initial_values(module, model_type)
     return module
+
+
+def _require_initial_values(module: Any, model_type: str) -> None:
+    for name, tensor in module.state_dict().items():
+        if is_lazy(tensor):
+            raise ConfigError(
+                "C018",
+                f"model '{model_type}' has a lazy tensor {name}: it gets its shape from the first batch",
+                place="model_type",
+                allowed="modules whose shapes are known when they are built",
+                hint="Write, for instance, Linear for LazyLinear; the factory's parameter input_shape tells the sizes.",
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(
+                "W020", f"model '{model_type}' starts with values that are not finite in {name}", place="model_type"
+            )
 
 
 def check_fit(module: Any, dataset: Dataset) -> None:
@@ -81,7 +94,7 @@ def check_fit(module: Any, dataset: Dataset) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             output = module(batch)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             "C018",
             f"the model cannot take input of shape {tuple(batch.shape)}: {type(error).__name__}: {error}",

@@ -89,7 +89,7 @@ def partition(
 
     Raises:
         ConfigError: C008 when there are fewer samples than nodes or no such split exists, C010 for an unknown kind,
-            C018 when a partitioner of the user breaks the rules above.
+            C017 for code that cannot be loaded or that raises, C018 for a split of the user's that breaks these rules.
     """
     split = PARTITIONERS.get(kind)
     if num_parts < 1 or num_parts > len(labels):
@@ -109,7 +109,8 @@ def partition(
         "classes_per_node": classes_per_node,
         "shards_per_node": shards_per_node,
     }
-    owners = _run(kind, split, accepted_arguments(split, offered), seed)
+    with PARTITIONERS.calling(kind), global_randomness(seed):  # every host splits by itself, and all must get the same
+        owners = split(**accepted_arguments(split, offered))
     if not isinstance(owners, np.ndarray) or owners.ndim != 1 or owners.dtype.kind != "i":
         owners = _owners_of_parts(kind, owners, len(labels), num_parts)
     inside = len(owners) == len(labels) and -1 <= owners.min() <= owners.max() < num_parts
@@ -131,21 +132,6 @@ def configured_partition(config: Any, dataset: Dataset, num_parts: int) -> Parti
         classes_per_node=config.classes_per_node,
         shards_per_node=config.shards_per_node,
     )
-
-
-def _run(kind: str, split: Callable[..., Any], arguments: dict[str, Any], seed: int) -> Any:
-    try:
-        with global_randomness(seed):  # every host splits by itself, and all must get the same
-            return split(**arguments)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            "C017",
-            f"partitioner raised {type(error).__name__}: {error}",
-            place="data_distribution_kind",
-            value=kind,
-        ) from error
 
 
 def _owners_of_parts(kind: str, parts: Any, num_samples: int, num_parts: int) -> IntArray:

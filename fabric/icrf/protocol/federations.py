@@ -275,6 +275,8 @@ class Plan:
         bytes_inter_cluster_per_merge: payload bytes of one that ends with one model for all groups.
         num_parameters: elements of a model on its way.
         tensors: rule -> how many tensors of the model follow it.
+        num_models: models that the server learns and sends to every client that takes part; 1 but for a clustered
+            federation with one server.
         adaptation: the strategy by which the graph changes between rounds; empty where it stays as it is. What depends
             on the graph is said of the one that the run starts with.
         adaptation_period: rounds from one decision on the graph to the next; 0 where it stays as it is.
@@ -306,6 +308,7 @@ class Plan:
     groups: dict[str, str] = field(default_factory=dict)
     bytes_inter_cluster_within_groups: int = 0
     bytes_inter_cluster_per_merge: int = 0
+    num_models: int = 1
     adaptation: str = ""
     adaptation_period: int = 0
     bytes_inter_cluster_per_adaptation: int = 0

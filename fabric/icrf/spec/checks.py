@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_selected
+from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_byzantine, most_selected
 from icrf.protocol import sample_size
 from icrf.spec.choices import (
     CHOICES,
@@ -106,7 +106,8 @@ def _min_nodes(values: Values) -> Iterator[Problem]:
     if least > nodes:
         yield _too_many("min_nodes", least, nodes, "nodes (number_of_clients)")
     elif least > taking_part:
-        yield _too_many("min_nodes", least, taking_part, "that take part in a round (client_fraction)")
+        reason = "client_fraction" if values["sampled_clients"] is None else "sampled_clients"
+        yield _too_many("min_nodes", least, taking_part, f"that take part in a round ({reason})")
     elif least < nodes and values["federated_learning_schema"] == DECENTRALIZED:
         yield not_built("min_nodes", least, f"null or {nodes}: every peer mixes with all of its neighbours")
 
@@ -138,8 +139,9 @@ def _late_updates(values: Values) -> Iterator[Problem]:
         )
 
 
-def _too_many(key: str, value: int, most: int, of_what: str) -> Problem:
-    return Problem("C008", (key,), f"{key} {value} > {most} {of_what}", allowed=f"1 to {most}")
+def _too_many(key: str, value: int, most: int, of_what: str, least: int = 1) -> Problem:
+    allowed = f"{least} to {most}" if least <= most else ""
+    return Problem("C008", (key,), f"{key} {value} > {most} {of_what}", allowed=allowed)
 
 
 def _schema_and_topology(values: Values) -> Iterator[Problem]:
@@ -161,12 +163,17 @@ def _schema_and_topology(values: Values) -> Iterator[Problem]:
             hint=f"For peers that learn from each other set federated_learning_schema: {DECENTRALIZED}.",
         )
     if schema == DECENTRALIZED and topology in ("star", HIERARCHY):
+        wanted = (
+            f"groups with a server each set federated_learning_schema: {HIERARCHICAL}"
+            if topology == HIERARCHY
+            else f"one server and its clients set federated_learning_schema: {TRADITIONAL}"
+        )
         yield Problem(
             "C008",
             path,
             f"federated_learning_topology '{topology}' contradicts federated_learning_schema {DECENTRALIZED}",
             allowed="ring, mesh, k_connected, custom, ..., a registered name, module:attr",
-            hint=f"For one server and its clients set federated_learning_schema: {TRADITIONAL}.",
+            hint=f"For {wanted}.",
         )
 
 
@@ -316,6 +323,10 @@ _LOCAL_OPTIMIZERS = {"SCAFFOLD": ("SGD",), "FedNova": ("SGD",), "DiLoCo": ("SGD"
 
 def _aggregation(values: Values) -> Iterator[Problem]:
     rule = values["aggregation_strategy"]
+    if values["federated_learning_schema"] == DECENTRALIZED:
+        for key, only in (("aggregation_strategy", "FedAvg"), ("clip_norm", None)):
+            if values[key] != only:
+                yield _without_server(key, f"{key} {values[key]}", "null" if only is None else only)
     if values["federated_learning_schema"] not in WITH_SERVER:
         return
     if rule == "FedProx" and values["mu"] is None:
@@ -327,6 +338,12 @@ def _aggregation(values: Values) -> Iterator[Problem]:
     if rule == "SCAFFOLD" and values["clip_norm"] is not None:
         text = "clip_norm contradicts aggregation_strategy SCAFFOLD, which reads gradients off the unclipped update"
         yield Problem("C008", ("clip_norm",), text, allowed="null with SCAFFOLD")
+
+
+def _without_server(key: str, what: str, allowed: str) -> Problem:
+    text = f"{what} contradicts federated_learning_schema {DECENTRALIZED}, where no server combines updates"
+    hint = f"Leave it out, which keeps the mix with the neighbours (mixing), or set schema: {TRADITIONAL}."
+    return Problem("C008", (key,), text, allowed=allowed, hint=hint)
 
 
 def _fewest_participants(values: Values) -> int:
@@ -346,7 +363,11 @@ def _byzantine(values: Values) -> Iterator[Problem]:
     fewest, selected = fewest_updates(rule, bad), values["num_selected"]
     if nodes < fewest:
         text = f"num_byzantine {bad} contradicts {nodes} participants in a round: {rule} needs {fewest} for it"
-        yield Problem("C008", ("num_byzantine",), text, allowed=f"with {nodes} participants less")
+        most = most_byzantine(rule, nodes)
+        allowed = (
+            f"0 to {most}" if most > 0 else "0" if most == 0 else f"{fewest_updates(rule, 0)} participants or more"
+        )
+        yield Problem("C008", ("num_byzantine",), text, allowed=allowed)
     elif rule == "MultiKrum" and selected is not None and selected > (most := most_selected(nodes, bad)):
         text = f"num_selected {selected} contradicts {nodes} participants in a round and num_byzantine {bad}"
         yield Problem("C008", ("num_selected",), text, allowed=f"1 to {most}")
@@ -357,17 +378,36 @@ def _needs(rule: str, key: str, example: str) -> Problem:
     return Problem("C016", ("aggregation_strategy",), text, hint=f"Set {example}.")
 
 
-def _table(values: Values) -> Iterator[Problem]:
-    if values["dataset_type"] not in ("csv", "parquet"):
-        return
-    for key, what in (("data_dir", "the table"), ("target_column", "the column with the class")):
+_TABLES = ("csv", "parquet")
+# Data sets whose files come with no package: only the configuration says where they are.
+_FOLDERS = ("mnist", "cifar10")
+
+
+def _data(values: Values) -> Iterator[Problem]:
+    kind = values["dataset_type"]
+    needed = {}
+    if kind in _FOLDERS:
+        needed = {"data_dir": "the folder with its files"}
+    elif kind in _TABLES:
+        needed = {"data_dir": "the table", "target_column": "the column with the class"}
+        yield from _target_column(values)
+    for key, what in needed.items():
         if not values[key]:
             yield Problem(
                 "C016",
                 (key,),
-                f"{key} is missing: dataset_type '{values['dataset_type']}' needs it",
+                f"{key} is missing: dataset_type '{kind}' needs it",
                 hint=f"Set it to {what}.",
             )
+
+
+def _target_column(values: Values) -> Iterator[Problem]:
+    target = values["target_column"]
+    others = {"ignored_columns": values["ignored_columns"], "group_column": [values["group_column"]]}
+    for key, found in others.items():
+        if target and target in found:
+            text = f"{key} '{target}' contradicts target_column '{target}', which holds the class"
+            yield Problem("C008", (key,), text, allowed="a column besides target_column")
 
 
 # Rules that a clustered federation averages each of its models by; those of one's own are asked later.
@@ -387,7 +427,9 @@ def _models(values: Values) -> Iterator[Problem]:
             hint="Set number_of_models: 2, or as many as there are groups of clients with similar data.",
         )
     elif number > nodes:
-        yield _too_many("number_of_models", number, nodes, "nodes (number_of_clients), each of which trains one")
+        yield _too_many(
+            "number_of_models", number, nodes, "nodes (number_of_clients), each of which trains one", least=2
+        )
     if rule not in _PER_MODEL and rule in CHOICES["aggregation_strategy"].built:
         text = f"aggregation_strategy {rule} contradicts federated_learning_schema {CLUSTERED}"
         yield Problem("C008", ("aggregation_strategy",), text, allowed=", ".join((*_PER_MODEL, "a FedAvg of your own")))
@@ -417,5 +459,5 @@ CHECKS: tuple[Check, ...] = (
     _weight_decay,
     _roles,
     _server_template,
-    _table,
+    _data,
 )

@@ -61,9 +61,10 @@ class Choice:
         if value in registered:
             return None
         known = {*self.built, *self.declared, *registered}
-        return Problem(
-            "C010", (key,), f"{key}: '{value}' unknown", allowed=self.allowed, hint=did_you_mean(value, known)
-        )
+        hint = did_you_mean(value, known)
+        if self.kind and not hint:
+            hint = "If a plug-in package brings this name, install the package first, here and on every cluster."
+        return Problem("C010", (key,), f"{key}: '{value}' unknown", allowed=self.allowed, hint=hint)
 
 
 def not_built(key: str, value: object, works: str) -> Problem:

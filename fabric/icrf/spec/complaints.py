@@ -53,10 +53,19 @@ def _problem(detail: ErrorDetails, model: type[BaseModel], tags: frozenset[str])
         return Problem("C009", path, f"{key}: must be finite, got {describe(found)}", allowed=limits)
     if kind in _OUT_OF_RANGE:
         return Problem("C007", path, f"{key}: {describe(found).removeprefix('number ')} not in {limits}")
-    expected = " or ".join(dict.fromkeys(words for t in types_ if (words := _WORDS.get(t)))) or "another type"
+    words = (_words(t, item=len(path) > 1) for t in types_)
+    expected = " or ".join(dict.fromkeys(filter(None, words))) or "another type"
     expected += f" in {limits}" if limits else ""
     expected += " or null" if type(None) in types_ else ""
     return Problem("C006", path, f"{key}: expected {expected}, got {describe(found)}", hint=_hint(types_, found))
+
+
+def _words(type_: Any, *, item: bool) -> str:
+    """What a value should be, empty for a type without a word; `item`: the value is one of a list's."""
+    if get_origin(type_) is not list:
+        return _WORDS.get(type_, "")
+    inner = next(_leaf_types(get_args(type_)[0]))
+    return _words(inner, item=item) if item else f"a list of {_words(inner, item=item)}"
 
 
 def _hint(types_: list[Any], found: object) -> str:

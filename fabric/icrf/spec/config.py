@@ -177,7 +177,8 @@ class FederationConfig(BaseModel):
 
     # ---- aggregation
     aggregation_strategy: Text = "FedAvg"
-    """How a server combines updates: a built-in rule, a registered name or ``module:attr`` of an ``Aggregator``."""
+    """How a server combines updates: a built-in rule, a registered name or ``module:attr`` of an ``Aggregator``. Peers,
+    who have no server, mix as ``mixing`` says."""
     mu: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """Weight of the proximal term of ``FedProx``."""
     server_learning_rate: Annotated[float, Field(ge=0, le=1e6)] | None = None
@@ -196,7 +197,8 @@ class FederationConfig(BaseModel):
     num_selected: Count | None = None
     """Updates that ``MultiKrum`` averages; null: as many as it may, participants - f - 2."""
     clip_norm: Annotated[float, Field(gt=0, le=1e12)] | None = None
-    """Scale every node's change of the model down to this L2 norm before it is sent to a server; null: never."""
+    """Scale every node's change of the model down to this L2 norm before it is sent to a server; null: never, as among
+    peers."""
     number_of_models: Annotated[int, Field(ge=2, le=1000)] | None = None
     """Models of ``ClusterFederatedLearning``, one for each group of clients with similar data."""
     first_choice: Text = "drawn"
@@ -234,7 +236,7 @@ class FederationConfig(BaseModel):
 
     # ---- policy of a round
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
-    """Seconds that one attempt of a round may take; null: 600."""
+    """Seconds that one attempt of a round may take; null means the default."""
     on_cluster_loss: Text = "wait"
     """What happens to a run whose cluster is lost: ``wait`` for its return (up to ``round_deadline_s``, then without
     it where ``min_nodes`` allows), ``exclude``: go on at once without its nodes, or ``fail``."""

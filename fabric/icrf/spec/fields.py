@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
 
 from icrf.registry import did_you_mean, is_import_path
 from icrf.spec.complaints import invalid
@@ -131,7 +140,14 @@ SlotShare = Annotated[
     Discriminator(_resource_form),
     BeforeValidator(_resources),
 ]
-Deadline = Annotated[float, Field(gt=0, le=30 * 86400), BeforeValidator(_deadline)]
+_MAX_DEADLINE_S = 30 * 86400
+_DEADLINE = {"type": "number", "exclusiveMinimum": 0, "maximum": _MAX_DEADLINE_S}
+Deadline = Annotated[
+    float,
+    Field(gt=0, le=_MAX_DEADLINE_S),
+    BeforeValidator(_deadline),
+    WithJsonSchema({"anyOf": [_DEADLINE, {"type": "null"}]}),
+]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Nodes = Annotated[int, Field(ge=1, le=100_000)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]

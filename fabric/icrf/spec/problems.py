@@ -63,4 +63,4 @@ def describe(value: object) -> str:
     if isinstance(value, str):
         return f"string {value[:80]!r}"
     kinds = ((dict, "a mapping"), (list, "a list"))
-    return next((words for kind, words in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
+    return next((words for kind, words in kinds if isinstance(value, kind)), f"a value of type {type(value).__name__}")

@@ -31,6 +31,7 @@ from icrf.topology.mixing import (
     mixing_matrix,
     mixing_row,
     register_mixing,
+    wants_samples,
     weigh,
 )
 from icrf.topology.spectrum import rounds_to_consensus, spectrum
@@ -72,5 +73,6 @@ __all__ = [
     "rounds_to_consensus",
     "spectrum",
     "wants_labels",
+    "wants_samples",
     "weigh",
 ]

@@ -30,25 +30,23 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from icrf.errors import ConfigError, IcrfError, TopologyError, make_error
+from icrf.errors import TopologyError
 from icrf.registry import Registry
 from icrf.seeds import stable_random_state
-from icrf.topology.builders import as_matrix, inject, require_connected
+from icrf.topology.builders import answering, as_matrix, inject, require_connected
 from icrf.topology.check import require_consensus
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf.topology.mixing import mixing_matrix
 
 Array = np.ndarray[Any, Any]
 
-KEY = "topology_adaptation_strategy"
 STATIC = "static"
 
 SKETCH_SIZE = 64
@@ -122,14 +120,14 @@ class Adapter:
         num_parameters: elements of a model.
 
     Raises:
-        ConfigError: C010 or C017 about the name, C016 or C017 about its parameters.
+        ConfigError: C010 or C017 about the name, C016 or C017 about its parameters, C017 for a constructor that raises.
     """
 
     def __init__(self, name: str, parameters: Mapping[str, Any], num_parameters: int) -> None:
         self._name, self._parameters = name, parameters
         self._num_parameters = num_parameters
         known = {**parameters, **dict.fromkeys((*_GIVEN, *_FACTS, _SKETCHES, _WEIGHTS), "")}
-        self._asks = inject("adapter", KEY, self._function(), known, name).keys()
+        self._asks = inject(ADAPTERS, name, known, self._function()).keys()
 
     @property
     def num_gathered(self) -> int:
@@ -164,31 +162,26 @@ class Adapter:
         """The next graph; raises whatever the strategy raises.
 
         Raises:
-            TopologyError: T0xx naming the strategy, for an answer that is no graph of these nodes, or one that peers
-                cannot mix on with the configured rule.
+            ConfigError: C018 for an answer that is no matrix.
+        TopologyError: T0xx naming the strategy, for one that is no graph of these nodes, or on which peers cannot mix
+            with the configured rule.
         """
         facts = {**self._parameters, **self._facts(situation)}
         function = self._function()
-        found = function(**inject("adapter", KEY, function, facts, self._name))
-        with _blamed(f"{KEY} '{self._name}' after round {situation.round_number}"):
-            matrix = as_matrix(found, situation.node_ids)
+        found = function(**inject(ADAPTERS, self._name, facts, function))
+        with answering(f"{ADAPTERS.key} '{self._name}' after round {situation.round_number}"):
+            matrix = as_matrix(ADAPTERS, self._name, found, situation.node_ids)
             require_usable(matrix, situation.adjacency.num_nodes, self._parameters)
         return matrix
 
     def _function(self) -> Callable[..., Any]:
         found = ADAPTERS.get(self._name)
         if inspect.isclass(found):
-            found = found(**inject("adapter", KEY, found, self._parameters, self._name))
-        function = getattr(found, "adapt", found)
-        if not callable(function):
-            raise ConfigError(
-                "C017",
-                f"adapter '{self._name}' is {type(found).__name__}",
-                place=KEY,
-                allowed="a class with a method adapt, or a function",
-            )
-        strategy: Callable[..., Any] = function
-        return strategy
+            arguments = inject(ADAPTERS, self._name, self._parameters, found)
+            with ADAPTERS.calling(self._name):
+                found = found(**arguments)
+        function: Callable[..., Any] = getattr(found, "adapt", found)
+        return function
 
     def _facts(self, situation: Situation) -> dict[str, Any]:
         """What the strategy asks for, by name."""
@@ -237,15 +230,3 @@ def _read_only(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         value.setflags(write=False)
     return value
-
-
-@contextmanager
-def _blamed(who: str) -> Iterator[None]:
-    """An error inside names whose answer it is about."""
-    try:
-        yield
-    except IcrfError as error:
-        place = f"{who}, {error.place}" if error.place else who
-        raise make_error(
-            error.code, error.message, place=place, value=error.value, allowed=error.allowed, hint=error.hint
-        ) from error

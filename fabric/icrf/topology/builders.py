@@ -15,7 +15,8 @@ The built-in ones are here, in ``families.py`` and in ``random_graphs.py``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,15 +61,17 @@ def build_topology(
         connected: refuse a graph of several components; gossip on one would never agree.
 
     Raises:
-        ConfigError: C010 unknown name, C016 a key that the topology needs is not set, C017 a builder asks for a
-            parameter that does not exist.
+        ConfigError: C010 unknown name, C016 a key that the topology needs is not set, C017 a builder that
+            raises or asks for a parameter that does not exist, C018 one that returns something else.
         TopologyError: T0xx, see :data:`icrf.errors.CATALOGUE`.
     """
     if num_nodes < 1:
         raise TopologyError("T008", "a topology needs a node", value=num_nodes, allowed="at least 1 node")
-    builder = TOPOLOGIES.get(name)
-    arguments = inject("topology", "federated_learning_topology", builder, {**parameters, "num_nodes": num_nodes}, name)
-    matrix = as_matrix(builder(**arguments), parameters.get("node_ids", ()))
+    arguments = inject(TOPOLOGIES, name, {**parameters, "num_nodes": num_nodes})
+    with TOPOLOGIES.calling(name):
+        result = TOPOLOGIES.get(name)(**arguments)
+        with answering(f"topology {name!r}"):
+            matrix = as_matrix(TOPOLOGIES, name, result, parameters.get("node_ids", ()))
     if matrix.num_nodes != num_nodes:
         raise TopologyError(
             "T010",
@@ -81,19 +84,46 @@ def build_topology(
     return matrix
 
 
-def as_matrix(found: Any, node_ids: Sequence[str] = ()) -> HybridAdjacencyMatrix:
-    """The graph that a user's function has returned: dense, SciPy, networkx or our own.
+def as_matrix(registry: Registry[Any], name: str, result: Any, node_ids: Sequence[str]) -> HybridAdjacencyMatrix:
+    """The graph that a plugged-in function has returned: dense, SciPy, networkx or our own.
 
     Raises:
+        ConfigError: C018 for what is no matrix.
         TopologyError: T0xx for what is no graph.
     """
-    if isinstance(found, HybridAdjacencyMatrix):
-        return found
-    if issparse(found):
-        found = found.toarray()
-    if hasattr(found, "is_directed") and hasattr(found, "edges"):
-        return from_network(found, node_ids)
-    return HybridAdjacencyMatrix.from_dense(found)
+    if isinstance(result, HybridAdjacencyMatrix):
+        return result
+    if hasattr(result, "is_directed") and hasattr(result, "edges"):
+        return from_network(result, node_ids)
+    allowed = "a NumPy or SciPy matrix, a HybridAdjacencyMatrix or a networkx graph"
+    return HybridAdjacencyMatrix.from_dense(
+        numbers_of(registry, name, result.toarray() if issparse(result) else result, allowed)
+    )
+
+
+@contextmanager
+def answering(who: str) -> Iterator[None]:
+    """An error inside about a graph names `who` has returned it."""
+    try:
+        yield
+    except TopologyError as error:
+        place = f"{who}, {error.place}" if error.place else who
+        raise TopologyError(
+            error.code, error.message, place=place, value=error.value, allowed=error.allowed, hint=error.hint
+        ) from error
+
+
+def numbers_of(registry: Registry[Any], name: str, result: Any, allowed: str) -> np.ndarray[Any, Any]:
+    """The dense matrix that a plugged-in function has returned; C018, saying what is `allowed`, for anything else."""
+    try:
+        matrix = np.asarray(result)
+    except ValueError:  # rows of different lengths
+        matrix = np.empty(0)
+    if matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
+        what = f"{registry.kind} '{name}' returned {type(result).__name__}"
+        found = f"shape {matrix.shape}, dtype {matrix.dtype}" if isinstance(result, np.ndarray) else None
+        raise ConfigError("C018", what, place=registry.key, value=found, allowed=allowed)
+    return matrix
 
 
 def require_connected(matrix: HybridAdjacencyMatrix, place: str = "") -> None:
@@ -116,19 +146,39 @@ def _braces(nodes: list[int]) -> str:
     return "{" + ",".join(str(node) for node in nodes[:SHOWN]) + more + "}"
 
 
+def parameters_of(registry: Registry[Any], name: str, function: Any = None) -> Mapping[str, inspect.Parameter]:
+    """What a plugged-in function may be called with; C017 where that cannot be told, as of what is no function.
+
+    Args:
+        function: of the plug-in, where it is not one itself.
+    """
+    function = registry.get(name) if function is None else function
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "C017",
+            f"{registry.kind} '{name}' is a {type(function).__name__}",
+            place=registry.key,
+            allowed="a function whose parameters can be read",
+        ) from error
+
+
 def inject(
-    kind: str, key: str, function: Callable[..., Any], available: Mapping[str, Any], name: str
+    registry: Registry[Any], name: str, available: Mapping[str, Any], function: Callable[..., Any] | None = None
 ) -> dict[str, Any]:
     """What to call a plugged-in function with: the values of `available` that its parameters name.
 
     Args:
-        kind, key, name: what is called, under which configuration key and how, for messages.
+        function: of the plug-in, where it is not one itself.
 
     Raises:
-        ConfigError: C016 a parameter whose key is not set, C017 one that does not exist.
+        ConfigError: C010 an unknown name, C016 a parameter whose key is not set, C017 one that does not exist, or code
+            that cannot be loaded.
     """
     arguments = {}
-    for parameter in inspect.signature(function).parameters.values():
+    kind = registry.kind
+    for parameter in parameters_of(registry, name, function).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         required = parameter.default is parameter.empty
@@ -136,7 +186,7 @@ def inject(
             raise ConfigError(
                 "C017",
                 f"{kind} {name!r} asks for parameter {parameter.name!r}, which does not exist",
-                place=key,
+                place=registry.key,
                 allowed=", ".join(sorted(available)),
             )
         if required and available[parameter.name] is None:
@@ -212,23 +262,23 @@ def k_connected(num_nodes: int, k_value: int) -> HybridAdjacencyMatrix:
     Raises:
         TopologyError: T011 if no such graph exists: k outside [1, num_nodes - 1], or k = 1 with more than two nodes.
     """
-    if not 1 <= k_value < num_nodes:
-        raise TopologyError(
-            "T011",
-            f"{num_nodes} nodes cannot have {k_value} neighbours each",
-            place="k_value",
-            allowed=f"1 to {num_nodes - 1}",
-        )
     if k_value == 1 and num_nodes > 2:
-        raise TopologyError(
-            "T011", "one neighbour each connects two nodes only", place="k_value", allowed=f"2 to {num_nodes - 1}"
-        )
+        text = "one neighbour each connects two nodes only"
+        raise TopologyError("T011", text, place="k_value", allowed=degrees(num_nodes))
+    if not 1 <= k_value < num_nodes:
+        text = f"{num_nodes} nodes cannot have {k_value} neighbours each"
+        raise TopologyError("T011", text, place="k_value", allowed=degrees(num_nodes))
     near = circulant(num_nodes, range(1, k_value // 2 + 1))
     if k_value % 2 == 0:
         return near
     opposite = np.arange((num_nodes + 1) // 2)
     across = np.stack([opposite, opposite + num_nodes // 2], axis=1)
     return HybridAdjacencyMatrix.from_edges(num_nodes, np.concatenate([np.stack(near.edges(), axis=1), across]))
+
+
+def degrees(num_nodes: int) -> str:
+    """How many neighbours each of the nodes of a connected graph may have, in words."""
+    return f"{min(2, num_nodes - 1)} to {num_nodes - 1}" if num_nodes > 1 else "two nodes or more"
 
 
 def circulant(num_nodes: int, offsets: Iterable[int], symmetric: bool = True) -> HybridAdjacencyMatrix:

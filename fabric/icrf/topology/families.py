@@ -24,12 +24,13 @@ def torus(num_nodes: int, torus_rows: int | None = None) -> HybridAdjacencyMatri
     columns = num_nodes // rows
     if rows < 2 or columns < 2 or rows * columns != num_nodes:
         given = f"{torus_rows} rows" if torus_rows else "at least 2 rows"
+        fitting = [str(r) for r in range(2, num_nodes // 2 + 1) if num_nodes % r == 0]
         raise TopologyError(
             "T011",
             f"{num_nodes} nodes do not fill a torus of {given} and at least 2 columns",
             place="torus_rows" if torus_rows else "number_of_clients",
-            allowed="rows x columns nodes",
-            hint=f"{num_nodes} is a prime number: take one node more" if rows == 1 and not torus_rows else "",
+            allowed=", ".join(fitting) if torus_rows and fitting else "rows x columns nodes",
+            hint="" if fitting else f"no number of rows divides {num_nodes}: take another number_of_clients",
         )
     node = np.arange(num_nodes)
     row, column = node // columns, node % columns

@@ -10,16 +10,15 @@ of the configuration. It returns a group for each client, 0 to num_groups - 1::
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.cluster.hierarchy import linkage
 
-from icrf.errors import ConfigError, IcrfError
+from icrf.errors import ConfigError
 from icrf.registry import Registry
-from icrf.topology.builders import inject
+from icrf.topology.builders import inject, parameters_of
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 Grouping = Callable[..., Sequence[int]]
@@ -37,7 +36,7 @@ def register_grouping(name: str) -> Callable[[Grouping], Grouping]:
 
 def wants_labels(name: str) -> bool:
     """Whether a grouping looks at the data."""
-    return "label_counts" in inspect.signature(GROUPINGS.get(name)).parameters
+    return "label_counts" in parameters_of(GROUPINGS, name)
 
 
 def group_clients(name: str, num_clients: int, num_groups: int, parameters: Mapping[str, Any]) -> tuple[int, ...]:
@@ -58,25 +57,36 @@ def group_clients(name: str, num_clients: int, num_groups: int, parameters: Mapp
             place="number_of_groups",
             allowed=f"1 to {num_clients}",
         )
-    function = GROUPINGS.get(name)
-    available = {**parameters, "num_clients": num_clients, "num_groups": num_groups}
-    arguments = inject("grouping", "group_by", function, available, name)
-    try:
-        found = [int(group) for group in function(**arguments)]
-    except IcrfError:
-        raise
-    except Exception as error:
-        raise _unusable(name, f"raised {type(error).__name__}: {error}") from error
-    if len(found) != num_clients or set(found) != set(range(num_groups)):
-        raise _unusable(name, f"put {len(found)} clients into {len(set(found))} groups")
+    arguments = inject(GROUPINGS, name, {**parameters, "num_clients": num_clients, "num_groups": num_groups})
+    with GROUPINGS.calling(name):
+        returned = GROUPINGS.get(name)(**arguments)
+    found = _whole_numbers(name, returned)
+    if len(found) != num_clients:
+        raise _unusable(name, f"returned {len(found)} groups for {num_clients} clients")
+    if strangers := sorted(set(found) - set(range(num_groups))):
+        raise _unusable(name, f"returned group {strangers[0]}")
+    if empty := sorted(set(range(num_groups)) - set(found)):
+        raise _unusable(name, f"left group {empty[0]} empty")
     number = {group: k for k, group in enumerate(dict.fromkeys(found))}
     return tuple(number[group] for group in found)
 
 
-def _unusable(name: str, what: str) -> ConfigError:
-    return ConfigError(
-        "C018", f"grouping '{name}' {what}", place="group_by", allowed="one of number_of_groups groups per client"
-    )
+def _whole_numbers(name: str, returned: Any) -> list[int]:
+    """What a grouping has returned, as numbers; C018 for anything else."""
+    try:
+        found = np.asarray(returned)
+    except ValueError:  # rows of different lengths
+        found = np.empty((0, 0))
+    if found.ndim != 1 or found.dtype.kind not in "iuf":
+        raise _unusable(name, f"returned {type(returned).__name__}", repr(returned)[:80])
+    for value in found[~(np.isfinite(found) & (found == np.floor(found)))]:
+        raise _unusable(name, f"returned {value}")
+    return [int(value) for value in found]
+
+
+def _unusable(name: str, what: str, value: str | None = None) -> ConfigError:
+    allowed = "a group per client, 0 to number_of_groups - 1, none of them empty"
+    return ConfigError("C018", f"grouping '{name}' {what}", place=GROUPINGS.key, value=value, allowed=allowed)
 
 
 @register_grouping("contiguous")

@@ -147,6 +147,12 @@ class HybridAdjacencyMatrix:
         dense[self._rows, self.indices] = 1
         return dense
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """What ``np.asarray`` makes of it: :meth:`to_dense`, always a copy."""
+        if copy is False:
+            raise ValueError("a sparse matrix becomes a dense one by a copy only")
+        return self.to_dense() if dtype is None else self.to_dense().astype(dtype)
+
     def to_scipy(self) -> csr_matrix:
         """As a SciPy matrix of ones (int8), sharing no memory that could be written."""
         values = np.ones(self.num_edges, dtype=np.int8)
@@ -239,6 +245,10 @@ class HybridAdjacencyMatrix:
 
     def __hash__(self) -> int:
         return hash((self.indptr.tobytes(), self.indices.tobytes()))
+
+    def __len__(self) -> int:
+        """The number of nodes, as of a dense matrix."""
+        return self.num_nodes
 
     def __repr__(self) -> str:
         return f"HybridAdjacencyMatrix({self.num_nodes} nodes, {self.num_edges} directed edges)"

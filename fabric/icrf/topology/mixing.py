@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix, issparse
 from icrf.errors import ConfigError, TopologyError
 from icrf.protocol import Graph
 from icrf.registry import Registry
-from icrf.topology.builders import inject
+from icrf.topology.builders import inject, numbers_of, parameters_of
 from icrf.topology.csv_matrix import read_weights_csv
 from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 
@@ -36,8 +36,8 @@ MIXINGS: Registry[MixingRule] = Registry("mixing")
 def register_mixing(name: str) -> Callable[[Rule], Rule]:
     """Register a rule under `name`: a function that returns W, of shape (num_nodes, num_nodes).
 
-    Its parameters are injected by name: ``adjacency``, ``num_samples`` (training samples per node, int64) and any key
-    of the configuration.
+    Its parameters are injected by name: ``adjacency`` (a :class:`HybridAdjacencyMatrix`; ``np.asarray`` makes a dense
+    one of it), ``num_samples`` (training samples per node, int64) and any key of the configuration.
     """
 
     def decorate(rule: Rule) -> Rule:
@@ -45,6 +45,11 @@ def register_mixing(name: str) -> Callable[[Rule], Rule]:
         return rule
 
     return decorate
+
+
+def wants_samples(rule: str) -> bool:
+    """Whether a rule looks at the sample counts."""
+    return "num_samples" in parameters_of(MIXINGS, rule)
 
 
 # ---------------------------------------------------------------- rules
@@ -149,16 +154,20 @@ def weigh(adjacency: HybridAdjacencyMatrix, rule: str, parameters: Mapping[str, 
         parameters: what may be injected into the rule.
 
     Raises:
-        ConfigError: C010 unknown rule, C016 or C017 about its parameters.
+        ConfigError: C010 unknown rule, C016 or C017 about its parameters, C017 for one that raises, C018 for one that
+            returns no matrix.
         TopologyError: T010 a matrix of the wrong size, T013 a weight that is negative, not finite or has no edge;
             others from the rule itself.
     """
     graph = adjacency.to_graph()
     if rule in FROM_GRAPH:
         return graph
-    function = MIXINGS.get(rule)
-    arguments = inject("mixing", "mixing", function, {**parameters, "adjacency": adjacency}, rule)
-    per_edge, own = _along_edges(adjacency, function(**arguments), f"mixing {rule!r}")
+    arguments = inject(MIXINGS, rule, {**parameters, "adjacency": adjacency})
+    with MIXINGS.calling(rule):
+        found = MIXINGS.get(rule)(**arguments)
+    if not issparse(found):
+        found = numbers_of(MIXINGS, rule, found, "a square matrix, dense or sparse")
+    per_edge, own = _along_edges(adjacency, found, f"mixing {rule!r}")
     return Graph(graph.num_nodes, graph.indptr, graph.indices, tuple(per_edge.tolist()), tuple(own.tolist()))
 
 
@@ -231,7 +240,7 @@ def _with_rest(adjacency: HybridAdjacencyMatrix, per_edge: FloatArray) -> csr_ma
 
 def _along_edges(adjacency: HybridAdjacencyMatrix, found: Any, place: str) -> tuple[FloatArray, FloatArray]:
     """(weight per edge, diagonal) of a user's matrix."""
-    matrix = csr_matrix(found if issparse(found) else np.asarray(found, dtype=np.float64), dtype=np.float64)
+    matrix = csr_matrix(found, dtype=np.float64)
     num_nodes = adjacency.num_nodes
     if matrix.shape != (num_nodes, num_nodes):
         raise TopologyError("T010", f"mixing matrix of shape {matrix.shape} for {num_nodes} nodes", place=place)

@@ -13,7 +13,7 @@ import numpy as np
 
 from icrf.errors import TopologyError
 from icrf.seeds import stable_random_state
-from icrf.topology.builders import circulant, register_topology
+from icrf.topology.builders import circulant, degrees, register_topology
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 
 Pairs = np.ndarray[Any, np.dtype[np.int64]]
@@ -40,7 +40,7 @@ def random_regular(num_nodes: int, k_value: int, seed: int) -> HybridAdjacencyMa
             "T011",
             f"no graph of {num_nodes} nodes has {k_value} neighbours each",
             place="k_value",
-            allowed=f"1 to {num_nodes - 1}, even if the number of nodes is odd",
+            allowed=degrees(num_nodes) + (", even" if num_nodes % 2 and num_nodes > 1 else ""),
         )
     _require_few_edges(num_nodes * k_value / 2, num_nodes, "k_value")
     # The rest is thin where almost all edges are wanted: leave out a random graph instead.
@@ -65,7 +65,7 @@ def small_world(num_nodes: int, k_value: int, seed: int, rewire_probability: flo
             "T011",
             f"a small world of {num_nodes} nodes with {k_value} neighbours each does not exist",
             place="k_value",
-            allowed=f"an even number from 2 to {num_nodes - 1}",
+            allowed=f"an even number from 2 to {num_nodes - 1}" if num_nodes > 2 else "three nodes or more",
         )
 
     def draw(random: np.random.RandomState) -> Pairs:

@@ -23,5 +23,7 @@ __all__ = [
 
 
 def assign(strategy: str, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins) -> Assignment:
-    """Assign with the strategy registered under this name; C010 for an unknown one."""
-    return ASSIGNMENTS.get(strategy)().assign(adj, clusters, pins)
+    """Assign with the strategy registered under this name; C010 for an unknown one, C017 for one that raises."""
+    kind = ASSIGNMENTS.get(strategy)
+    with ASSIGNMENTS.calling(strategy):
+        return kind().assign(adj, clusters, pins)

@@ -25,16 +25,11 @@ def build_aggregator(name: str, settings: Mapping[str, Any], num_models: int = 1
     """
     kind = AGGREGATORS.get(name)
     given = {key: value for key, value in settings.items() if value is not None}
-    place = "aggregation_strategy"
-    try:
+    place = AGGREGATORS.key
+    with AGGREGATORS.calling(name):
         rule = kind(**accepted_arguments(kind, given))
-    except ConfigError:
-        raise
-    except Exception as error:
-        message = f"aggregator raised {type(error).__name__}: {error}"
-        raise ConfigError("C017", message, place=place, value=name) from error
     if not isinstance(rule, MeanAggregator | UpdateAggregator):
-        message = f"'{name}' made a {type(rule).__name__}"
+        message = f"'{name}' made a value of type {type(rule).__name__}"
         raise ConfigError("C017", message, place=place, allowed="a MeanAggregator or an UpdateAggregator")
     if rule.rows.every_update != isinstance(rule, UpdateAggregator):
         message = f"'{name}' has rows with every_update {rule.rows.every_update}"

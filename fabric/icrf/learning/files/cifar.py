@@ -52,14 +52,17 @@ def read_batch(path: Path, *, hint: str = "") -> tuple[Array, Array]:
     try:
         content = read_plain_pickle(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
+            raise ValueError(f"it holds a value of type {type(content).__name__}")
         content = {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in content.items()}
+        for key in ("data", "labels"):
+            if key not in content:
+                raise ValueError(f"it has no {key!r}")
         images, labels = np.asarray(content["data"]), np.asarray(content["labels"])
         if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != np.prod(_SHAPE):
             raise ValueError(f"data is {images.dtype} of shape {images.shape}")
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise ValueError(f"labels is {labels.dtype} of shape {labels.shape}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise unreadable(path, f"not readable: {error}", expected=_EXPECTED, hint=hint) from error
     return images.reshape(-1, *_SHAPE), labels.astype(np.int64)
 

@@ -485,6 +485,7 @@ class Plan(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     BYTES_INTER_CLUSTER_WITHIN_GROUPS_FIELD_NUMBER: _builtins.int
     BYTES_INTER_CLUSTER_PER_MERGE_FIELD_NUMBER: _builtins.int
+    NUM_MODELS_FIELD_NUMBER: _builtins.int
     ADAPTATION_FIELD_NUMBER: _builtins.int
     ADAPTATION_PERIOD_FIELD_NUMBER: _builtins.int
     BYTES_INTER_CLUSTER_PER_ADAPTATION_FIELD_NUMBER: _builtins.int
@@ -504,6 +505,7 @@ class Plan(_message.Message):
     strategy: _builtins.str
     bytes_inter_cluster_within_groups: _builtins.int
     bytes_inter_cluster_per_merge: _builtins.int
+    num_models: _builtins.int
     adaptation: _builtins.str
     adaptation_period: _builtins.int
     bytes_inter_cluster_per_adaptation: _builtins.int
@@ -553,13 +555,14 @@ class Plan(_message.Message):
         groups: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         bytes_inter_cluster_within_groups: _builtins.int = ...,
         bytes_inter_cluster_per_merge: _builtins.int = ...,
+        num_models: _builtins.int = ...,
         adaptation: _builtins.str = ...,
         adaptation_period: _builtins.int = ...,
         bytes_inter_cluster_per_adaptation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "adaptation_period", b"adaptation_period", "assignment", b"assignment", "bytes_inter_cluster_per_adaptation", b"bytes_inter_cluster_per_adaptation", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "adaptation_period", b"adaptation_period", "assignment", b"assignment", "bytes_inter_cluster_per_adaptation", b"bytes_inter_cluster_per_adaptation", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_models", b"num_models", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
