@@ -241,7 +241,6 @@ def compile_exchange(
     aggregators: tuple[int, ...] = ()
     evaluation: tuple[Transfer, ...] = ()
     merging: tuple[Transfer, ...] = ()
-    adaptation: tuple[Transfer, ...] = ()
     if flow == CENTRALIZED:
         aggregators = (_aggregator(words),)
         _require_star_edges(adjacency, aggregators[0], participants)
@@ -253,7 +252,6 @@ def compile_exchange(
     elif flow == DECENTRALIZED:
         transfers = _updates(adjacency, clusters)
         evaluation = _totals(clusters, int(clusters[0])) if len(clusters) else ()
-        adaptation = tuple(replace(t, kind=GATHERED) for t in evaluation) if rows.gathered else ()
     else:
         allowed = ", ".join((CENTRALIZED, DECENTRALIZED, HIERARCHICAL))
         raise ConfigError("C010", f"unknown flow {flow!r}", place="flow", allowed=allowed)
@@ -268,7 +266,7 @@ def compile_exchange(
         aggregators=aggregators,
         merging=merging,
         rows=rows,
-        adaptation=adaptation,
+        adaptation=tuple(replace(t, kind=GATHERED) for t in evaluation) if rows.gathered else (),
     )
 
 

@@ -188,7 +188,7 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
 
     ``accuracy``, ``loss`` and ``metrics`` are those of the last evaluated round, null or empty without one.
     ``rounds_to_target`` is there only where a target is set, null if it was not reached. ``wall_s`` runs from
-    submission to the end.
+    submission to the end. Where the graph changes, ``edges_added`` and ``edges_removed`` are sums over all rounds.
 
     ``model_sha256`` is that of the model in ``model.safetensors``: the global one, or the mean of all peers or groups.
     In ``rounds.jsonl`` that one is the ``consensus_sha256`` of an evaluated or merging round, and ``model_sha256`` is
@@ -215,6 +215,8 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
         "flow": info.flow,
         "seed": config.get("seed"),
     }
+    if config.get("topology_adaptation_strategy", "static") != "static":
+        summary |= {name: sum(getattr(r, name) for r in rounds) for name in ("edges_added", "edges_removed")}
     if config.get("target_accuracy") is not None:
         summary["rounds_to_target"] = info.rounds_to_target or None
     if info.error_json:

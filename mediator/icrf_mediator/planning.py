@@ -26,6 +26,7 @@ from icrf.protocol import (
     ClusterInfo,
     Fingerprint,
     LinkBytes,
+    MixingReport,
     Plan,
     Resources,
     Submission,
@@ -111,6 +112,11 @@ class _Settings:
         """Rounds that decide on the next graph."""
         return 0 if self.adaptation == STATIC else self.rounds // max(1, self.adaptation_period)
 
+    def total(self, per_round: int, per_evaluation: int, per_adaptation: int) -> int:
+        """Bytes of the whole run."""
+        beside = per_evaluation * self.num_evaluations + per_adaptation * self.num_adaptations
+        return per_round * self.rounds + beside
+
     @property
     def num_merges(self) -> int:
         """Rounds of a hierarchy that end with one model for all groups: every so many do, and the last one."""
@@ -140,16 +146,14 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
     owners = assignment.clusters or (0,) * adjacency.num_nodes
-    roles = [node.role for node in submission.nodes]
-    exchange = compile_exchange(submission.flow, adjacency, roles, owners, submission.rows)
+    exchange = compile_exchange(submission.flow, adjacency, [n.role for n in submission.nodes], owners, submission.rows)
     slots = _slots(assignment, clusters)
     num_parameters = shared_size(submission.layout)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
     per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
-    peers = submission.flow == DECENTRALIZED
-    mixing = check_mixing(mixing_matrix(submission.graph, settings.mixing)) if peers else None
+    mixing = _mixing(submission, settings)
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -161,9 +165,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         links=tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
         bytes_inter_cluster_per_round=per_round,
         bytes_inter_cluster_per_evaluation=per_evaluation,
-        bytes_inter_cluster_total=per_round * settings.rounds
-        + per_evaluation * settings.num_evaluations
-        + per_adaptation * settings.num_adaptations,
+        bytes_inter_cluster_total=settings.total(per_round, per_evaluation, per_adaptation),
         slem=mixing.slem if mixing else -1.0,
         slem_kind=mixing.slem_kind if mixing else "none",
         rounds_to_consensus=mixing.rounds_to_consensus if mixing else -1,
@@ -177,9 +179,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         mixing=mixing,
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
-        adaptation="" if settings.adaptation == STATIC else settings.adaptation,
-        adaptation_period=0 if settings.adaptation == STATIC else settings.adaptation_period,
-        bytes_inter_cluster_per_adaptation=per_adaptation,
+        **_adapted(settings, per_adaptation),
         **_grouped(submission, exchange, adjacency, num_parameters),
     )
     return plan, assignment
@@ -277,6 +277,24 @@ def _grouped(
         "groups": {names[node]: names[aggregator] for node, aggregator in hierarchy.group_of.items()},
         "bytes_inter_cluster_within_groups": exchange.payload_bytes(num_parameters, itemsize),
         "bytes_inter_cluster_per_merge": exchange.merged().payload_bytes(num_parameters, itemsize),
+    }
+
+
+def _mixing(submission: Submission, settings: _Settings) -> MixingReport | None:
+    """What peers mix by; nothing where there is a server."""
+    if submission.flow != DECENTRALIZED:
+        return None
+    return check_mixing(mixing_matrix(submission.graph, settings.mixing))
+
+
+def _adapted(settings: _Settings, per_adaptation: int) -> dict[str, Any]:
+    """What a plan says about a graph that changes."""
+    if settings.adaptation == STATIC:
+        return {}
+    return {
+        "adaptation": settings.adaptation,
+        "adaptation_period": settings.adaptation_period,
+        "bytes_inter_cluster_per_adaptation": per_adaptation,
     }
 
 

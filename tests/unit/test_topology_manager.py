@@ -12,10 +12,10 @@ import pytest
 
 from icrf import values
 from icrf.errors import IcrfError, ProtocolError, RoutingError
-from icrf.exchange import CONSENSUS, GATHERED, MESSAGE, MODEL, PARTIAL, UPDATE
+from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE
 from icrf.federation.message import Message
 from icrf.ports import PayloadHeader
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, NodeSpec, PeerAddress, Relink, Rows, TensorSpec
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, NodeSpec, PeerAddress, TensorSpec
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.inline_substrate import InlineReferences
 from icrf_agent.room import TopologyManager
@@ -494,70 +494,3 @@ def test_unlinking_frees_everything_of_a_run_and_nothing_of_another() -> None:
     fails("P003", manager.take_outbox, "run", (1, 1))
     assert manager.get_stats("run2")["references"] == 1
     assert [p.senders for p in manager.collect("run2", 1, 1, UPDATE)] == [(0,)]
-
-
-# ---------------------------------------------------------------- other graphs
-
-# n0 - n2 in the place of n1 - n2.
-OTHER = ((0, 1), (1, 0), (0, 2), (2, 0), (2, 3), (3, 2))
-
-
-def relink(generation: int = 2) -> Relink:
-    return Relink("run", generation, HybridAdjacencyMatrix.from_edges(4, OTHER).to_graph())
-
-
-def test_after_a_new_graph_everything_of_the_old_generation_is_refused() -> None:
-    manager = manager_of()
-    manager.relink(relink())
-    fails("P003", manager.deliver, header(UPDATE, 2), np.ones(4))
-    fails("P003", manager.deliver_letters, header(MESSAGE, -1, dtype="uint8"), bundle((2, 1, [1], "late")))
-    fails("P003", manager.publish_many, posting(UPDATE, [0, 1]))
-    fails("P003", manager.begin_round, "run", 1, 2, 1)
-    fails("P003", manager.relink, relink(1))
-    assert manager.linked() == {"run": (2, 1, 1)}
-
-
-def test_a_new_graph_decides_who_may_talk_to_whom() -> None:
-    manager = manager_of()
-    manager.publish("run", Message("old way", "n1"), "n2")
-    manager.relink(relink())
-    manager.relink(relink())
-    manager.begin_round("run", 2, 2, 1)
-    fails("P011", manager.publish, "run", Message("old way", "n1"), "n2")
-    assert manager.publish("run", Message("new way", "n0"), "n2") == 1
-    assert manager.get_neighbors("run", "n0") == ["n1", "n2"]
-    news = {"generation": 2, "round": 2}
-    fails("P011", manager.deliver, header(UPDATE, 3, **news), np.ones(4))
-    assert manager.deliver(header(UPDATE, 2, **news), np.ones(4))
-    late = header(MESSAGE, -1, dtype="uint8", **news)
-    fails("P011", manager.deliver_letters, late, bundle((2, 1, [1], "old way")))
-    assert manager.deliver_letters(late, bundle((2, 1, [0], "new way")))
-
-
-def test_mail_that_was_sent_along_the_old_graph_is_read_after_the_new_one() -> None:
-    manager = manager_of()
-    manager.publish("run", Message("from here", "n0"), "n1")
-    manager.deliver_letters(header(MESSAGE, -1, dtype="uint8"), bundle((2, 1, [1], "from there")))
-    manager.relink(relink())
-    manager.begin_round("run", 2, 2, 1)
-    assert heard(manager, "n1") == ["from here", "from there"]
-
-
-def test_a_run_that_is_not_here_is_not_linked_anew() -> None:
-    fails("P003", HybridTopologyManager("here", InlineReferences()).relink, relink())
-
-
-def test_the_rows_of_all_hosts_leave_as_one_and_must_be_as_many_as_there_are_nodes() -> None:
-    gathering = replace(activation_of(), rows=Rows(gathered=3))
-    there = manager_of(gathering, "there")
-    for node in (3, 2):
-        there.publish_many(replace(posting(GATHERED, [node]), reference=np.full((1, 3), float(node), np.float32)))
-    sent = there.cluster_posting("run", 1, 1, GATHERED)
-    assert sent.senders == (2, 3) and sent.reference.tolist() == [[2.0] * 3, [3.0] * 3]
-    manager = manager_of(gathering)
-    rows = {"dtype": "float32", "num_elements": 6}
-    fails("W010", manager.deliver, header(GATHERED, -1, dtype="float32", num_elements=3), np.ones(3))
-    fails("W010", manager.deliver, header(GATHERED, -1, num_elements=6), np.ones(6))
-    fails("P010", manager.deliver, header(GATHERED, -1, source="here", **rows), np.ones(6))
-    assert manager.deliver(header(GATHERED, -1, **rows), np.ones(6))
-    assert [p.senders for p in manager.collect("run", 1, 1, GATHERED)] == [(2, 3)]
