@@ -67,7 +67,7 @@ class HostAdaptation:
             before, after, mixed = (array[k, :size] for array in models)
             loss = t.by_node.train_loss.get(index, math.nan) if index in trained else None
             self._adapter.row(loss, after - before, mixed, told[k])
-        t.manager.publish_many(t.posting(start, GATHERED, tuple(rows), told))
+        t.post(start, GATHERED, tuple(rows), told)
 
     def decide(self, start: StartRound) -> Graph:
         """The graph of the rounds to come.

@@ -9,7 +9,7 @@ learns several models, all are sent, and each node trains the one that suits its
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ from icrf.learning.rng import derive_seed, global_randomness, stable_random_stat
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
 from icrf.staleness import WEIGH, late_nodes, scaled
+from icrf.update import ExactSum
 from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
 from icrf_agent.host_late import EarlierModels, FinishedWork
 from icrf_agent.host_nodes import is_ours
@@ -88,6 +89,8 @@ class CentralizedFlow:
         row_bytes = t.layout.num_parameters * t.layout.dtype.itemsize
         weighs = t.nodes.config.late_updates == WEIGH
         self._finished = FinishedWork(len(self._participants), row_bytes) if weighs else None
+        # The sum of the participants beside the aggregator, by attempt: it goes nowhere, so it is not posted.
+        self._own_sum: tuple[tuple[int, int], ExactSum] | None = None
         # What each participant here has chosen last, to be shown between rounds.
         self._chosen: dict[int, int] = {}
         self._server, self._clients = self._states(restored)
@@ -142,8 +145,7 @@ class CentralizedFlow:
         self._earlier.enter(start, self._server, self._size)
         sent = self._earlier.sent(start, row)
         recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
-        posting = self._t.posting(start, MODEL, (self._aggregator,), sent, recipients=recipients)
-        self._t.manager.publish_many(posting)
+        self._t.post(start, MODEL, (self._aggregator,), sent, recipients=recipients)
 
     # ------------------------------------------------------------ participants
 
@@ -179,7 +181,10 @@ class CentralizedFlow:
         if total is None and updates is not None:
             self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
         elif total is not None and not overflow:
-            self._publish(start, PARTIAL, participants, total.sums, total.weight)
+            if self._server is not None:
+                self._own_sum = (start.round, start.attempt), total
+            else:
+                self._publish(start, PARTIAL, participants, total.sums, total.weight)
         return PhaseReport(
             nodes=participants,
             overflow=tuple(sorted(overflow)),
@@ -249,9 +254,12 @@ class CentralizedFlow:
 
     def _load(self, model: Array, private: Array) -> None:
         """A global model, with what is a node's own."""
+        if not self._private:
+            self._t.nodes.model.load(model)
+            return
         row = self._t.buffer("row", (self._size + self._private,))
         row[: self._size], row[self._size :] = model, private
-        self._t.nodes.model.load(row if self._private else model)
+        self._t.nodes.model.load(row)
 
     def _with_buffers(self, sent: Array, trained: Array) -> Array:
         """A contribution whose first row has the node's own buffers, and whose other rows have none."""
@@ -263,8 +271,7 @@ class CentralizedFlow:
         return sent
 
     def _publish(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, weight: int) -> None:
-        posting = self._t.posting(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
-        self._t.manager.publish_many(posting)
+        self._t.post(start, kind, senders, array, recipients=(self._aggregator,), weight=weight)
 
     # ------------------------------------------------------------ the aggregator
 
@@ -332,21 +339,24 @@ class CentralizedFlow:
             t.layout.take_medians(updates, state[: self._size])
             return postings
         postings = t.collect(start, PARTIAL)
-        total = t.merge(start, postings, start.total_weight)
+        total = t.merge(start, postings, start.total_weight, self._take_own_sum(start))
         with self._calling_the_rule(start, self._aggregator, "advance"):
             rule.finish(total, previous, state, facts)
         for part in self._buffers:
             state[part] = total.mean_part(part.start, part.stop, np.empty(part.stop - part.start))
         return postings
 
+    def _take_own_sum(self, start: StartRound) -> ExactSum | None:
+        """What this host's own participants have contributed in this attempt; merged once, so handed out once."""
+        kept, self._own_sum = self._own_sum, None
+        return kept[1] if kept is not None and kept[0] == (start.round, start.attempt) else None
+
     @contextmanager
     def _calling_the_rule(self, start: StartRound, index: int, method: str) -> Iterator[None]:
         """Rules may be the user's own code: what they raise becomes U001, naming the rule, and what they draw from the
         global generators depends on the federation's seed, the node, the round and the method alone."""
-        config = self._t.nodes.config
-        seed = derive_seed(config.seed, index, start.round, f"global rule {method}")
         try:
-            with nullcontext() if self._rule_is_ours else global_randomness(seed):
+            with nullcontext() if self._rule_is_ours else self._rule_randomness(start, index, method):
                 yield
         except IcrfError:
             raise
@@ -354,6 +364,10 @@ class CentralizedFlow:
             name = self._t.nodes.config.aggregation_strategy
             place = f"aggregation_strategy {name} on {self._t.nodes.cluster}"
             raise NodeError("U001", f"{type(error).__name__}: {error}", place=place) from error
+
+    def _rule_randomness(self, start: StartRound, index: int, method: str) -> AbstractContextManager[None]:
+        seed = self._t.nodes.config.seed
+        return global_randomness(derive_seed(seed, index, start.round, f"global rule {method}"))
 
     def evaluate(self, start: StartRound) -> PhaseReport:
         """Nothing: the aggregator has evaluated already."""

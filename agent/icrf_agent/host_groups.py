@@ -69,10 +69,7 @@ class HierarchicalFlow:
         """Every aggregator here publishes the committed model of its group to the members."""
         state = self._kept().rebase(start)
         for aggregator, k in self._rows.items():
-            members = self._hierarchy.members[aggregator]
-            self._t.manager.publish_many(
-                self._t.posting(start, MODEL, (aggregator,), state[k], recipients=members),
-            )
+            self._t.post(start, MODEL, (aggregator,), state[k], recipients=self._hierarchy.members[aggregator])
 
     # ------------------------------------------------------------ members
 
@@ -117,8 +114,7 @@ class HierarchicalFlow:
             return total.add(trained, t.weight(index))
 
     def _publish(self, start: StartRound, kind: str, senders: Sequence[int], total: ExactSum, **more: Any) -> None:
-        posting = self._t.posting(start, kind, tuple(senders), total.sums, weight=total.weight, **more)
-        self._t.manager.publish_many(posting)
+        self._t.post(start, kind, senders, total.sums, weight=total.weight, **more)
 
     # ------------------------------------------------------------ aggregators
 
@@ -157,7 +153,7 @@ class HierarchicalFlow:
             t.nodes.model.load(model)
             metrics = t.nodes.measure(root, "evaluate", "test")
         others = self._hierarchy.aggregators[1:]
-        t.manager.publish_many(t.posting(start, MERGED, (root,), model, recipients=others))
+        t.post(start, MERGED, (root,), model, recipients=others)
         return PhaseReport(
             metrics=metrics,
             model_hash=t.layout.model_sha256(model),

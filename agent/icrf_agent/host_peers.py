@@ -94,7 +94,7 @@ class DecentralizedFlow:
                 )
         # What is private stays behind; without any this is no copy.
         sent = np.ascontiguousarray(updates[:, : t.layout.num_parameters])
-        t.manager.publish_many(t.posting(start, UPDATE, tuple(self._rows), sent))
+        t.post(start, UPDATE, tuple(self._rows), sent)
         self._trained = tuple(trained)
         return PhaseReport(nodes=self._trained, metric_sums=sums, node_metrics=t.by_node.take(start))
 
@@ -147,8 +147,7 @@ class DecentralizedFlow:
             weighed = state[k].astype(np.float64) * mass[index] if self._gossip.push_sum else state[k]
             overflow.update(total.add(weighed, 1))
         if not overflow:
-            posting = self._t.posting(start, CONSENSUS, tuple(self._rows), total.sums, weight=total.weight)
-            self._t.manager.publish_many(posting)
+            self._t.post(start, CONSENSUS, tuple(self._rows), total.sums, weight=total.weight)
         return overflow
 
     def evaluate(self, start: StartRound) -> PhaseReport:

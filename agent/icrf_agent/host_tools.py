@@ -14,6 +14,7 @@ from icrf.exchange import CONSENSUS, MODEL, PARTIAL
 from icrf.federation.node import FederatedNode
 from icrf.learning.aggregation import clip_update
 from icrf.learning.layout import Layout
+from icrf.ports import PhaseReport
 from icrf.protocol import Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
 from icrf_agent.host_late import FinishedWork
@@ -26,11 +27,33 @@ MetricSums = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
+class Worked:
+    """What a host answers after a phase: its report, and what it has posted in it."""
+
+    report: PhaseReport
+    postings: tuple[Posting, ...] = ()
+
+
+@dataclass
+class HostTray:
+    """What passes between a host and its callers in a phase.
+
+    Attributes:
+        handed: all that was posted in the attempt so far; None where other clusters may have posted more.
+        made: what this host posts in the phase.
+    """
+
+    handed: Sequence[Posting] | None = None
+    made: list[Posting] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class HostTools:
     """What both flows work with.
 
     Attributes:
         by_node: what each node reports.
+        tray: what passes between this host and its callers in a phase.
         kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
     """
 
@@ -40,23 +63,28 @@ class HostTools:
     manager: HybridTopologyManager
     references: References
     by_node: NodeMetrics
+    tray: HostTray = field(default_factory=HostTray)
     kept: dict[str, Any] = field(default_factory=dict)
 
-    def posting(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> Posting:
-        """Put an array into the object store and describe it."""
-        return Posting(
-            start.run_id,
-            start.generation,
-            start.round,
-            start.attempt,
-            kind,
-            tuple(senders),
-            self.references.put(array),
-            **more,
+    def post(self, start: StartRound, kind: str, senders: Sequence[int], array: Array, **more: Any) -> None:
+        """Put an array into the object store and describe it to this cluster's manager and hosts."""
+        self.tray.made.append(
+            Posting(
+                start.run_id,
+                start.generation,
+                start.round,
+                start.attempt,
+                kind,
+                tuple(senders),
+                self.references.put(array),
+                **more,
+            )
         )
 
     def collect(self, start: StartRound, kind: str) -> list[Posting]:
-        """What was posted in this attempt."""
+        """What was posted in this attempt, ordered by first sender."""
+        if self.tray.handed is not None:
+            return sorted((p for p in self.tray.handed if p.kind == kind), key=lambda posting: posting.senders)
         return self.manager.collect(start.run_id, start.round, start.attempt, kind)
 
     def foreign_bytes(self, postings: Sequence[Posting], row_bytes: int) -> int:
@@ -126,9 +154,15 @@ class HostTools:
         """Whether any node of this host looks at new states itself."""
         return any(type(self.nodes.get(i)).aggregate is not FederatedNode.aggregate for i in self.nodes.indices)
 
-    def merge(self, start: StartRound, postings: Sequence[Posting], expected_weight: int) -> ExactSum:
-        """Merge partials; every participant must be in, once."""
-        total = self.exact_sum(start)
+    def merge(
+        self, start: StartRound, postings: Sequence[Posting], expected_weight: int, own: ExactSum | None = None
+    ) -> ExactSum:
+        """Merge partials; every participant must be in, once.
+
+        Args:
+            own: what was summed here on the attempt's grid, to which the partials are added; None: nothing.
+        """
+        total = self.exact_sum(start) if own is None else own
         for posting in postings:
             array = self.references.get(posting.reference)
             sizes, grid = self._summed(start.grid)

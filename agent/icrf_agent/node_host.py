@@ -6,6 +6,7 @@ A plain class; ``ray_substrate.py`` makes an actor of it, ``inline_substrate.py`
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from icrf import values
 from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
+from icrf.learning.rng import restored_randomness
 from icrf.ports import ModelFile, PhaseReport
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activated, Relink, StartRound
 from icrf_agent.host_flows import CentralizedFlow
@@ -22,13 +24,14 @@ from icrf_agent.host_nodes import HostNodes, HostSetup
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_peers import DecentralizedFlow
 from icrf_agent.host_state import HostHeld
-from icrf_agent.host_tools import HostTools
+from icrf_agent.host_tools import HostTools, HostTray, Worked
 from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.node_state import wrap
-from icrf_agent.topology_manager import HybridTopologyManager, References
+from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
 
 NUM_THREADS = 1
 
+Handed = Sequence[Posting] | None
 Flow = CentralizedFlow | DecentralizedFlow | HierarchicalFlow
 
 _FLOWS: dict[str, type[Flow]] = {
@@ -53,6 +56,7 @@ class NodeHost:
         self._generation = 0
         self._nodes: HostNodes | None = None
         self._flow: Flow | None = None
+        self._tray = HostTray()
 
     def host_setup(self, setup: HostSetup) -> Activated:
         """Build the nodes; this host's part of the state that the run starts from.
@@ -64,7 +68,8 @@ class NodeHost:
         self._generation = 0
         nodes = HostNodes(setup, self._manager, self._notes)
         by_node = NodeMetrics(setup.activation.nodes)
-        tools = HostTools(setup.activation, nodes, nodes.layout, self._manager, self._references, by_node)
+        layout, self._tray = nodes.layout, HostTray()
+        tools = HostTools(setup.activation, nodes, layout, self._manager, self._references, by_node, self._tray)
         flow: Flow = _FLOWS[setup.activation.flow](tools, setup.state)
         self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation
         found = flow.initial()
@@ -94,34 +99,43 @@ class NodeHost:
             raise RunError("F006", f"no state of round {round_number} on {nodes.cluster}")
         return wrap(packed, states, round_number)
 
-    def host_publish_model(self, start: StartRound) -> None:
+    def host_publish_model(self, start: StartRound, handed: Handed = None) -> Worked:
         """Publish the models that are kept here (hosts with an aggregator)."""
-        self._at(start).publish_model(start)
 
-    def host_train(self, start: StartRound) -> PhaseReport:
+        def work(flow: Flow) -> PhaseReport:
+            flow.publish_model(start)
+            return PhaseReport()
+
+        return self._phase(start, handed, work)
+
+    def host_train(self, start: StartRound, handed: Handed = None) -> Worked:
         """Train this host's nodes."""
-        return self._staged(start, self._at(start).train(start))
+        with restored_randomness():
+            return self._phase(start, handed, lambda flow: self._staged(start, flow.train(start)))
 
-    def host_aggregate(self, start: StartRound) -> PhaseReport:
+    def host_aggregate(self, start: StartRound, handed: Handed = None) -> Worked:
         """Merge or mix, as the flow has it."""
-        return self._staged(start, self._at(start).aggregate(start))
+        return self._phase(start, handed, lambda flow: self._staged(start, flow.aggregate(start)))
 
-    def host_install(self, start: StartRound) -> PhaseReport:
+    def host_install(self, start: StartRound, handed: Handed = None) -> Worked:
         """Take over the global model of a hierarchy (hosts with an aggregator)."""
-        return self._staged(start, self._at(start).install(start))
+        return self._phase(start, handed, lambda flow: self._staged(start, flow.install(start)))
 
-    def host_evaluate(self, start: StartRound) -> PhaseReport:
+    def host_evaluate(self, start: StartRound, handed: Handed = None) -> Worked:
         """Make and evaluate the consensus model (first host of the coordinator).
 
         The hashes of the nodes are settled by then, so the node that evaluates keeps nothing of it.
         """
-        flow = self._at(start)
-        self._ready()[0].states.set_aside()
-        return flow.evaluate(start)
 
-    def host_adapt(self, start: StartRound) -> PhaseReport:
+        def work(flow: Flow) -> PhaseReport:
+            self._ready()[0].states.set_aside()
+            return flow.evaluate(start)
+
+        return self._phase(start, handed, work)
+
+    def host_adapt(self, start: StartRound, handed: Handed = None) -> Worked:
         """Decide on the graph of the rounds to come (first host of the coordinator)."""
-        return PhaseReport(graph=self._peers().adapt(start))
+        return self._phase(start, handed, lambda flow: PhaseReport(graph=self._peers().adapt(start)))
 
     def host_relink(self, order: Relink) -> None:
         """Take over another graph, under a new generation."""
@@ -152,10 +166,16 @@ class NodeHost:
         """The same inside one cluster, where arguments and results are passed by Ray itself."""
         return self._between_rounds(index).call(index, method, *arguments, **keywords)
 
-    def _at(self, start: StartRound) -> Flow:
+    def _phase(self, start: StartRound, handed: Handed, work: Callable[[Flow], PhaseReport]) -> Worked:
+        """One phase of an attempt: `handed` is all that was posted in it so far, unless other clusters post too."""
         nodes, flow = self._ready()
         nodes.enter(start)
-        return flow
+        tray = self._tray
+        tray.handed, tray.made = handed, []
+        try:
+            return Worked(work(flow), tuple(tray.made))
+        finally:
+            tray.handed, tray.made = None, []
 
     def _peers(self) -> DecentralizedFlow:
         flow = self._ready()[1]

@@ -55,6 +55,7 @@ class Healer:
                     await manager.call("begin_round", activation.run_id, activation.generation, *run.position)
                     # Some of what was posted in it is lost.
                     await manager.call("abort", activation.run_id, *run.position)
+                    run.tray.open((0, 0))
         if shared.gateway is not None:
             await self.answer(shared.gateway, lambda: self._substrate.open_gateway(address))
 

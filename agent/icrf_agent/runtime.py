@@ -32,7 +32,7 @@ from icrf.protocol import (
 )
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
-from icrf_agent.phase_reports import elementwise_max, merge_reports
+from icrf_agent.phases import Phases, elementwise_max
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
 from icrf_agent.topology_manager import Posting
@@ -77,6 +77,7 @@ class HostedRuntime:
         self._gateway_address = ""
         self._arrived: dict[str, set[PayloadHeader]] = {}
         self._notes, self._own_notes = notes, notes is None
+        self._phases = Phases(lambda: self._manager)
         # Creating and releasing hosts must not overlap: what one makes, the other has to find.
         self._lifecycle = asyncio.Lock()
 
@@ -219,35 +220,36 @@ class HostedRuntime:
             return await self._started(*await self._substrate.rebuild(self._cluster))
 
     async def publish_model(self, run_id: str, start: StartRound) -> None:
-        run = await self._begin(run_id, start)
-        await asyncio.gather(*(run.hosts[slot].call("host_publish_model", start) for slot in run.aggregating_slots))
+        await self._phases.publish(self._run(run_id), start)
 
     async def train(self, run_id: str, start: StartRound) -> PhaseReport:
-        run = await self._begin(run_id, start)
-        report = await self._on(run, range(len(run.hosts)), "host_train", start)
+        run = self._run(run_id)
+        await self._phases.begin(run, start)
+        report = await self._phases.on(run, range(len(run.hosts)), "host_train", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
         slots = [run.model_slot] if start.merge else run.aggregating_slots
-        report = await self._on(run, slots, "host_aggregate", start)
+        report = await self._phases.on(run, slots, "host_aggregate", start)
+        await self._phases.settle(run)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def install(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
-        return await self._on(run, run.aggregating_slots, "host_install", start)
+        return await self._phases.on(run, run.aggregating_slots, "host_install", start)
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
         run = self._run(run_id)
-        report: PhaseReport = await run.model_host.call("host_evaluate", start)
+        report = await self._phases.on(run, [run.model_slot], "host_evaluate", start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
     async def adapt(self, run_id: str, start: StartRound) -> PhaseReport:
-        report: PhaseReport = await self._run(run_id).model_host.call("host_adapt", start)
-        return report
+        run = self._run(run_id)
+        return await self._phases.on(run, [run.model_slot], "host_adapt", start)
 
     async def relink(self, request: Relink) -> Activate:
         async with self._lifecycle:
@@ -279,6 +281,8 @@ class HostedRuntime:
         await self._shared.gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
 
     async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
+        if run_id in self._runs:
+            await self._phases.drop(self._runs[run_id])
         if not self._alive.is_set():
             return  # nothing of it is left
         async with self._healing:  # a manager that died in silence, while no step ran here, is linked again
@@ -420,17 +424,6 @@ class HostedRuntime:
         if run_id not in self._runs or not self._runs[run_id].hosts:
             raise RunError("F005", f"run {run_id[:8]} is not active on cluster {self._cluster}")
         return self._runs[run_id]
-
-    async def _begin(self, run_id: str, start: StartRound) -> Hosted:
-        run = self._run(run_id)
-        run.position = max(run.position, (start.round, start.attempt))
-        await self._manager.call("begin_round", run_id, start.generation, start.round, start.attempt)
-        return run
-
-    async def _on(self, run: Hosted, slots: Sequence[int], method: str, start: StartRound) -> PhaseReport:
-        reports = await asyncio.gather(*(run.hosts[slot].call(method, start) for slot in slots))
-        run.stateful.update(slot for slot, report in zip(slots, reports, strict=True) if report.node_states)
-        return merge_reports(reports)
 
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
         """The posting that a transfer sends, and which row of it (-1: all)."""

@@ -14,6 +14,7 @@ from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relin
 from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.node_state import merge, unwrap, wrap
+from icrf_agent.topology_manager import Posting
 
 
 class Actor(Protocol):
@@ -72,6 +73,25 @@ class Substrate(Protocol):
 
 
 @dataclass
+class Tray:
+    """What this cluster's hosts have posted in the attempt that runs.
+
+    Attributes:
+        position: its round and attempt; (0, 0) while none is open.
+        postings: by kind and senders, the first of equal ones, in the order they came.
+        waiting: what the topology manager has been told and has not answered yet.
+    """
+
+    position: tuple[int, int] = (0, 0)
+    postings: dict[tuple[str, tuple[int, ...]], Posting] = field(default_factory=dict)
+    waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def open(self, position: tuple[int, int]) -> None:
+        """Another attempt begins, with nothing posted."""
+        self.position, self.postings, self.waiting = position, {}, []
+
+
+@dataclass
 class Hosted:
     """A run on this cluster.
 
@@ -84,6 +104,7 @@ class Hosted:
         active: whether all hosts have been set up.
         quarantine: why a node may not run any more.
         setting_up: what setting up the hosts will have led to; None before it has begun, and for adopted runs.
+        tray: what passes between the hosts in the open attempt.
     """
 
     activation: Activate
@@ -96,6 +117,7 @@ class Hosted:
     active: bool = False
     quarantine: NodeError | None = None
     setting_up: asyncio.Future[Activated] | None = None
+    tray: Tray = field(default_factory=Tray)
 
     def relink(self, order: Relink) -> None:
         """From now on the run has this graph under this generation; P003 if a later one is in force."""

@@ -159,10 +159,15 @@ class HybridTopologyManager:
     # ------------------------------------------------------------ rounds
 
     def begin_round(self, run_id: str, generation: int, round_number: int, attempt: int) -> None:
-        """A new attempt opens: drop what older ones posted, and let committed messages into the mailboxes."""
+        """A new attempt opens: drop what older ones posted, and let committed messages into the mailboxes.
+
+        Harmless when it is open or over; P003 where it was aborted.
+        """
         with self._lock:
             room = self._room(run_id, generation)
             position = (round_number, attempt)
+            if position in room.dead:
+                self._require_open(room, position)
             if position <= room.position:
                 return
             if round_number > room.position[0]:
@@ -203,6 +208,11 @@ class HybridTopologyManager:
             if posting.recipients is not None:
                 room.topology.require_edges(posting.senders, posting.recipients)
             self._keep(room, posting)
+
+    def publish_all(self, postings: Sequence[Posting]) -> None:
+        """What the hosts of this cluster have made in a phase."""
+        for posting in postings:
+            self.publish_many(posting)
 
     def collect(self, run_id: str, round_number: int, attempt: int, kind: str) -> list[Posting]:
         """What was posted (here and by other clusters) in an attempt, ordered by first sender; P003 if it is over."""

@@ -275,11 +275,16 @@ def test_a_killed_manager_is_linked_again_and_forgets_the_attempt(
         else:
             await driver.runtime.train(RUN, start)
         substrate.kill_manager()
-        with pytest.raises(NodeError) as caught:
+
+        async def go_on() -> None:
             await driver.runtime.train(RUN, start)
+            await driver.runtime.aggregate(RUN, start)
+
+        with pytest.raises(NodeError) as caught:
+            await go_on()
         assert await driver.runtime.recover(RUN, caught.value) == "retry"
         with pytest.raises(IcrfError) as late:
-            await driver.runtime.train(RUN, start)
+            await go_on()
         assert late.value.code == "P003"
         await driver.round(2)
         await driver.round(3)
@@ -313,7 +318,7 @@ def test_a_killed_gateway_comes_back_and_no_arrival_is_lost() -> None:
 
         async def send() -> int:
             start = sender.next_start(1)
-            await runtimes["b"]._begin(RUN, start)
+            await runtimes["b"]._phases.begin(runtimes["b"]._run(RUN), start)
             await runtimes["a"].publish_model(RUN, start)
             await runtimes["a"].send_payload(RUN, start, Transfer(MODEL, 0, 0, 1, ()))
             return start.attempt

@@ -366,6 +366,8 @@ class FlatModule:
         module: the module itself.
         layout: its layout.
         trainable: (parameter, view of its data) for every parameter that requires a gradient, in name order.
+        dtype: the torch dtype of its parameters.
+        has_batch_norm: whether any part of it is batch norm, which cannot train on one sample.
     """
 
     def __init__(self, module: Any, layout: Layout | None = None) -> None:
@@ -375,7 +377,10 @@ class FlatModule:
         self.layout = Layout.of_module(module, layout.private if layout is not None else ())
         if layout is not None and layout != self.layout:
             raise WeightsError("W010", "the module's tensors differ from the layout", place=_PLACE)
-        self._tensor = torch.empty(self.layout.row_size, dtype=getattr(torch, self.layout.dtype.name))
+        self.dtype: Any = getattr(torch, self.layout.dtype.name)
+        self._parts = tuple(module.modules())
+        self.has_batch_norm = any(isinstance(p, torch.nn.modules.batchnorm._BatchNorm) for p in self._parts)
+        self._tensor = torch.empty(self.layout.row_size, dtype=self.dtype)
         self._array: FlatArray = self._tensor.numpy()
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
         trainable, self._buffers, self._parameters = [], [], []
@@ -435,8 +440,13 @@ class FlatModule:
             buffer.copy_(buffer.new_tensor(values.reshape(tensor.shape)))
         for owner, key, buffer, initial in self._constants:
             owner._buffers[key] = buffer.copy_(initial)
-        self.module.train()
+        self.train_mode()
         self.zero_grad()
+
+    def train_mode(self) -> None:
+        """Put every part of the module into training mode."""
+        if not all(part.training for part in self._parts):
+            self.module.train()
 
     def snapshot(self) -> FlatArray:
         """A copy of the shared tensors that later training leaves alone."""

@@ -7,8 +7,9 @@ generator outlives its purpose, and none is shared between nodes.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "global_randomness",
     "model_seed",
     "numpy_generator",
+    "restored_randomness",
     "stable_random_state",
     "torch_generator",
 ]
@@ -37,23 +39,44 @@ def numpy_generator(federation_seed: int, node_index: int, round_number: int, pu
     return np.random.Generator(np.random.PCG64(derive_seed(federation_seed, node_index, round_number, purpose)))
 
 
+_kept = threading.local()
+
+
+@contextmanager
+def restored_randomness() -> Iterator[None]:
+    """Afterwards the global generators of torch (CPU), NumPy and ``random`` go on as if nothing was.
+
+    Around many calls of :func:`global_randomness`: those only seed then, which takes a tenth of the time.
+    """
+    torch_global = torch.random.default_generator
+    before = torch_global.get_state(), np.random.get_state(legacy=False), random.getstate()
+    outside, _kept.by_caller = getattr(_kept, "by_caller", False), True
+    try:
+        yield
+    finally:
+        _kept.by_caller = outside
+        torch_global.set_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
 @contextmanager
 def global_randomness(seed: int) -> Iterator[None]:
     """The global generators of torch (CPU), NumPy and ``random`` seeded; afterwards they go on as if nothing was.
 
-    For code that is not ours: what it draws becomes a function of `seed`. It takes a tenth of a millisecond.
+    For code that is not ours: what it draws becomes a function of `seed`.
 
     Args:
         seed: 63-bit seed; NumPy's generator takes its low 32 bits.
     """
-    torch_global = torch.random.default_generator
-    before = torch_global.get_state(), np.random.get_state(legacy=False), random.getstate()
-    torch_global.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch_global.set_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+    by_caller = getattr(_kept, "by_caller", False)
+    with nullcontext() if by_caller else restored_randomness():
+        # Whoever seeds inside has to put back what is drawn from here.
+        _kept.by_caller = False
+        torch.random.default_generator.manual_seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            _kept.by_caller = by_caller

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
 from icrf.errors import ConfigError
@@ -306,17 +305,17 @@ class LocalTrainer:
         num_samples = len(y)
         if (epochs if steps is None else steps) <= 0 or not num_samples:
             return 0.0, 0
-        x = to_tensor(x, getattr(torch, flat_module.layout.dtype.name))
+        x = to_tensor(x, flat_module.dtype)
         y = to_tensor(y)
         stepper = _stepper(optimizer, flat_module, learning_rate, momentum, weight_decay)
         extras = _Extras(flat_module, self._terms)
         extras.load(stepper)
         flat_module.zero_grad()
-        flat_module.module.train()
+        flat_module.train_mode()
         with _global_randomness_from(generator):
             module, size = flat_module.module, batch_size or num_samples
             passes = itertools.count() if steps is not None else range(epochs)
-            one_pass = (_as_accepted(module, _batches(x, y, size, shuffle, generator)) for _ in passes)
+            one_pass = (_as_accepted(flat_module, _batches(x, y, size, shuffle, generator)) for _ in passes)
             batches = itertools.islice(itertools.chain.from_iterable(one_pass), steps)
             found = self._descend(module, batches, loss, stepper, extras)
         extras.save(stepper)
@@ -326,17 +325,19 @@ class LocalTrainer:
         self, module: Any, batches: Iterable[tuple[Any, Any]], loss: Loss, stepper: Stepper, extras: _Extras
     ) -> tuple[float, int]:
         """One optimizer step per batch; mean loss and samples seen."""
-        total, seen = torch.zeros((), dtype=torch.float64), 0
+        losses, sizes = [], []
         for features, labels in batches:
             batch_loss = loss(module(features), labels)
             batch_loss.backward()
             if extras.changes_gradients:
                 extras.correct()
             stepper.step()
-            total.add_(batch_loss.detach(), alpha=len(labels))
-            seen += len(labels)
-            self.steps += 1
-        return total.item() / seen, seen
+            losses.append(batch_loss.detach())
+            sizes.append(labels.shape[0])
+        self.steps += len(sizes)
+        # Read at the end: until then nothing waits for a device.
+        means = torch.stack(losses).tolist() if len(losses) > 1 else [losses[0].item()]
+        return sum(size * mean for size, mean in zip(sizes, means, strict=True)) / sum(sizes), sum(sizes)
 
 
 @contextmanager
@@ -355,8 +356,11 @@ def _batches(
     x: torch.Tensor, y: torch.Tensor, batch_size: int, shuffle: bool, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One pass over the data in batches; the copies' block size does not show in the result."""
-    num_samples = len(y)
+    num_samples = y.shape[0]
     if not shuffle:
+        if num_samples <= batch_size:
+            yield x, y
+            return
         yield from zip(x.split(batch_size), y.split(batch_size), strict=True)
         return
     order = torch.randperm(num_samples, generator=generator)
@@ -368,10 +372,10 @@ def _batches(
 
 
 def _as_accepted(
-    module: Any, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    flat_module: FlatModule, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same batches; with batch norm a single sample at the end together with the batch before it."""
-    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+    if not flat_module.has_batch_norm:
         yield from batches
         return
     held = next(batches, None)

@@ -1,0 +1,114 @@
+"""How the phases of a round run on one cluster, and what passes between its hosts on the way.
+
+A host hands what it has made to whoever called it, and gets along what this cluster knows of the attempt. So the
+topology manager, which checks every edge and keeps what others collect, is called once per phase and not once per
+host; where no other cluster can have posted anything, the next phase does not wait for it either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from icrf.errors import RunError
+from icrf.ports import PhaseReport
+from icrf.protocol import StartRound
+from icrf_agent.host_tools import Worked
+from icrf_agent.substrate import Actor, Hosted
+
+
+class Phases:
+    """Runs the phases of all runs of a cluster.
+
+    Args:
+        manager: the cluster's topology manager, which may be replaced.
+    """
+
+    def __init__(self, manager: Callable[[], Actor]) -> None:
+        self._manager = manager
+
+    async def begin(self, run: Hosted, start: StartRound) -> None:
+        """Open the attempt; harmless when it is open."""
+        position = (start.round, start.attempt)
+        run.position = max(run.position, position)
+        if run.tray.position == position:
+            return
+        await self.drop(run)
+        await self._manager().call("begin_round", start.run_id, start.generation, start.round, start.attempt)
+        run.tray.open(position)
+
+    async def on(self, run: Hosted, slots: Sequence[int], method: str, start: StartRound) -> PhaseReport:
+        """One phase on the hosts in these slots; the cluster's report."""
+        worked = await self._call(run, slots, method, start)
+        run.stateful.update(slot for slot, one in zip(slots, worked, strict=True) if one.report.node_states)
+        await self._post(run, start, worked)
+        return merge_reports([one.report for one in worked])
+
+    async def publish(self, run: Hosted, start: StartRound) -> None:
+        """Open the attempt while the hosts with an aggregator prepare what they send; then post that."""
+        _, worked = await asyncio.gather(
+            self.begin(run, start), self._call(run, run.aggregating_slots, "host_publish_model", start)
+        )
+        await self._post(run, start, worked)
+
+    async def settle(self, run: Hosted) -> None:
+        """Wait until the manager has taken in, or refused, all that was posted."""
+        waiting, run.tray.waiting = run.tray.waiting, []
+        await asyncio.gather(*waiting)
+
+    async def drop(self, run: Hosted) -> None:
+        """Forget an attempt; what the manager still has to say of it does not matter any more."""
+        waiting = run.tray.waiting
+        run.tray.open((0, 0))
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _call(self, run: Hosted, slots: Sequence[int], method: str, start: StartRound) -> list[Worked]:
+        handed = tuple(run.tray.postings.values()) if _is_alone(run) else None
+        worked: list[Worked] = await asyncio.gather(*(run.hosts[slot].call(method, start, handed) for slot in slots))
+        return worked
+
+    async def _post(self, run: Hosted, start: StartRound, worked: Sequence[Worked]) -> None:
+        postings = [posting for one in worked for posting in one.postings]
+        if not postings:
+            return
+        if run.tray.position != (start.round, start.attempt):
+            raise RunError("F005", f"round {start.round} attempt {start.attempt} is over", place=run.activation.run_id)
+        for posting in postings:
+            run.tray.postings.setdefault((posting.kind, posting.senders), posting)
+        telling = asyncio.ensure_future(self._manager().call("publish_all", postings))
+        # Where the attempt fails for another reason, nobody asks any more what the manager said.
+        telling.add_done_callback(lambda told: told.cancelled() or told.exception())
+        run.tray.waiting.append(telling)
+        if not _is_alone(run):
+            await self.settle(run)
+
+
+def _is_alone(run: Hosted) -> bool:
+    """Whether nobody outside this cluster posts anything of a run."""
+    return len(run.activation.clusters) == 1
+
+
+def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
+    """One report of a cluster from those of its hosts, in host order, which is node order."""
+    sums: dict[str, tuple[int, int]] = {}
+    for report in reports:
+        for name, (numerator, weight) in report.metric_sums.items():
+            old = sums.get(name, (0, 0))
+            sums[name] = (old[0] + numerator, old[1] + weight)
+    return PhaseReport(
+        nodes=tuple(n for r in reports for n in r.nodes),
+        overflow=tuple(sorted({t for r in reports for t in r.overflow})),
+        absmax=elementwise_max([r.absmax for r in reports]),
+        metric_sums=sums,
+        metrics={k: v for r in reports for k, v in r.metrics.items()},
+        node_metrics={k: v for r in reports for k, v in r.node_metrics.items()},
+        model_hash="".join(r.model_hash for r in reports),
+        state_hashes=b"".join(r.state_hashes for r in reports),
+        bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),
+        graph=next((r.graph for r in reports if r.graph), None),
+    )
+
+
+def elementwise_max(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """The largest value per tensor over those that say any."""
+    return tuple(max(column) for column in zip(*(r for r in rows if r), strict=True))
