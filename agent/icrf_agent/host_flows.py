@@ -173,8 +173,7 @@ class CentralizedFlow:
             with t.nodes.in_round(index, late[index].round if index in late else start.round):
                 flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
             if total is not None:
-                with t.nodes.blamed(index):
-                    overflow.update(total.add(flat, scaled(t.weight(index), index, late)))
+                overflow.update(t.add_to(total, index, flat, scaled(t.weight(index), index, late)))
             elif updates is not None:
                 t.require_finite(index, flat)
                 updates[k] = flat

@@ -61,8 +61,9 @@ class RunMachine(RunRounds):
 
     # ------------------------------------------------------------ events from the SDK
 
-    def submitted(self, effects: Effects, now: Now) -> None:
-        """Journal the submission."""
+    def submitted(self, effects: Effects, now: Now, planned_s: float = 0.0) -> None:
+        """Journal the submission, whose planning took `planned_s`."""
+        self.record.preparing.planned(planned_s)
         effects.writes.append(Write("submissions", (self.run_id,), asdict(self.submission)))
         self._save_goal(effects)
         self.record.status(effects, now, QUEUED)
@@ -439,9 +440,7 @@ class RunMachine(RunRounds):
             first = not self.info.rounds_to_target
             accuracy = commit.metrics.get("accuracy", -1.0) if commit.consensus_hash else -1.0
             reached = target is not None and accuracy >= target and first
-            wall_s = max(0.0, now.wall_s - self._opened_wall_s)
-            ids = [node.id for node in self.submission.nodes] if commit.late else []
-            self.record.committed(effects, now, commit, commit.result(self.generation, wall_s, ids), reached)
+            self.record.committed(effects, now, commit, self._result(now, commit), reached)
             self._tell_late(effects, now, commit)
             if reached:
                 self._rounds_wanted = commit.round

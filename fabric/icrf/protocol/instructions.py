@@ -84,6 +84,7 @@ class StartRound:
         late: those of them that bring an update of an earlier round, one item per round, ascending.
         kept: rounds whose updates clusters that do not take part still owe after this round, ascending; the aggregator
             keeps the models that they started from.
+        profile: report where the time went.
     """
 
     run_id: str
@@ -98,6 +99,7 @@ class StartRound:
     merge: bool = False
     late: tuple[LateUpdates, ...] = ()
     kept: tuple[int, ...] = ()
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from icrf.protocol.federations import Capacity, Fingerprint
+from icrf.protocol.profiles import ClusterProfile
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class RoundReport:
         bytes_intra_cluster: payload bytes that moved between hosts of this cluster.
         recovery: what an error asks for: ``retry`` (committed states are intact here: run the round again),
             ``restore`` (some are lost: go back to the last checkpoint), or empty (the error is the run's).
+        profile: where the time went, if that was asked.
     """
 
     run_id: str
@@ -138,6 +140,7 @@ class RoundReport:
     error_json: str = ""
     recovery: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    profile: ClusterProfile | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from icrf.protocol.participants import nodes_of
+from icrf.protocol.profiles import RoundProfile
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class RoundResult:
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
         staleness: node id -> how many rounds ago the round was whose update it contributed; only nodes that were late.
+        profile: where the time went, if the run was submitted so.
     """
 
     number: int
@@ -63,6 +65,7 @@ class RoundResult:
     participants_bitmap: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     staleness: dict[str, int] = field(default_factory=dict)
+    profile: RoundProfile | None = None
 
     @property
     def participant_nodes(self) -> tuple[int, ...]:
