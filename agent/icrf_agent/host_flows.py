@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,8 @@ from icrf.learning.aggregation import (
 )
 from icrf.learning.layout import model_names
 from icrf.learning.rng import derive_seed, global_randomness, stable_random_state
+from icrf.learning.training import LocalTerms
+from icrf.learning.vectorized import Job, Outcome
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
 from icrf.staleness import WEIGH, late_nodes, scaled
@@ -39,6 +41,29 @@ from icrf_agent.host_tools import HostTools, MetricSums
 from icrf_agent.topology_manager import Posting
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One participant's part of a round, up to its training.
+
+    Attributes:
+        round: whose update it owes; an earlier one where it is late.
+        received: the rows that the server sent; of several models the chosen one.
+        kept, next_kept: what the node keeps, and what it will have kept.
+        terms: what the rule adds to its training.
+        chosen: which model it trains.
+        job: what it trains together with others, if it does.
+    """
+
+    index: int
+    round: int
+    received: Array
+    kept: Array
+    next_kept: Array
+    terms: LocalTerms | None
+    chosen: int
+    job: Job | None
 
 
 class CentralizedFlow:
@@ -168,15 +193,16 @@ class CentralizedFlow:
         updates = t.buffer("updates", (len(self._participants), self._size)) if every_update else None
         total = None if every_update else t.exact_sum(start)
         late = late_nodes(start.late)
-        for k, index in enumerate(participants):
-            own = self._row_of[index]
-            with t.nodes.in_round(index, late[index].round if index in late else start.round):
-                flat = self._contribution(start, index, received, kept[own], next_kept[own], sums)
+        places = {index: k for k, index in enumerate(participants)}
+        for turn, ahead in self._turns(start, participants, received, (kept, next_kept), sums):
+            index = turn.index
+            with t.nodes.in_round(index, turn.round):
+                flat = self._contribution(start, turn, sums, ahead)
             if total is not None:
                 overflow.update(t.add_to(total, index, flat, scaled(t.weight(index), index, late)))
             elif updates is not None:
                 t.require_finite(index, flat)
-                updates[k] = flat
+                updates[places[index]] = flat
         if total is None and updates is not None:
             self._publish(start, UPDATE, participants, updates[: len(participants)], 0)
         elif total is not None and not overflow:
@@ -207,32 +233,75 @@ class CentralizedFlow:
         self._clients.stage(start, next_kept)
         return kept, next_kept
 
-    def _contribution(
-        self, start: StartRound, index: int, received: Array, kept: Array, next_kept: Array, sums: MetricSums
-    ) -> Array:
-        """Train one participant; what it contributes, valid until the next one trains."""
+    def _turns(
+        self,
+        start: StartRound,
+        participants: Sequence[int],
+        received: Array,
+        states: tuple[Array, Array],
+        sums: MetricSums,
+    ) -> Iterator[tuple[_Turn, Outcome | None]]:
+        """The participants one after the other, with what they were trained to where they train together.
+
+        Args:
+            states: what the nodes keep, and what they will have kept.
+        """
+        t, late = self._t, late_nodes(start.late)
+        for group in t.together.groups(participants):
+            turns = []
+            for index in group:
+                own = self._row_of[index]
+                number = late[index].round if index in late else start.round
+                with t.nodes.in_round(index, number):
+                    turns.append(self._begin(start, index, number, received, states[0][own], states[1][own], sums))
+            ahead = t.together.train({turn.index: turn.job for turn in turns})
+            for turn in turns:
+                yield turn, ahead.get(turn.index)
+
+    def _begin(
+        self,
+        start: StartRound,
+        index: int,
+        number: int,
+        received: Array,
+        kept: Array,
+        next_kept: Array,
+        sums: MetricSums,
+    ) -> _Turn:
+        """What comes before a participant's training."""
         t, rule = self._t, self._rule
         chosen = 0
         if rule.num_models > 1:
             chosen = self._choose(start, index, sums)
             received = self._row(received, chosen)
         own = len(kept) - self._private
-        model = received[: self._size]
-        self._load(model, kept[own:])
-        if t.nodes.get(index).context.round == start.round:
-            t.evaluate_node(start, index, sums)
+        model, job = received[: self._size], None
+        if start.evaluate or not t.together.on:
+            self._load(model, kept[own:])
+            if number == start.round:
+                t.evaluate_node(start, index, sums)
         with self._calling_the_rule(start, index, "terms"):
-            t.nodes.trainer.begin(rule.terms(received, next_kept[:own]))
-        trained = t.train_node(start, index, sums, self._finished)
-        steps = t.nodes.trainer.steps
+            terms = rule.terms(received, next_kept[:own])
+        if not (self._finished and self._finished.find(t.nodes.get(index))):
+            job = t.together.job(index, np.concatenate([model, kept[own:]]) if self._private else model, terms)
+        return _Turn(index, number, received, kept, next_kept, terms, chosen, job)
+
+    def _contribution(self, start: StartRound, turn: _Turn, sums: MetricSums, ahead: Outcome | None) -> Array:
+        """Train one participant unless it was trained ahead; what it contributes, valid until the next turn."""
+        t, rule, index = self._t, self._rule, turn.index
+        own = len(turn.kept) - self._private
+        t.nodes.trainer.begin(turn.terms)
+        trained = t.train_node(start, index, sums, self._finished, ahead)
+        steps = ahead.steps if ahead else t.nodes.trainer.steps
         t.nodes.trainer.begin()
-        next_kept[own:] = t.nodes.model.row[self._size :]
-        t.evaluate_own(start, index, sums)
-        t.clip(index, model, trained, self._learned)
+        if self._private:
+            turn.next_kept[own:] = t.nodes.model.row[self._size :]
+            t.evaluate_own(start, index, sums)
+        t.clip(index, turn.received[: self._size], trained, self._learned)
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
         with self._calling_the_rule(start, index, "contribution"):
-            update = ClientUpdate(received, trained, steps, kept[:own], next_kept[:own], out, chosen)
-            sent = rule.contribution(update)
+            before, after = turn.kept[:own], turn.next_kept[:own]
+            sent = rule.contribution(ClientUpdate(turn.received, trained, steps, before, after, out, turn.chosen))
         return self._with_buffers(sent, trained)
 
     @cached_property

@@ -10,6 +10,7 @@ import numpy as np
 
 from icrf.errors import InternalError
 from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL
+from icrf.learning.vectorized import Outcome
 from icrf.ports import PhaseReport
 from icrf.protocol import AGGREGATED, Activated, StartRound
 from icrf.topology import Hierarchy, HybridAdjacencyMatrix
@@ -86,8 +87,10 @@ class HierarchicalFlow:
         total = t.exact_sum(start)
         for aggregator, members in self._groups.items():
             self._seen[aggregator] = t.references.get(postings[aggregator].reference)
-            for index in members:
-                overflow.update(self._add(start, index, self._seen[aggregator], total, sums))
+            for group in t.together.groups(members):
+                ahead = t.together.train({i: t.together.job(i, self._seen[aggregator]) for i in group})
+                for i in group:
+                    overflow.update(self._add(start, i, self._seen[aggregator], total, sums, ahead.get(i)))
             trained += members
             if not start.merge and not overflow:
                 self._publish(start, PARTIAL, members, total, recipients=(aggregator,))
@@ -103,12 +106,21 @@ class HierarchicalFlow:
             bytes_intra_cluster=t.foreign_bytes(used, t.nodes.initial.nbytes),
         )
 
-    def _add(self, start: StartRound, index: int, seen: Array, total: ExactSum, sums: MetricSums) -> tuple[int, ...]:
-        """Train one member from its group's model and add it to the sum; the tensors that left their bound."""
+    def _add(
+        self,
+        start: StartRound,
+        index: int,
+        seen: Array,
+        total: ExactSum,
+        sums: MetricSums,
+        ahead: Outcome | None,
+    ) -> tuple[int, ...]:
+        """Train one member from its group's model unless it has been trained ahead, and add it to the sum; the tensors
+        that left their bound."""
         t = self._t
         t.nodes.model.load(seen)
         t.evaluate_node(start, index, sums)
-        trained = t.train_node(start, index, sums)
+        trained = t.train_node(start, index, sums, ahead=ahead)
         t.clip(index, seen, trained, self._learned)
         return t.add_to(total, index, trained, t.weight(index))
 

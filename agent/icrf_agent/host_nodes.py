@@ -109,6 +109,9 @@ class HostMailbox:
 class HostNodes:
     """The nodes of one host; they share one model, one trainer and the data set.
 
+    Attributes:
+        most_samples: of any node of the federation, as dealt; 0 on a host that trains none.
+
     Args:
         setup: which nodes and where.
         manager: the cluster's topology manager.
@@ -147,6 +150,7 @@ class HostNodes:
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
         self._nodes: dict[int, FederatedNode] = {}
+        self.most_samples = 0
         self._build(dataset)
         self.states = NodeStates(
             self._nodes,
@@ -215,7 +219,7 @@ class HostNodes:
         except IcrfError:
             raise
         except (Exception, SystemExit) as error:
-            raise self._node_error(node.id, method, error) from error
+            raise self.node_error(node.id, method, error) from error
         finally:
             self._notes.leave()
 
@@ -251,7 +255,10 @@ class HostNodes:
 
     def measure(self, index: int, method: str, *arguments: Any) -> dict[str, float]:
         """Call `train` or `evaluate`, whose result must be metrics; U002 where it is not, W020 for one not finite."""
-        found = self.call(index, method, *arguments)
+        return self.metrics(index, method, self.call(index, method, *arguments))
+
+    def metrics(self, index: int, method: str, found: Any) -> dict[str, float]:
+        """What `train` or `evaluate` of a node has returned, checked as :meth:`measure` does."""
         try:
             metrics = {str(name): float(value) for name, value in ({} if found is None else found).items()}
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
@@ -301,6 +308,7 @@ class HostNodes:
         parts = None
         if not position.keys().isdisjoint(self.indices):
             parts = configured_partition(self.config, dataset, len(trains))
+            self.most_samples = int(parts.sizes.max())
         test = tuple(to_tensor(part) for part in dataset.test_part())
         for index in self.indices:
             data = None
@@ -351,7 +359,7 @@ class HostNodes:
         except IcrfError:
             raise
         except (Exception, SystemExit) as error:
-            raise self._node_error(spec.id, f"{key} '{name}'", error) from error
+            raise self.node_error(spec.id, f"{key} '{name}'", error) from error
         if not isinstance(node, FederatedNode):
             what = f"node template {type(node).__name__} is no FederatedNode"
             raise ConfigError("C017", what, place=key, value=name, hint="subclass icrf.FederatedNode")
@@ -381,7 +389,8 @@ class HostNodes:
                     hint=f"its operator can start the agent with --allow {name}",
                 )
 
-    def _node_error(self, node_id: str, method: str, error: BaseException) -> NodeError:
+    def node_error(self, node_id: str, method: str, error: BaseException) -> NodeError:
+        """U001 for what user code has raised, with its file and line."""
         print(traceback.format_exc(), file=sys.stderr, flush=True)  # noqa: T201 - the worker's log keeps it whole
         frames = traceback.extract_tb(error.__traceback__)
         # The innermost line of the user's own: what torch or this package did with it says less.

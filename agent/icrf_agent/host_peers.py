@@ -65,27 +65,22 @@ class DecentralizedFlow:
         sums: MetricSums = {}
         trained = []
         training = frozenset(t.taking_part(start, tuple(self._rows)))
-        for index, k in self._rows.items():
-            node = t.nodes.get(index)
-            t.nodes.model.load(state[k])
-            if node.is_train_node and index in training:
-                t.train_node(start, index, sums)
-                trained.append(index)
-            with t.nodes.blamed(index):
-                updates[k] = t.nodes.model.row
-            if self._gossip.push_sum:
-                size, mass = t.layout.num_parameters, float(self._gossip.mass(start.round - 1)[index])
-                self._weigh_step(state[k, :size], updates[k, :size], mass)
-            bad = t.layout.first_nonfinite(updates[k])
-            if bad:
-                place = f"{node.id} on {t.nodes.cluster}"
-                raise WeightsError(
-                    "W020", f"{node.id} has non-finite values in {bad}", place=place, hint="lower the learning rate"
-                )
+        for group in t.together.groups(tuple(self._rows)):
+            busy = [i for i in group if i in training and t.nodes.get(i).is_train_node]
+            ahead = t.together.train({i: t.together.job(i, state[self._rows[i]]) for i in busy})
+            for index in group:
+                k = self._rows[index]
+                t.nodes.model.load(ahead[index].row if index in ahead else state[k])
+                if index in busy:
+                    t.train_node(start, index, sums, ahead=ahead.get(index))
+                    trained.append(index)
+                with t.nodes.blamed(index):
+                    updates[k] = t.nodes.model.row
+                self._finish_update(start, index, state[k], updates[k])
         # What is private stays behind; without any this is no copy.
         sent = np.ascontiguousarray(updates[:, : t.layout.num_parameters])
         t.post(start, UPDATE, tuple(self._rows), sent)
-        return PhaseReport(nodes=tuple(trained), metric_sums=sums, node_metrics=t.by_node.take(start))
+        return PhaseReport(nodes=tuple(sorted(trained)), metric_sums=sums, node_metrics=t.by_node.take(start))
 
     def aggregate(self, start: StartRound) -> PhaseReport:
         """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
@@ -118,6 +113,20 @@ class DecentralizedFlow:
             node_metrics=t.by_node.take(start),
             bytes_intra_cluster=crossing * state[0, :size].nbytes,
         )
+
+    def _finish_update(self, start: StartRound, index: int, before: Array, update: Array) -> None:
+        """Weigh a node's step where masses differ, in place, and look at the outcome."""
+        t = self._t
+        if self._gossip.push_sum:
+            size, mass = t.layout.num_parameters, float(self._gossip.mass(start.round - 1)[index])
+            self._weigh_step(before[:size], update[:size], mass)
+        bad = t.layout.first_nonfinite(update)
+        if bad:
+            name = t.nodes.get(index).id
+            place = f"{name} on {t.nodes.cluster}"
+            raise WeightsError(
+                "W020", f"{name} has non-finite values in {bad}", place=place, hint="lower the learning rate"
+            )
 
     @staticmethod
     def _weigh_step(before: Array, update: Array, mass: float) -> None:

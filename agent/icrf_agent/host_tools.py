@@ -14,11 +14,13 @@ from icrf.exchange import CONSENSUS, MODEL, PARTIAL
 from icrf.federation.node import FederatedNode
 from icrf.learning.aggregation import clip_update
 from icrf.learning.layout import Layout
+from icrf.learning.vectorized import Outcome
 from icrf.ports import PhaseReport
 from icrf.protocol import EXCHANGING, SUMMING, Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
 from icrf_agent.host_late import FinishedWork
 from icrf_agent.host_nodes import HostNodes
+from icrf_agent.host_vector import Together
 from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
 
@@ -59,6 +61,7 @@ class HostTools:
 
     Attributes:
         by_node: what each node reports.
+        together: which nodes train together.
         tray: what passes between this host and its callers in a phase.
         kept: buffers for the life of the host: the first touch of a large buffer's pages takes longer than the sum.
     """
@@ -69,6 +72,7 @@ class HostTools:
     manager: HybridTopologyManager
     references: References
     by_node: NodeMetrics
+    together: Together
     tray: HostTray = field(default_factory=HostTray)
     kept: dict[str, Any] = field(default_factory=dict)
 
@@ -196,23 +200,36 @@ class HostTools:
         return losses.index(min(losses))
 
     def train_node(
-        self, start: StartRound, index: int, sums: MetricSums, finished: FinishedWork | None = None
+        self,
+        start: StartRound,
+        index: int,
+        sums: MetricSums,
+        finished: FinishedWork | None = None,
+        ahead: Outcome | None = None,
     ) -> Array:
         """Train one node on the model that is loaded, and count its metrics; the live flat parameters.
 
         Args:
             finished: what need not be trained again, and where to keep what is.
+            ahead: what it has been trained to already, together with others; then no model need be loaded.
         """
         node = self.nodes.get(index)
-        found = finished.find(node) if finished else None
-        if found:
+        found = finished.find(node) if finished and ahead is None else None
+        if ahead is not None:
+            metrics = self.nodes.metrics(index, "train", {"loss": ahead.loss})
+        elif found:
             metrics, model = found
             self.nodes.model.load(model)
         else:
             metrics = self.nodes.measure(index, "train")
         self.count(start, index, "train_", metrics, self.nodes.weight(index), sums)
-        with self.nodes.blamed(index):
-            flat = self.nodes.model.flat
+        if ahead is not None and not self.layout.private:
+            flat = ahead.row
+        else:
+            if ahead is not None:
+                self.nodes.model.load(ahead.row)
+            with self.nodes.blamed(index):
+                flat = self.nodes.model.flat
         if finished and not found:
             finished.keep(node, metrics, flat)
         return flat

@@ -35,6 +35,7 @@ from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_peers import DecentralizedFlow
 from icrf_agent.host_state import HostHeld
 from icrf_agent.host_tools import HostTools, HostTray, Worked
+from icrf_agent.host_vector import Together
 from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.node_state import wrap
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
@@ -76,12 +77,13 @@ class NodeHost:
         Raises:
             WeightsError: W010, W020 for a state that does not fit; see also :class:`HostNodes`.
         """
-        torch.set_num_threads(NUM_THREADS)
+        _use_one_thread()
         self._generation = 0
         nodes = HostNodes(setup, self._manager, self._notes, self._meter)
         by_node = NodeMetrics(setup.activation.nodes)
         layout, self._tray = nodes.layout, HostTray()
-        tools = HostTools(setup.activation, nodes, layout, self._manager, self._references, by_node, self._tray)
+        passed = self._manager, self._references, by_node, Together(nodes), self._tray
+        tools = HostTools(setup.activation, nodes, layout, *passed)
         flow: Flow = _FLOWS[setup.activation.flow](tools, setup.state)
         self._nodes, self._flow, self._generation = nodes, flow, setup.activation.generation
         found = flow.initial()
@@ -173,6 +175,7 @@ class NodeHost:
         """One phase of an attempt: `handed` is all that was posted in it so far, unless other clusters post too; what
         is not measured as something else takes the time of `part`."""
         nodes, flow = self._ready()
+        _use_one_thread()
         tray = self._tray
         try:
             with self._meter.phase((start.round, start.attempt), part):
@@ -204,10 +207,17 @@ class NodeHost:
     def _between_rounds(self, index: int) -> HostNodes:
         """Load a node's current state; what it sends now belongs to the last round, whichever that is."""
         nodes, flow = self._ready()
+        _use_one_thread()
         nodes.get(index).context.model.load(flow.state_of(index))
         nodes.mailbox.position = None
         nodes.states.set_aside()
         return nodes
+
+
+def _use_one_thread() -> None:
+    """Before anything is computed: MKL counts per calling thread, and phases need not be called from the one that has
+    set up the nodes."""
+    torch.set_num_threads(NUM_THREADS)
 
 
 def _plain(result: Any) -> Any:

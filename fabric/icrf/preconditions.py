@@ -1,4 +1,5 @@
-"""How many updates a robust aggregation rule needs, given how many of them may be anything at all."""
+"""What rules and optimizers need: how many updates a robust aggregation rule, given how many of them may be anything at
+all, and which optimizers train several nodes together."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ from __future__ import annotations
 _FEWEST = {"TrimmedMean": (2, 1), "Krum": (2, 3), "MultiKrum": (2, 3)}
 
 WITH_NUM_BYZANTINE = tuple(_FEWEST)
+
+# Those whose recurrence is written for several nodes at once, see ``icrf.learning.stacked``.
+VECTORIZED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
 
 
 def fewest_updates(rule: str, num_byzantine: int) -> int:

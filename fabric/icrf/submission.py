@@ -89,6 +89,7 @@ def build_submission(
         layout = resolve_layout(config, sum("train" in node.role.split("-") for node in chosen))
         graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
         rows = resolve_rows(config, chosen, layout, turns := _schedule(config, chosen))
+        config = resolve_vectorize(config, chosen, layout, turns)
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -168,7 +169,8 @@ def check_configuration(config: FederationConfig, *, code_path: str = "") -> Non
         matrix = _graph(config, nodes, None)
         layout = resolve_layout(config, sum("train" in node.role.split("-") for node in nodes))
         _weighted(config, nodes, matrix, flow)
-        resolve_rows(config, nodes, layout, _schedule(config, nodes))
+        resolve_rows(config, nodes, layout, turns := _schedule(config, nodes))
+        resolve_vectorize(config, nodes, layout, turns)
 
 
 def _graph(
@@ -309,6 +311,35 @@ def resolve_rows(
             hint="its nodes keep what each round changes, so that no round can do without a cluster",
         )
     return replace(rows, nodes_keep=nodes_keep)
+
+
+def resolve_vectorize(
+    config: FederationConfig, nodes: Sequence[NodeSpec], layout: Sequence[TensorSpec], turns: Sequence[str] = ()
+) -> FederationConfig:
+    """The configuration with a width, or ``off``, for ``vectorize``, the same wherever it runs.
+
+    Args:
+        layout, turns: as in :func:`resolve_rows`.
+
+    Raises:
+        ConfigError: C008 for a model that nodes cannot train together.
+    """
+    if config.vectorize == "off":
+        return config
+    from icrf.learning import Layout, build_model, configured_dataset, resolved_width  # noqa: PLC0415 - as above
+
+    dataset = configured_dataset(config)
+    clients = sum("train" in node.role.split("-") for node in nodes)
+    turn_sizes = [len(nodes_of(bytes.fromhex(turn))) for turn in turns]
+    found = resolved_width(
+        config,
+        build_model(config.model_type, dataset.input_shape, dataset.num_classes, model_seed(config.seed, 0)),
+        dataset,
+        participants=min(turn_sizes or [sample_size(clients, config.client_fraction, config.sampled_clients)]),
+        most_samples=int(max(_sample_counts(config, nodes))),
+        num_elements=Layout(tuple(layout)).row_size,
+    )
+    return config.model_copy(update={"vectorize": found})
 
 
 def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:

@@ -77,6 +77,7 @@ class _Settings:
     device: str
     determinism: str
     number_of_models: int
+    width: int
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> _Settings:
@@ -93,6 +94,7 @@ class _Settings:
             device=config.get("device") or "cpu",
             determinism=config.get("determinism") or "strict",
             number_of_models=config.get("number_of_models") or 1 if clustered else 1,
+            width=width if isinstance(width := config.get("vectorize"), int) else 0,
         )
 
     @property
@@ -155,7 +157,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         slem=mixing.slem if mixing else -1.0,
         slem_kind=mixing.slem_kind if mixing else "none",
         rounds_to_consensus=mixing.rounds_to_consensus if mixing else -1,
-        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters),
+        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, settings.width),
         slots=slots,
         feasible=not problems,
         problems=problems,
@@ -307,14 +309,19 @@ def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str,
 
 
 def _peak_memory_bytes(
-    exchange: ExchangePlan, slots: Mapping[str, int], clusters: Sequence[ClusterInfo], num_parameters: int
+    exchange: ExchangePlan,
+    slots: Mapping[str, int],
+    clusters: Sequence[ClusterInfo],
+    num_parameters: int,
+    width: int = 0,
 ) -> int:
     """An estimate of the largest memory that one cluster needs, Ray itself and the data sets not counted.
 
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
-    rows, plus its partial sum (8 bytes). Centralized adds on the coordinator the server's state and the sum, and where
-    nodes keep rows the committed and the next ones. Decentralized adds the committed and the next state of every local
-    node, hierarchical those of every local aggregator. All add the payloads that arrive from other clusters in a round.
+    rows, plus its partial sum (8 bytes); where nodes train together, weights and gradients of `width` more. Centralized
+    adds on the coordinator the server's state and the sum, and where nodes keep rows the committed and the next ones.
+    Decentralized adds the committed and the next state of every local node, hierarchical those of every local
+    aggregator. All add the payloads that arrive from other clusters in a round.
     """
     rows = exchange.rows
     model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
@@ -325,7 +332,7 @@ def _peak_memory_bytes(
     for index, cluster in enumerate(clusters):
         if cluster.name not in slots:
             continue
-        needed = slots[cluster.name] * (HOST_BYTES + (2 + rows.down) * model + partial) + arriving[index]
+        needed = slots[cluster.name] * (HOST_BYTES + (2 + rows.down + 2 * width) * model + partial) + arriving[index]
         if exchange.flow == CENTRALIZED:
             needed += rows.server * model + partial if index == exchange.coordinator else 0
             needed += 2 * rows.client * model * len(exchange.local_participants(index))

@@ -103,7 +103,7 @@ def test_an_interrupted_run_leaves_no_process(
     commands = make_commands()
     long = ("-o", "federated_learning_rounds=100000", "--out", "out")
     running = commands.start("fabric", "run", examples / STAR, "--clusters", clusters, *long)
-    running.until("round 2/")
+    running.until("2/100000")
     assert running.end(number, group=True) == code
     assert commands.left() == []
     kept = json.loads((commands.folder / "out" / "summary.json").read_text())

@@ -254,9 +254,12 @@ def played(late_in: Late, fabric: InlineFabric, disturb: Callable[[str], None], 
     return found, run
 
 
+@pytest.mark.parametrize("vectorize", ["off", 3])
 def test_the_same_bits_on_more_clusters_and_after_any_crash(
-    clock: MovedClock, late_in: Late, durable: threading.Event
+    clock: MovedClock, late_in: Late, durable: threading.Event, vectorize: str | int
 ) -> None:
+    on_two: dict[str, Any] = {"placement": ON_TWO, "vectorize": vectorize}
+
     def kill(cluster: str) -> Callable[[str], None]:
         def strike(run_id: str) -> None:
             assert durable.wait(30)
@@ -266,21 +269,21 @@ def test_the_same_bits_on_more_clusters_and_after_any_crash(
         return strike
 
     with fabric_of(2, clock) as fabric:
-        expected, run = played(late_in, fabric, lambda run_id: None, placement=ON_TWO)
+        expected, run = played(late_in, fabric, lambda run_id: None, **on_two)
         assert [sorted(staleness.values()) for _, _, staleness, _ in expected] == [[], [], [], [2, 2], [], [1]]
         drawn = [sum(node in nodes for node in (1, 2)) for _, nodes, _, _ in expected]
         assert drawn[1:3] == [0, 0] and drawn[3] == 2
         durable.clear()
-        lost_late, run = played(late_in, fabric, kill(LATE), placement=ON_TWO)
+        lost_late, run = played(late_in, fabric, kill(LATE), **on_two)
         assert fabric.port.get(run.id).rounds_done == 6
         durable.clear()
-        lost_server, run = played(late_in, fabric, kill("local-1"), placement=ON_TWO)
+        lost_server, run = played(late_in, fabric, kill("local-1"), **on_two)
         # It went back to the checkpoint of round 2, which has the model of round 1 for the late cluster.
         restored = [row.row["round"] for row in fabric.store.rows("activations", (run.id,))]
         assert restored == [0, 2]
-        restarted, run = played(late_in, fabric, lambda run_id: fabric.restart_mediator(), placement=ON_TWO)
+        restarted, run = played(late_in, fabric, lambda run_id: fabric.restart_mediator(), **on_two)
     with fabric_of(3, clock) as fabric:
-        on_three, _ = played(late_in, fabric, lambda run_id: None, placement=ON_THREE)
+        on_three, _ = played(late_in, fabric, lambda run_id: None, placement=ON_THREE, vectorize=vectorize)
     assert lost_late == expected
     assert lost_server == expected
     assert restarted == expected

@@ -199,3 +199,8 @@ def test_the_seconds_are_those_that_nodes_take(monkeypatch: pytest.MonkeyPatch) 
         assert second.pop("idle") == pytest.approx(10.0, abs=commits_s)
         assert first == {"train": 8.0, "evaluate": 2.0, **nothing}
         assert second == {"train": 16.0, "evaluate": 0.0, **nothing}
+
+
+def test_nodes_that_train_together_take_time_of_training(fabrics: Any) -> None:
+    for result in run_on(fabrics(1), submission_of(**STAR, vectorize=4)):
+        assert all(seconds["train"] > seconds["other"] for seconds in round_seconds(result).values())

@@ -211,6 +211,8 @@ def test_memory_counts_the_coordinators_model_and_local_states() -> None:
     assert star.peak_memory_bytes == 2 * (HOST_BYTES + 3 * 400 + 800) + 400 + 800
     ring, _ = make_plan(submission("ring", 5), clusters)
     assert ring.peak_memory_bytes == 2 * (HOST_BYTES + 3 * 400 + 800) + 5 * 2 * 400
+    together, _ = make_plan(submission("ring", 5, vectorize=4), clusters)
+    assert together.peak_memory_bytes == ring.peak_memory_bytes + 2 * 2 * 4 * 400
 
 
 def test_what_is_wrong_with_the_submission_is_raised() -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from icrf.learning.models import build_model, check_fit, check_starts, register_model
     from icrf.learning.partition import configured_partition, partition
     from icrf.learning.training import LocalTrainer, evaluate
+    from icrf.learning.vectorizable import resolved_width
 
 __all__ = [
     "Aggregator",
@@ -43,6 +44,7 @@ __all__ = [
     "register_aggregator",
     "register_model",
     "require_metrics",
+    "resolved_width",
 ]
 
 _HOME = {
@@ -65,6 +67,7 @@ _HOME = {
     "partition": "partition",
     "LocalTrainer": "training",
     "evaluate": "training",
+    "resolved_width": "vectorizable",
 }
 
 

@@ -149,7 +149,7 @@ class _TorchOptimizer:
             if rows[0][number] is None:
                 continue
             moments = {name: row[number].clone() for name, row in zip(_MOMENTS, rows, strict=True)}
-            self._optimizer.state[parameter] = {"step": scalars[0].to(torch.float32), **moments}
+            self._optimizer.state[parameter] = {"step": scalars[0].to(torch.float32, copy=True), **moments}
 
     def save(self, rows: Sequence[list[Any]], scalars: Any) -> None:
         """Keep the moments and the number of steps."""
@@ -345,11 +345,16 @@ def _global_randomness_from(generator: torch.Generator) -> Iterator[None]:
     """Torch's global generator, which dropout draws from, seeded from `generator` and put back afterwards."""
     own = torch.random.default_generator
     outer_state = own.get_state()
-    own.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=generator)))
+    own.manual_seed(draw_model_seed(generator))
     try:
         yield
     finally:
         own.set_state(outer_state)
+
+
+def draw_model_seed(generator: torch.Generator) -> int:
+    """The first that is drawn of a node's generator: the seed of the model's own randomness."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
 
 def _batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from icrf.preconditions import WITH_NUM_BYZANTINE, fewest_updates, most_byzantine, most_selected
+from icrf.preconditions import VECTORIZED_OPTIMIZERS, WITH_NUM_BYZANTINE, fewest_updates, most_byzantine, most_selected
 from icrf.protocol import sample_size
 from icrf.spec.choices import (
     CHOICES,
@@ -267,6 +267,18 @@ def _setting_without_effect(key: str, value: float, optimizer: str, instead: str
     )
 
 
+def _vectorize(values: Values) -> Iterator[Problem]:
+    width, optimizer = values["vectorize"], values["optimizer"]
+    if isinstance(width, int) and optimizer not in VECTORIZED_OPTIMIZERS:
+        yield Problem(
+            "C008",
+            ("vectorize",),
+            f"vectorize {width} contradicts optimizer {optimizer}, which trains one node after the other",
+            allowed=f"off with {optimizer}",
+            hint=f"Use {', '.join(VECTORIZED_OPTIMIZERS[:-1])} or {VECTORIZED_OPTIMIZERS[-1]}, or set vectorize: off.",
+        )
+
+
 def _roles(values: Values) -> Iterator[Problem]:
     roles = values["client_role"].split("-")
     if "train" not in roles:
@@ -428,6 +440,7 @@ CHECKS: tuple[Check, ...] = (
     _directed,
     _momentum,
     _weight_decay,
+    _vectorize,
     _roles,
     _server_template,
     _data,

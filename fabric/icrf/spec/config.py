@@ -38,6 +38,7 @@ from icrf.spec.fields import (
     SlotShare,
     Template,
     Text,
+    Width,
 )
 from icrf.spec.layers import Layers, canonical_key, read_layers, resolve_paths
 from icrf.spec.problems import Places, Problem, describe
@@ -174,6 +175,10 @@ class FederationConfig(BaseModel):
     """Momentum of ``SGD`` and ``RMSprop``, in [0, 1)."""
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """L2 penalty (decoupled in ``AdamW``)."""
+    vectorize: Width = "off"
+    """How many nodes of a host train together, in one ``torch.func.vmap``: ``off`` (one after the other), a width, or
+    ``auto``: decided from the specification before the run, and written down as a number or ``off``. Results differ
+    from those of another width, or of ``off``, in their last bits; see models.md."""
 
     # ---- aggregation
     aggregation_strategy: Text = "FedAvg"

@@ -24,6 +24,7 @@ from icrf.spec.problems import describe
 ROLES = ("train", "eval", "test", "aggregate")
 MAX_COUNT = 1_000_000
 MAX_TEXT = 4096
+MAX_WIDTH = 4096
 CLUSTER_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 UNION_TAGS = frozenset({"name", "slot"})
 _FEDERATION_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -129,6 +130,16 @@ def _resource_form(value: Any) -> str:
     return "name" if value == "uniform" else "slot"
 
 
+def _width(value: Any) -> Any:
+    if value in ("off", "auto"):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 2 <= value <= MAX_WIDTH:
+            return value
+        raise invalid("C007", f"{value} not in [2, {MAX_WIDTH}]", "off, auto, or a number of nodes from 2")
+    raise invalid("C006", f"expected a width, got {describe(value)}", "off, auto, or a number of nodes from 2")
+
+
 Text = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_plain_text)]
 Names = Annotated[list[Text], BeforeValidator(_names)]
 FederationId = Annotated[Text, AfterValidator(_federation_id)]
@@ -148,6 +159,7 @@ Deadline = Annotated[
     BeforeValidator(_deadline),
     WithJsonSchema({"anyOf": [_DEADLINE, {"type": "null"}]}),
 ]
+Width = Annotated[Literal["off"] | Literal["auto"] | Annotated[int, Field(ge=2, le=MAX_WIDTH)], BeforeValidator(_width)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Nodes = Annotated[int, Field(ge=1, le=100_000)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
