@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.document import read_part, table, write_part
+
 MARK = "ICRF_TEST_SESSION"
 PROCESS_GRACE_S = 20.0
 THREAD_GRACE_S = 5.0
@@ -71,15 +73,11 @@ def _write_table(
     if not (target := os.environ.get(variable)):
         return
     path = Path(target)
-    begin, end = f"<!-- measured by {script} -->", "<!-- end of what was measured -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    inside, _, after = rest.partition(end)
     if keep_others:
-        found = [tuple(line.strip("| ").split(" | ")) for line in inside.splitlines() if line.startswith("| ")][1:]
+        lines = read_part(path, script).splitlines()[2:]
+        found = [tuple(line.strip("| ").split(" | ")) for line in lines]
         rows = list({tuple(row[:2]): row for row in (*found, *rows)}.values())
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    lines.insert(1, "|---" * len(header) + "|")
-    path.write_text(before + "\n".join([begin, "", *lines, "", end]) + after, encoding="utf-8")
+    write_part(path, script, table(header, rows))
 
 
 @pytest.fixture(scope="session")

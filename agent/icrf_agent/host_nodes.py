@@ -21,7 +21,8 @@ from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError,
 from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, configured_dataset
-from icrf.learning.layout import FlatArray, FlatModule, Layout
+from icrf.learning.flat_module import FlatModule
+from icrf.learning.layout import FlatArray, Layout
 from icrf.learning.metrics import METRICS
 from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition

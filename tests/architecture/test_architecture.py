@@ -91,9 +91,9 @@ def product_files() -> list[str]:
 
 
 def python_files() -> list[str]:
-    """Product and test files."""
-    tests = (p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("*.py"))
-    return sorted([*product_files(), *tests])
+    """Product, test and benchmark files."""
+    others = (p.relative_to(ROOT).as_posix() for folder in ("tests", "scripts") for p in (ROOT / folder).rglob("*.py"))
+    return sorted([*product_files(), *others])
 
 
 def tracked_files() -> list[str]:

@@ -17,7 +17,8 @@ from torch import nn
 
 from icrf.errors import IcrfError
 from icrf.learning.architectures import mlp
-from icrf.learning.layout import FlatModule, Layout
+from icrf.learning.flat_module import FlatModule
+from icrf.learning.layout import Layout
 from icrf.learning.models import build_model
 from icrf.protocol import TensorSpec
 from icrf.update import ExactSum, choose_grid

@@ -15,7 +15,7 @@ from icrf.errors import ConfigError
 from icrf.learning.architectures import mlp
 from icrf.learning.datasets import Dataset, load_dataset
 from icrf.learning.fingerprint import numeric_fingerprint
-from icrf.learning.layout import FlatModule
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.metrics import measure, require_metrics
 from icrf.learning.models import build_model, check_fit
 from icrf.learning.partition import partition

@@ -14,7 +14,7 @@ from torch import nn
 
 from icrf.errors import ConfigError, ConfigErrors
 from icrf.learning.datasets import DATASETS
-from icrf.learning.layout import FlatModule
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.models import build_model, register_model
 from icrf.learning.rng import torch_generator
 from icrf.learning.training import LocalTerms, LocalTrainer

@@ -12,7 +12,7 @@ from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.contribution import Contributions, shapley
 from icrf.learning.datasets import configured_dataset
-from icrf.learning.layout import FlatModule
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.models import build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from icrf.errors import NodeError, NodeWouldBlock
 from icrf.federation.message import Message
-from icrf.learning.layout import FlatModule
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.rng import torch_generator
 from icrf.learning.training import LocalTrainer, evaluate, mean_loss
 from icrf.spec import FederationConfig

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         register_aggregator,
     )
     from icrf.learning.datasets import Dataset, configured_dataset, load_dataset
-    from icrf.learning.layout import FlatModule, Layout
+    from icrf.learning.flat_module import FlatModule
+    from icrf.learning.layout import Layout
     from icrf.learning.metrics import require_metrics
     from icrf.learning.models import build_model, check_fit, check_starts, register_model
     from icrf.learning.partition import configured_partition, partition
@@ -56,7 +57,7 @@ _HOME = {
     "Dataset": "datasets",
     "configured_dataset": "datasets",
     "load_dataset": "datasets",
-    "FlatModule": "layout",
+    "FlatModule": "flat_module",
     "Layout": "layout",
     "build_model": "models",
     "check_fit": "models",

@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional
 
 from icrf.errors import ConfigError
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.injection import accepted_arguments
-from icrf.learning.layout import FlatModule
 from icrf.learning.metrics import measure, metric_key
 from icrf.registry import unknown_name
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from icrf.errors import ConfigError
 from icrf.learning.datasets import Dataset
-from icrf.learning.layout import FlatModule
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.rng import global_randomness
 from icrf.learning.vectorized import Job, Recipe, VectorTrainer
 from icrf.preconditions import VECTORIZED_OPTIMIZERS

@@ -26,7 +26,7 @@ import torch
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
-from icrf.learning.layout import FlatModule
+from icrf.learning.flat_module import FlatModule
 from icrf.learning.stacked import stacked_optimizer
 from icrf.learning.training import LocalTerms, draw_model_seed
 

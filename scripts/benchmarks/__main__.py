@@ -1,0 +1,26 @@
+"""``scripts/bench``: measurements side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import one_cluster
+
+
+def main() -> int:
+    """Parse the command line and run what it asks for."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("one-cluster", help="rounds on one machine: ICRF, a plain loop, and peers")
+    one_cluster.add_arguments(command)
+    command.set_defaults(run=one_cluster.main)
+    arguments = parser.parse_args()
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
