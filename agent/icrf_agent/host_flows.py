@@ -199,8 +199,7 @@ class CentralizedFlow:
             with t.nodes.in_round(index, turn.round):
                 flat = self._contribution(start, turn, sums, ahead)
             if total is not None:
-                with t.nodes.blamed(index):
-                    overflow.update(total.add(flat, scaled(t.weight(index), index, late)))
+                overflow.update(t.add_to(total, index, flat, scaled(t.weight(index), index, late)))
             elif updates is not None:
                 t.require_finite(index, flat)
                 updates[places[index]] = flat

@@ -28,9 +28,10 @@ from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
-from icrf.protocol import Activate, NodeSpec, StartRound
+from icrf.protocol import EVALUATING, SUMMING, TRAINING, Activate, NodeSpec, StartRound
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
+from icrf_agent.host_meter import HostMeter
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.node_state import ByNode, NodeStates
 from icrf_agent.topology_manager import HybridTopologyManager
@@ -38,6 +39,8 @@ from icrf_agent.topology_manager import HybridTopologyManager
 LOCAL_TEMPLATE = "local:"
 # A waiting node occupies a thread of the topology manager, which others need too: it asks again and again instead.
 _WAIT_SLICE_S = 0.2
+# Where the time of a node's methods belongs; that of all others is part of whatever called them.
+_PARTS = {"train": TRAINING, "evaluate": EVALUATING, "training_loss": EVALUATING, "aggregate": SUMMING}
 # Where files lie that no user of this package has written.
 _NOT_THE_USERS = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
@@ -114,13 +117,21 @@ class HostNodes:
         setup: which nodes and where.
         manager: the cluster's topology manager.
         notes: where to note whose code runs.
+        meter: what measures where the time goes.
 
     Raises:
         ConfigError: code or data that cannot be loaded; WeightsError W010 for a model that is not the submitted one.
     """
 
-    def __init__(self, setup: HostSetup, manager: HybridTopologyManager, notes: HostNotes | None = None) -> None:
+    def __init__(
+        self,
+        setup: HostSetup,
+        manager: HybridTopologyManager,
+        notes: HostNotes | None = None,
+        meter: HostMeter | None = None,
+    ) -> None:
         self._notes = notes or HostNotes("")
+        self.meter = meter or HostMeter()
         activation = setup.activation
         self.config = FederationConfig.from_json(activation.config_json)
         self.indices = setup.nodes
@@ -191,6 +202,13 @@ class HostNodes:
         What it draws from the global generators of torch, NumPy and ``random`` depends on the federation's seed, the
         node, the round and the method alone.
         """
+        part = _PARTS.get(method)
+        if part is not None:
+            with self.meter.doing(part):
+                return self._call(index, method, *arguments, **keywords)
+        return self._call(index, method, *arguments, **keywords)
+
+    def _call(self, index: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         node = self._nodes[index]
         self._notes.enter(index)
         try:

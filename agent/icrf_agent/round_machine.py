@@ -30,7 +30,16 @@ from dataclasses import dataclass, field
 
 from icrf.exchange import CONSENSUS, GATHERED, MERGED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
 from icrf.ports import Arrival, PhaseReport
-from icrf.protocol import DECENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
+from icrf.protocol import (
+    DECENTRALIZED,
+    EXCHANGING,
+    ClusterProfile,
+    MetricSum,
+    PhaseSpan,
+    RoundReport,
+    StartRound,
+    bitmap,
+)
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
 INSTALL, ADAPT = "install", "adapt"
@@ -51,10 +60,12 @@ class Step:
 class _Seconds:
     """When things began and how long they took, in the shell's monotonic seconds."""
 
+    began: float = 0.0
     train: float = 0.0
     exchange_from: float = -1.0
     exchange: float = 0.0
     aggregate: float = 0.0
+    phases: list[PhaseSpan] = field(default_factory=list)
 
 
 @dataclass
@@ -89,6 +100,7 @@ class RoundMachine:
 
     def begin(self, now_s: float) -> list[Step]:
         """The first steps, and what has to arrive."""
+        self._seconds.began = now_s
         plan, here = self.plan, self.cluster
         kinds = [MODEL, PARTIAL, UPDATE, MERGED]
         if self._mixes_consensus or plan.flow != DECENTRALIZED:
@@ -123,6 +135,9 @@ class RoundMachine:
         """A step is finished; `result` is what a phase reported."""
         if self._finished:
             return []
+        if step.kind != SEND:
+            ended_s = now_s - self._seconds.began
+            self._seconds.phases.append(PhaseSpan(step.kind, ended_s - took_s, ended_s))
         if step.kind == PUBLISH:
             sends = [Step(SEND, t) for t in self.plan.outbound(self.cluster, MODEL)]
             self._sending += len(sends)
@@ -139,11 +154,12 @@ class RoundMachine:
         if step.kind == TRAIN:
             self._trained = True
             self._seconds.train = took_s
-            self._seconds.exchange_from = now_s
+            self._exchanges(now_s)
             return self._send_after_training() + self._go_on(now_s)
         self._seconds.aggregate += took_s
         if step.kind == AGGREGATE:
             self._mixed = True
+            self._exchanges(now_s)
             return self._send_after_aggregating() + self._go_on(now_s)
         self._ending = False
         return self._go_on(now_s)
@@ -165,13 +181,13 @@ class RoundMachine:
     def _train_when_there(self, now_s: float) -> list[Step]:
         """Train once all models are there that this cluster's nodes start from; go on at once where nobody trains."""
         if self._waits_for(MODEL):
-            self._seconds.exchange_from = now_s
+            self._exchanges(now_s)
             return []
         if self.plan.local_participants(self.cluster) or self.plan.rows.anybody_keeps:
             self._exchanged(now_s)
             return [Step(TRAIN)]
         self._trained = True
-        self._seconds.exchange_from = now_s
+        self._exchanges(now_s)
         return self._go_on(now_s)
 
     def _send(self, *kinds: str) -> list[Step]:
@@ -226,6 +242,11 @@ class RoundMachine:
             return []
         return [(CONSENSUS, EVALUATE)] * self.start.evaluate + [(GATHERED, ADAPT)] * self.start.adapt
 
+    def _exchanges(self, now_s: float) -> None:
+        """From now on this cluster waits until payloads have come or gone."""
+        if self._seconds.exchange_from < 0.0:
+            self._seconds.exchange_from = now_s
+
     def _exchanged(self, now_s: float) -> None:
         if self._seconds.exchange_from >= 0.0:
             self._seconds.exchange += max(0.0, now_s - self._seconds.exchange_from)
@@ -262,8 +283,18 @@ class RoundMachine:
             model_hash=state.model_hash,
             state_hashes=state.state_hashes,
             graph=next((phase.graph for phase in self._merged if phase.graph), None),
+            profile=self._profile() if self.start.profile else None,
         )
         return [Step(REPORT, report=report)]
+
+    def _profile(self) -> ClusterProfile:
+        """What the hosts did. While payloads cross between clusters no phase runs here: all of them wait for that."""
+        hosts: dict[str, dict[str, float]] = {}
+        for phase in self._merged:
+            hosts.update({name: dict(seconds) for name, seconds in phase.seconds.items()})
+        for seconds in hosts.values():
+            seconds[EXCHANGING] = seconds.get(EXCHANGING, 0.0) + self._seconds.exchange
+        return ClusterProfile(hosts, tuple(self._seconds.phases))
 
 
 def _key(kind: str, sender: int, source: int, recipients: Sequence[int]) -> _Expected:

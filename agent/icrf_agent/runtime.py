@@ -34,7 +34,7 @@ from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.phases import Phases, elementwise_max
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
-from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
+from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_label
 from icrf_agent.topology_manager import Posting
 
 log = logging.getLogger("icrf.agent")
@@ -471,7 +471,7 @@ class HostedRuntime:
 
 def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:
     """``{federation}/{node}`` where a node has a host of its own, else ``{federation}/host-{slot}``."""
-    return f"{request.federation}/{request.nodes[nodes[0]].id if len(nodes) == 1 else f'host-{slot}'}"
+    return f"{request.federation}/{host_label(request, nodes, slot)}"
 
 
 def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:

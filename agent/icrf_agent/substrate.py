@@ -153,6 +153,10 @@ class Hosted:
         """Whether the host of a node runs others too."""
         return len(self.nodes[self._slot_of[index]]) > 1
 
+    def host_label(self, slot: int) -> str:
+        """What people call the host in a slot, see :func:`host_label`."""
+        return host_label(self.activation, self.nodes[slot], slot)
+
     @cached_property
     def aggregators(self) -> tuple[int, ...]:
         """The nodes that make models for others, ascending; none among peers."""
@@ -211,3 +215,8 @@ class Hosted:
         found = [unwrap(part, round_number) for part in parts]
         merged = merge_rows([flow_part for flow_part, _ in found], round_number)
         return wrap(merged, merge(states for _, states in found), round_number)
+
+
+def host_label(request: Activate, nodes: Sequence[int], slot: int) -> str:
+    """The node's id where a node has a host of its own, else ``host-{slot}``."""
+    return request.nodes[nodes[0]].id if len(nodes) == 1 else f"host-{slot}"

@@ -64,6 +64,7 @@ def build_submission(
     stage: str = "run",
     code_path: str = "",
     client_request_id: str | None = None,
+    profile: bool = False,
 ) -> Submission:
     """Resolve a configuration.
 
@@ -74,6 +75,7 @@ def build_submission(
         stage: how far to go without being asked, one of :data:`icrf.protocol.STAGES`.
         code_path: folder of the user's own modules; on the path while ``module:attr`` names are loaded.
         client_request_id: makes a repeated submission the same run; a fresh one by default.
+        profile: have every round tell where its time went, see :mod:`icrf.profiling`; changes nothing else.
 
     Raises:
         ConfigError: C008 for roles that the flow cannot use, C010 or C017 for names that cannot be loaded, C018 if the
@@ -103,6 +105,7 @@ def build_submission(
         code_path=code_path,
         rows=rows,
         schedule=turns,
+        profile=profile,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icrf.errors import IcrfError, error_from_dict, error_from_json, make_error
-from icrf.protocol import CENTRALIZED, Activated, Graph, RoundReport
+from icrf.protocol import CENTRALIZED, Activated, ClusterProfile, Graph, RoundReport
 from icrf.topology import HybridAdjacencyMatrix, require_usable
 
 HASH_BYTES = 32
@@ -73,6 +73,8 @@ class ReportChecks:
             if not all(math.isfinite(value) for value in found.values()):
                 where = place if found is report.metrics else f"node_metrics[{place}]"
                 raise _malformed(cluster, where, "a value that is not finite")
+        if report.profile is not None:
+            _check_profile(cluster, report.profile)
 
     def _state(self, cluster: str, report: Activated | RoundReport) -> None:
         """The hashes and maxima of a new state."""
@@ -111,6 +113,14 @@ def error_of(cluster: str, error_json: str) -> IcrfError:
     if cluster in str(error):
         return error
     return error_from_dict({**error.to_dict(), "message": f"cluster {cluster}: {error.message}"})
+
+
+def _check_profile(cluster: str, profile: ClusterProfile) -> None:
+    """Raise P001 unless all times are numbers."""
+    seconds = [value for found in profile.hosts.values() for value in found.values()]
+    seconds += [value for span in profile.phases for value in (span.began_s, span.ended_s)]
+    if not all(math.isfinite(value) for value in seconds):
+        raise _malformed(cluster, "profile", "a value that is not finite")
 
 
 def _malformed(cluster: str, place: str, found: str) -> IcrfError:

@@ -9,7 +9,10 @@ from typing import Any
 from icrf.ports import Write
 from icrf.protocol import (
     QUEUED,
+    ClusterProfile,
     NodeSpec,
+    PhaseSpan,
+    RoundProfile,
     RoundResult,
     Rows,
     RunEvent,
@@ -34,8 +37,19 @@ def run_event(row: Mapping[str, Any]) -> RunEvent:
     """A row of ``events``."""
     parts = dict(row)
     if parts.get("round"):
-        parts["round"] = RoundResult(**parts["round"])
+        result = parts["round"]
+        profile = round_profile(found) if (found := result.get("profile")) else None
+        parts["round"] = RoundResult(**{**result, "profile": profile})
     return RunEvent(**parts)
+
+
+def round_profile(row: Mapping[str, Any]) -> RoundProfile:
+    """The profile in a row of ``events``."""
+    clusters = {
+        name: ClusterProfile(found["hosts"], tuple(PhaseSpan(**span) for span in found["phases"]))
+        for name, found in row["clusters"].items()
+    }
+    return RoundProfile(**{**row, "clusters": clusters})
 
 
 def submission_of(row: Mapping[str, Any]) -> Submission:

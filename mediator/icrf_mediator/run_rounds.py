@@ -14,6 +14,7 @@ from icrf.protocol import (
     AbortAttempt,
     Graph,
     Relink,
+    RoundProfile,
     RoundReport,
     RoundResult,
     SaveCheckpoint,
@@ -225,6 +226,7 @@ class RunRounds(RunBase):
             late=lateness.late(number, nodes),
             kept=lateness.kept(number, nodes),
             adapt=self._adapts(number),
+            profile=self.submission.profile,
         )
         self._opened_wall_s = now.wall_s
         self._ask_round(effects, now, start)
@@ -320,6 +322,21 @@ class RunRounds(RunBase):
         assert self._ledger is not None and self._ledger.open is not None
         orders = dict.fromkeys(self._ledger.open.clusters, start)
         self._ask(effects, now, orders, float(self.config["round_deadline_s"]))
+
+    def _result(self, now: Now, commit: Commit) -> RoundResult:
+        """A round that has just been committed, as users see it."""
+        ids = [node.id for node in self.submission.nodes] if commit.late else []
+        result = commit.result(self.generation, max(0.0, now.wall_s - self._opened_wall_s), ids)
+        if not self.submission.profile:
+            return result
+        working_s = now.monotonic_s - commit.opened_s
+        return replace(result, profile=RoundProfile(working_s, *self.record.preparing.take(), commit.profiles))
+
+    def commit_took(self, number: int, seconds: float) -> None:
+        """The commit of a round took so long to become durable; what was decided with it was told only then."""
+        self.record.commit_took(number, seconds)
+        if self._ledger is not None and self._ledger.open is not None:
+            self._ledger.open.opened_s += seconds
 
     def _checkpoint(self, effects: Effects) -> None:
         assert self._ledger is not None and self.placement is not None

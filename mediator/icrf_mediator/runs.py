@@ -62,8 +62,9 @@ class RunMachine(RunRounds):
 
     # ------------------------------------------------------------ events from the SDK
 
-    def submitted(self, effects: Effects, now: Now) -> None:
-        """Journal the submission."""
+    def submitted(self, effects: Effects, now: Now, planned_s: float = 0.0) -> None:
+        """Journal the submission, whose planning took `planned_s`."""
+        self.record.preparing.planned(planned_s)
         effects.writes.append(Write("submissions", (self.run_id,), asdict(self.submission)))
         self._save_goal(effects)
         self.record.status(effects, now, QUEUED)
@@ -444,9 +445,7 @@ class RunMachine(RunRounds):
             first = not self.info.rounds_to_target
             accuracy = commit.metrics.get("accuracy", -1.0) if commit.consensus_hash else -1.0
             reached = target is not None and accuracy >= target and first
-            wall_s = max(0.0, now.wall_s - self._opened_wall_s)
-            ids = [node.id for node in self.submission.nodes] if commit.late else []
-            result = self._keep_graph(effects, commit, commit.result(self.generation, wall_s, ids))
+            result = self._keep_graph(effects, commit, self._result(now, commit))
             self.record.committed(effects, now, commit, result, reached)
             self._tell_late(effects, now, commit)
             if reached:

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from icrf.exchange import CONSENSUS, GATHERED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer, compile_exchange
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, MetricSum, RoundReport, Rows, StartRound, bitmap
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    ClusterProfile,
+    MetricSum,
+    PhaseSpan,
+    RoundReport,
+    Rows,
+    StartRound,
+    bitmap,
+)
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.round_machine import ADAPT, AGGREGATE, EVALUATE, PUBLISH, REPORT, SEND, TRAIN, RoundMachine, Step
 
@@ -345,6 +355,40 @@ def test_times_are_those_of_the_phases() -> None:
     play.finish(AGGREGATE, took_s=0.5, now_s=6.5)
     (report,) = play.reports
     assert (report.train_s, report.exchange_s, report.aggregate_s) == (3.0, 2.0, 0.5)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_hosts_wait_for_payloads_while_no_phase_runs(wanted: bool) -> None:
+    plan = star_plan([0, 0, 1])
+    start = StartRound("run", 1, 1, 1, "", (0,), 10, True, profile=wanted)
+    machine = RoundMachine(plan, 0, start, 3)
+    play = Play(machine)
+    play.finish(PUBLISH, took_s=0.5, now_s=1.0)
+    play.finish(SEND, now_s=1.5)
+    trained = {"host-0": {"train": 2.0, "exchange": 0.25}, "host-1": {"train": 1.0}}
+    play.finish(TRAIN, PhaseReport(seconds=trained), took_s=3.0, now_s=4.0)
+    play.arrive(plan.inbound(0, PARTIAL)[0], now_s=6.0)
+    merged = {"host-0": {"train": 2.0, "exchange": 0.5, "sum": 0.125}}
+    play.finish(AGGREGATE, PhaseReport(seconds=merged), took_s=0.5, now_s=6.5)
+    expected = ClusterProfile(
+        {"host-0": {"train": 2.0, "exchange": 2.5, "sum": 0.125}, "host-1": {"train": 1.0, "exchange": 2.0}},
+        (PhaseSpan(PUBLISH, 0.5, 1.0), PhaseSpan(TRAIN, 1.0, 4.0), PhaseSpan(AGGREGATE, 6.0, 6.5)),
+    )
+    assert play.reports[0].profile == (expected if wanted else None)
+
+
+def test_peers_wait_for_consensus_partials_too() -> None:
+    plan = ring_plan([0, 0, 1])
+    play = Play(machine_of(plan, 0))
+    play.finish(TRAIN, took_s=1.0, now_s=1.0)
+    while SEND in play.kinds():
+        play.finish(SEND, now_s=1.0)
+    for transfer in plan.inbound(0, UPDATE):
+        play.arrive(transfer, now_s=2.0)
+    play.finish(AGGREGATE, took_s=1.0, now_s=3.0)
+    play.arrive(plan.inbound(0, CONSENSUS)[0], now_s=7.0)
+    play.finish(EVALUATE, took_s=1.0, now_s=8.0)
+    assert play.reports[0].exchange_s == 5.0
 
 
 def test_a_coordinator_that_only_merges_counts_its_wait_as_exchange() -> None:

@@ -160,6 +160,7 @@ class Submission:
         rows: what the aggregation rule moves and keeps.
         schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
             mediator draws the participants.
+        profile: tell with each round where its time went; changes nothing else.
     """
 
     client_request_id: str
@@ -173,6 +174,7 @@ class Submission:
     code_path: str = ""
     rows: Rows = field(default_factory=Rows)
     schedule: tuple[str, ...] = ()
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class StartRound:
         kept: rounds whose updates clusters that do not take part still owe after this round, ascending; the aggregator
             keeps the models that they started from.
         adapt: decide on the graph of the rounds to come, after this one.
+        profile: report where the time went.
     """
 
     run_id: str
@@ -102,6 +103,7 @@ class StartRound:
     late: tuple[LateUpdates, ...] = ()
     kept: tuple[int, ...] = ()
     adapt: bool = False
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from icrf.protocol.federations import Capacity, Fingerprint, Graph
+from icrf.protocol.profiles import ClusterProfile
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class RoundReport:
         recovery: what an error asks for: ``retry`` (committed states are intact here: run the round again),
             ``restore`` (some are lost: go back to the last checkpoint), or empty (the error is the run's).
         graph: that of the rounds to come (coordinator of a round that decides on it).
+        profile: where the time went, if that was asked.
     """
 
     run_id: str
@@ -140,6 +142,7 @@ class RoundReport:
     recovery: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     graph: Graph | None = None
+    profile: ClusterProfile | None = None
 
 
 @dataclass(frozen=True)

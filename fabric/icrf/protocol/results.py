@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from icrf.protocol.participants import nodes_of
+from icrf.protocol.profiles import RoundProfile
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class RoundResult:
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
         edges_added, edges_removed: directed edges that the rounds to come have more than this one, and less.
         staleness: node id -> how many rounds ago the round was whose update it contributed; only nodes that were late.
+        profile: where the time went, if the run was submitted so.
     """
 
     number: int
@@ -66,6 +68,7 @@ class RoundResult:
     staleness: dict[str, int] = field(default_factory=dict)
     edges_added: int = 0
     edges_removed: int = 0
+    profile: RoundProfile | None = None
 
     @property
     def participant_nodes(self) -> tuple[int, ...]:

@@ -168,12 +168,14 @@ class Submission(_message.Message):
     CODE_PATH_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     client_request_id: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
     keep: _builtins.bool
     stage: _builtins.str
     code_path: _builtins.str
+    profile: _builtins.bool
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeSpec]: ...
     @_builtins.property
@@ -200,10 +202,11 @@ class Submission(_message.Message):
         code_path: _builtins.str = ...,
         rows: Global___Rows | None = ...,
         schedule: _abc.Iterable[_builtins.str] | None = ...,
+        profile: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "profile", b"profile", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -808,6 +811,7 @@ class StartRound(_message.Message):
     LATE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     ADAPT_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -819,6 +823,7 @@ class StartRound(_message.Message):
     """bitmap; empty: all nodes that train"""
     merge: _builtins.bool
     adapt: _builtins.bool
+    profile: _builtins.bool
     @_builtins.property
     def grid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """exponents, often negative"""
@@ -845,10 +850,11 @@ class StartRound(_message.Message):
         late: _abc.Iterable[Global___LateUpdates] | None = ...,
         kept: _abc.Iterable[_builtins.int] | None = ...,
         adapt: _builtins.bool = ...,
+        profile: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapt", b"adapt", "attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapt", b"adapt", "attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "profile", b"profile", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1561,6 +1567,7 @@ class RoundReport(_message.Message):
     RECOVERY_FIELD_NUMBER: _builtins.int
     NODE_METRICS_FIELD_NUMBER: _builtins.int
     GRAPH_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -1587,6 +1594,8 @@ class RoundReport(_message.Message):
     def node_metrics(self) -> _containers.MessageMap[_builtins.str, Global___NodeMetrics]: ...
     @_builtins.property
     def graph(self) -> Global___Graph: ...
+    @_builtins.property
+    def profile(self) -> Global___ClusterProfile: ...
     def __init__(
         self,
         *,
@@ -1610,14 +1619,127 @@ class RoundReport(_message.Message):
         recovery: _builtins.str = ...,
         node_metrics: _abc.Mapping[_builtins.str, Global___NodeMetrics] | None = ...,
         graph: Global___Graph | None = ...,
+        profile: Global___ClusterProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundReport: _TypeAlias = RoundReport  # noqa: Y015
+
+@_typing.final
+class ClusterProfile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HostsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___HostSeconds: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___HostSeconds | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    HOSTS_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hosts(self) -> _containers.MessageMap[_builtins.str, Global___HostSeconds]: ...
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseSpan]: ...
+    def __init__(
+        self,
+        *,
+        hosts: _abc.Mapping[_builtins.str, Global___HostSeconds] | None = ...,
+        phases: _abc.Iterable[Global___PhaseSpan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "phases", b"phases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterProfile: _TypeAlias = ClusterProfile  # noqa: Y015
+
+@_typing.final
+class HostSeconds(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """by part"""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostSeconds: _TypeAlias = HostSeconds  # noqa: Y015
+
+@_typing.final
+class PhaseSpan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BEGAN_S_FIELD_NUMBER: _builtins.int
+    ENDED_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    began_s: _builtins.float
+    ended_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        began_s: _builtins.float = ...,
+        ended_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_s", b"began_s", "ended_s", b"ended_s", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PhaseSpan: _TypeAlias = PhaseSpan  # noqa: Y015
 
 @_typing.final
 class Relinked(_message.Message):
@@ -2093,6 +2215,7 @@ class RoundResult(_message.Message):
     STALENESS_FIELD_NUMBER: _builtins.int
     EDGES_ADDED_FIELD_NUMBER: _builtins.int
     EDGES_REMOVED_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     attempt: _builtins.int
     generation: _builtins.int
@@ -2117,6 +2240,8 @@ class RoundResult(_message.Message):
     def node_metrics(self) -> _containers.MessageMap[_builtins.str, Global___NodeMetrics]: ...
     @_builtins.property
     def staleness(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def profile(self) -> Global___RoundProfile: ...
     def __init__(
         self,
         *,
@@ -2140,14 +2265,65 @@ class RoundResult(_message.Message):
         staleness: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         edges_added: _builtins.int = ...,
         edges_removed: _builtins.int = ...,
+        profile: Global___RoundProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "edges_added", b"edges_added", "edges_removed", b"edges_removed", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "staleness", b"staleness", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "edges_added", b"edges_added", "edges_removed", b"edges_removed", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "profile", b"profile", "staleness", b"staleness", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundResult: _TypeAlias = RoundResult  # noqa: Y015
+
+@_typing.final
+class RoundProfile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ClustersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___ClusterProfile: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___ClusterProfile | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    WORKING_S_FIELD_NUMBER: _builtins.int
+    PLAN_S_FIELD_NUMBER: _builtins.int
+    ACTIVATE_S_FIELD_NUMBER: _builtins.int
+    CLUSTERS_FIELD_NUMBER: _builtins.int
+    working_s: _builtins.float
+    plan_s: _builtins.float
+    activate_s: _builtins.float
+    @_builtins.property
+    def clusters(self) -> _containers.MessageMap[_builtins.str, Global___ClusterProfile]: ...
+    def __init__(
+        self,
+        *,
+        working_s: _builtins.float = ...,
+        plan_s: _builtins.float = ...,
+        activate_s: _builtins.float = ...,
+        clusters: _abc.Mapping[_builtins.str, Global___ClusterProfile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_s", b"activate_s", "clusters", b"clusters", "plan_s", b"plan_s", "working_s", b"working_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundProfile: _TypeAlias = RoundProfile  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
