@@ -26,6 +26,8 @@ from icrf.protocol import (
     Reject,
     Release,
     Released,
+    Relink,
+    Relinked,
     Report,
     Reserve,
     Reserved,
@@ -51,7 +53,7 @@ class Say:
 class Perform:
     """Carry out an instruction that needs no further decision; its outcome goes straight to the mediator."""
 
-    instruction: Reserve | Activate | SaveCheckpoint | StoreModel | CallNode | SendMessage | Release
+    instruction: Reserve | Activate | Relink | SaveCheckpoint | StoreModel | CallNode | SendMessage | Release
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class AgentCore:
             return self._start(instruction, now_s)
         if isinstance(instruction, AbortAttempt):
             return self._abort(instruction)
+        if isinstance(instruction, Relink):
+            return self._relink(instruction)
         if isinstance(instruction, Reserve):
             self._reserved.add(instruction.run_id)
             return [Perform(instruction)]
@@ -227,6 +231,20 @@ class AgentCore:
         plan = compile_exchange(activation.flow, adjacency, roles, activation.assignment, activation.rows)
         return _Run(activation, plan, activation.clusters.index(self.cluster))
 
+    def _relink(self, order: Relink) -> list[Action]:
+        """Another graph: the exchange is planned anew, and payloads of the generation before are dropped."""
+        run = self._runs.get(order.run_id)
+        if run is None or not run.live or order.generation < run.activation.generation:
+            return []
+        if order.generation > run.activation.generation:
+            try:
+                activation = order.applied_to(run.activation)
+                run.plan, run.activation = self._compile(activation).plan, activation
+            except IcrfError as error:
+                return [Say(Relinked(order.run_id, order.generation, error.to_json()))]
+            run.early = []
+        return [Perform(order)]
+
     def _start(self, start: StartRound, now_s: float) -> list[Action]:
         run = self._runs.get(start.run_id)
         if run is None or start.generation != run.activation.generation:
@@ -279,6 +297,8 @@ def failure(instruction: Instruction, error: IcrfError) -> Report | None:
         return Reserved(instruction.run_id, instruction.generation, text)
     if isinstance(instruction, Activate):
         return Activated(instruction.run_id, instruction.generation, error_json=text)
+    if isinstance(instruction, Relink):
+        return Relinked(instruction.run_id, instruction.generation, text)
     if isinstance(instruction, SaveCheckpoint):
         return Checkpointed(instruction.run_id, instruction.generation, instruction.round, error_json=text)
     if isinstance(instruction, StoreModel):

@@ -204,8 +204,7 @@ class CentralizedFlow:
                 # Where rows lie on disk, the turn has had copies.
                 next_kept[self._row_of[index]] = turn.next_kept
             if total is not None:
-                with t.nodes.blamed(index):
-                    overflow.update(total.add(flat, scaled(t.weight(index), index, late)))
+                overflow.update(t.add_to(total, index, flat, scaled(t.weight(index), index, late)))
             elif updates is not None:
                 t.require_finite(index, flat)
                 updates[places[index]] = flat

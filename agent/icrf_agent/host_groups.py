@@ -122,8 +122,7 @@ class HierarchicalFlow:
         t.evaluate_node(start, index, sums)
         trained = t.train_node(start, index, sums, ahead=ahead)
         t.clip(index, seen, trained, self._learned)
-        with t.nodes.blamed(index):
-            return total.add(trained, t.weight(index))
+        return t.add_to(total, index, trained, t.weight(index))
 
     def _publish(self, start: StartRound, kind: str, senders: Sequence[int], total: ExactSum, **more: Any) -> None:
         self._t.post(start, kind, senders, total.sums, weight=total.weight, **more)

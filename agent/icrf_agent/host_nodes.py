@@ -6,9 +6,8 @@ import math
 import os
 import sys
 import sysconfig
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +16,7 @@ import numpy as np
 
 import icrf_agent
 from icrf import errors
-from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, RunError, WeightsError, make_error
-from icrf.federation.message import Message
+from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, WeightsError, make_error
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, configured_dataset
 from icrf.learning.flat_module import FlatModule
@@ -28,19 +26,21 @@ from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
-from icrf.protocol import DECENTRALIZED, Activate, NodeSpec, StartRound
+from icrf.protocol import DECENTRALIZED, EVALUATING, OTHER, SUMMING, TRAINING, Activate, NodeSpec, StartRound
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
+from icrf_agent.host_mailbox import HostMailbox
+from icrf_agent.host_meter import HostMeter
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.node_state import ByNode, NodeStates
 from icrf_agent.residents import Admission, Residents
 from icrf_agent.topology_manager import HybridTopologyManager
 
 LOCAL_TEMPLATE = "local:"
-# A waiting node occupies a thread of the topology manager, which others need too: it asks again and again instead.
-_WAIT_SLICE_S = 0.2
 # While nodes are set up, how many there are and what they take is noted after every so many.
 _NOTED_EVERY = 64
+# Where the time of a node's methods belongs; that of all others is part of whatever called them.
+_PARTS = {"train": TRAINING, "evaluate": EVALUATING, "training_loss": EVALUATING, "aggregate": SUMMING}
 # Where files lie that no user of this package has written.
 _NOT_THE_USERS = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
@@ -82,41 +82,6 @@ class HostSetup:
     node_states: ByNode = field(default_factory=dict)
 
 
-class HostMailbox:
-    """A node's way to its neighbours: through the cluster's topology manager.
-
-    Attributes:
-        position: the attempt that the host works on; None between rounds.
-        open: whether the nodes are set up; other clusters may not be before.
-    """
-
-    def __init__(self, manager: HybridTopologyManager, run_id: str) -> None:
-        self._manager, self._run_id = manager, run_id
-        self.position: tuple[int, int] | None = None
-        self.open = False
-
-    def publish(self, message: Message, to: Sequence[str] | str | None) -> int:
-        if not self.open:
-            raise RunError(
-                "F005",
-                f"{message.sender_id} cannot send before all nodes are set up",
-                place=message.sender_id,
-                hint="send in train, not in build",
-            )
-        return self._manager.publish(self._run_id, message, to, self.position)
-
-    def sync(self, node_id: str, wait_s: float) -> list[Message]:
-        deadline_s = time.monotonic() + wait_s
-        while True:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            found = self._manager.sync(self._run_id, node_id, min(left_s, _WAIT_SLICE_S), self.position)
-            if found or left_s <= 0.0:
-                return found
-
-    def get_neighbors(self, node_id: str) -> list[str]:
-        return self._manager.get_neighbors(self._run_id, node_id)
-
-
 class HostNodes:
     """The nodes of one host; they share one model, one trainer and the data set.
 
@@ -127,13 +92,21 @@ class HostNodes:
         setup: which nodes and where.
         manager: the cluster's topology manager.
         notes: where to note whose code runs.
+        meter: what measures where the time goes.
 
     Raises:
         ConfigError: code or data that cannot be loaded; WeightsError W010 for a model that is not the submitted one.
     """
 
-    def __init__(self, setup: HostSetup, manager: HybridTopologyManager, notes: HostNotes | None = None) -> None:
+    def __init__(
+        self,
+        setup: HostSetup,
+        manager: HybridTopologyManager,
+        notes: HostNotes | None = None,
+        meter: HostMeter | None = None,
+    ) -> None:
         self._notes = notes or HostNotes("")
+        self.meter = meter or HostMeter()
         activation = setup.activation
         self.config = FederationConfig.from_json(activation.config_json)
         self.indices = setup.nodes
@@ -155,7 +128,7 @@ class HostNodes:
         self.trainer = LocalTrainer()
         self.most_samples = 0
         self._entered = (0, 0)
-        self._residents = Residents(self._activate, self._passivate)
+        self._residents = Residents(self._bring_in, self._passivate)
         self._left: dict[int, _Left] = {}
         self._kinds: dict[int, type[FederatedNode]] = {}
         self._num_samples: dict[int, int] = {}
@@ -224,7 +197,11 @@ class HostNodes:
         What it draws from the global generators of torch, NumPy and ``random`` depends on the federation's seed, the
         node, the round and the method alone.
         """
-        return self._call(self.get(index), method, *arguments, **keywords)
+        node, part = self.get(index), _PARTS.get(method)
+        if part is None:
+            return self._call(node, method, *arguments, **keywords)
+        with self.meter.doing(part):
+            return self._call(node, method, *arguments, **keywords)
 
     def _call(self, node: FederatedNode, method: str, *arguments: Any, **keywords: Any) -> Any:
         index = node.context.index
@@ -352,6 +329,11 @@ class HostNodes:
             kept += self.layout.row_size
         return 2 * kept * self.layout.dtype.itemsize
 
+    def _bring_in(self, index: int) -> FederatedNode:
+        # It may happen within training, evaluation or mixing, and is no part of them.
+        with self.meter.doing(OTHER):
+            return self._activate(index)
+
     def _activate(self, index: int) -> FederatedNode:
         """Make a node; one that was active before gets back what it held."""
         node = self._make(self._specs[index])
@@ -396,8 +378,9 @@ class HostNodes:
 
     def _passivate(self, node: FederatedNode) -> None:
         index, context = node.context.index, node.context
-        self.states.put_away(index, node)
-        left = node.leave()
+        with self.meter.doing(OTHER):
+            self.states.put_away(index, node)
+            left = node.leave()
         if left or context.chosen_model:
             self._left[index] = _Left(self._entered, context.round, context.chosen_model, left)
 
@@ -453,6 +436,7 @@ class HostNodes:
             "dataset_type": c.dataset_type,
             "data_distribution_kind": c.data_distribution_kind,
             "aggregation_strategy": c.aggregation_strategy,
+            "topology_adaptation_strategy": c.topology_adaptation_strategy,
             **{f"metrics[{k}]": name for k, name in enumerate(c.metrics)},
         }
         for key, name in wanted.items():

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import WeightsError
+from icrf.errors import RunError, WeightsError
 from icrf.exchange import CONSENSUS, UPDATE
 from icrf.learning.training import LocalTerms
 from icrf.ports import PhaseReport
-from icrf.protocol import Activated, StartRound
-from icrf.topology import Gossip, mixing_matrix
+from icrf.protocol import Activated, Graph, StartRound
+from icrf.topology import STATIC, Gossip, mixing_matrix
 from icrf.update import weighted_mix
 from icrf_agent.checkpoint import pack_rows, unpack_rows
+from icrf_agent.host_adaptation import HostAdaptation
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums, blocks_of
 from icrf_agent.row_file import Table, like, make_table, read_row
@@ -42,9 +43,18 @@ class DecentralizedFlow:
         # What training has made of the part of a row that no neighbour sees.
         unshared = [np.zeros(self._width - self._size, t.layout.dtype)] * len(self._rows)
         self._unshared = self._table(unshared)
-        self._gossip = Gossip(mixing_matrix(t.activation.graph, t.nodes.config.mixing))
-        self._needed = {int(j) for i in t.nodes.indices for j in self._gossip.neighbours(i)}
+        self._trained: frozenset[int] = frozenset()
+        self._adaptation = None if t.nodes.config.topology_adaptation_strategy == STATIC else HostAdaptation(t)
+        self.relink(t.activation.graph)
         self._consensus: tuple[int, int, Array] | None = None
+
+    def relink(self, graph: Graph) -> None:
+        """Mix along this graph from the next round on."""
+        t = self._t
+        self._gossip = Gossip(mixing_matrix(graph, t.nodes.config.mixing))
+        self._needed = {int(j) for i in t.nodes.indices for j in self._gossip.neighbours(i)}
+        if self._adaptation is not None:
+            self._adaptation.graph = graph
 
     def _first(self, restored: bytes) -> Table:
         """The rows of all nodes to start from: those of a checkpoint, or the initial model's."""
@@ -85,15 +95,16 @@ class DecentralizedFlow:
             sent = t.buffer("sent", (len(blocks[0]), self._size))[: len(nodes)]
             for group in t.together.groups(nodes):
                 busy = [index for index in group if index in training and t.nodes.trains(index)]
-                for index, row in self._trained(start, group, busy, state, sums):
+                for index, row in self._trained_rows(start, group, busy, state, sums):
                     sent[self._rows[index] - self._rows[nodes[0]]] = row[: self._size]
                     # What is private stays behind.
                     self._unshared[self._rows[index]] = row[self._size :]
                 trained += busy
             t.post(start, UPDATE, nodes, sent)
+        self._trained = frozenset(trained)
         return PhaseReport(nodes=tuple(sorted(trained)), metric_sums=sums, node_metrics=t.by_node.take(start))
 
-    def _trained(
+    def _trained_rows(
         self, start: StartRound, group: Sequence[int], busy: Sequence[int], state: Table, sums: MetricSums
     ) -> Iterator[tuple[int, Array]]:
         """The nodes of a group with their rows, `busy` ones trained; a row is valid until the next group."""
@@ -121,13 +132,14 @@ class DecentralizedFlow:
         """Mix what the neighbours sent, in node-index order; publish a consensus partial when evaluation is due."""
         t = self._t
         postings = t.collect(start, UPDATE)
-        rows = t.rows_of(postings, sorted(self._needed))
-        self._state.rebase(start)
+        rows = t.rows_of(postings, sorted(self._needed.union(self._rows)))
+        before = self._state.rebase(start)
         state, made = self._state.spare(), _Made(t)
         sums: MetricSums = {}
         # Whoever has the last word on a row may keep it.
         may_keep = t.has_last_word
         consensus = _Consensus(t, self._gossip, start) if start.evaluate else None
+        told = self._adaptation.telling(start, self._trained) if start.adapt and self._adaptation is not None else None
         for index, k in self._rows.items():
             row = np.empty(self._width, t.layout.dtype) if may_keep else t.buffer("row", (self._width,))
             own, size = row[: t.layout.row_size], self._size
@@ -140,8 +152,12 @@ class DecentralizedFlow:
                 t.evaluate_node(start, index, sums)
                 t.evaluate_own(start, index, sums)
                 consensus.add(index, row[:size])
+            if told is not None:
+                told.add(index, before[k][:size], rows[index], row[:size])
             made.add(row)
             state[k] = row
+        if told is not None:
+            told.publish()
         overflow = consensus.publish(tuple(self._rows)) if consensus is not None else ()
         self._state.stage(start, state)
         local = t.activation.assignment[t.nodes.indices[0]]
@@ -192,6 +208,12 @@ class DecentralizedFlow:
             model_hash=t.layout.model_sha256(model),
             bytes_intra_cluster=t.foreign_bytes(postings, 8 * t.layout.num_parameters),
         )
+
+    def adapt(self, start: StartRound) -> Graph:
+        """Decide on the graph of the rounds to come; F005 where graphs stay as they are."""
+        if self._adaptation is None:
+            raise RunError("F005", "the graph of this federation is static")
+        return self._adaptation.decide(start)
 
     def model_at(self, round_number: int) -> Array | None:
         """The consensus model of a round, where this host made one."""

@@ -17,7 +17,7 @@ from icrf.learning.aggregation import clip_update
 from icrf.learning.layout import Layout
 from icrf.learning.vectorized import Outcome
 from icrf.ports import PhaseReport
-from icrf.protocol import Activate, StartRound, nodes_of
+from icrf.protocol import EXCHANGING, SUMMING, Activate, StartRound, nodes_of
 from icrf.update import ExactSum, exact_metric
 from icrf_agent.host_late import FinishedWork
 from icrf_agent.host_nodes import HostNodes
@@ -33,10 +33,16 @@ MetricSums = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Worked:
-    """What a host answers after a phase: its report, and what it has posted in it."""
+    """What a host answers after a phase.
+
+    Attributes:
+        postings: what it has posted in it.
+        seconds: where its time went in all phases of the attempt so far, by part.
+    """
 
     report: PhaseReport
     postings: tuple[Posting, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,7 +98,8 @@ class HostTools:
         """What was posted in this attempt, ordered by first sender."""
         if self.tray.handed is not None:
             return sorted((p for p in self.tray.handed if p.kind == kind), key=lambda posting: posting.senders)
-        return self.manager.collect(start.run_id, start.round, start.attempt, kind)
+        with self.nodes.meter.doing(EXCHANGING):
+            return self.manager.collect(start.run_id, start.round, start.attempt, kind)
 
     def foreign_bytes(self, postings: Sequence[Posting], row_bytes: int) -> int:
         """Bytes of rows that hosts of the same cluster made elsewhere."""
@@ -174,6 +181,11 @@ class HostTools:
         if total.weight != expected_weight:
             raise InternalError("X001", f"partials add up to weight {total.weight}, expected {expected_weight}")
         return total
+
+    def add_to(self, total: ExactSum, index: int, flat: Array, weight: int) -> tuple[int, ...]:
+        """Add what a node contributes to a sum; the tensors that left their bound."""
+        with self.nodes.blamed(index), self.nodes.meter.doing(SUMMING):
+            return total.add(flat, weight)
 
     def best_of(self, index: int, models: Array) -> int:
         """Which of these models has the lowest loss on a node's own data; of equal ones the first.
@@ -266,8 +278,9 @@ class HostTools:
         """Where the configuration says so, shorten in place what a node has changed the `learned` parts by."""
         clip_norm = self.nodes.config.clip_norm
         if clip_norm is not None:
-            self.require_finite(index, trained)
-            clip_update(before, trained, clip_norm, learned)
+            with self.nodes.meter.doing(SUMMING):
+                self.require_finite(index, trained)
+                clip_update(before, trained, clip_norm, learned)
 
     def require_finite(self, index: int, flat: Array) -> None:
         """Raise W020, blaming the node, for values that are not finite."""

@@ -14,6 +14,7 @@ from icrf.federation.node import FederatedNode
 from icrf.learning.rng import torch_generator
 from icrf.learning.training import LocalTerms, to_tensor
 from icrf.learning.vectorized import Job, Outcome, Recipe, VectorTrainer
+from icrf.protocol import TRAINING
 from icrf_agent.host_nodes import HostNodes
 
 Array = np.ndarray[Any, Any]
@@ -90,7 +91,8 @@ class Together:
         if self._trainer is None or not wanted:
             return {}
         try:
-            outcomes = self._trainer.train(list(wanted.values()))
+            with self._nodes.meter.doing(TRAINING):
+                outcomes = self._trainer.train(list(wanted.values()))
         except IcrfError:
             raise
         except Exception as error:

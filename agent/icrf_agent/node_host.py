@@ -17,9 +17,20 @@ from icrf.errors import NodeError, RunError
 from icrf.federation.message import Message
 from icrf.learning.rng import restored_randomness
 from icrf.ports import ModelFile, PhaseReport
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Activated, StartRound
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    EXCHANGING,
+    HIERARCHICAL,
+    OTHER,
+    SUMMING,
+    Activated,
+    Relink,
+    StartRound,
+)
 from icrf_agent.host_flows import CentralizedFlow
 from icrf_agent.host_groups import HierarchicalFlow
+from icrf_agent.host_meter import HostMeter, MeteredReferences
 from icrf_agent.host_nodes import HostNodes, HostSetup
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_peers import DecentralizedFlow
@@ -52,7 +63,9 @@ class NodeHost:
     """
 
     def __init__(self, manager: HybridTopologyManager, references: References, notes: HostNotes | None = None) -> None:
-        self._manager, self._references, self._notes = manager, references, notes
+        self._manager, self._notes = manager, notes
+        self._meter = HostMeter()
+        self._references = MeteredReferences(references, self._meter)
         self._life = uuid.uuid4().hex
         self._generation = 0
         self._nodes: HostNodes | None = None
@@ -69,7 +82,7 @@ class NodeHost:
         self._generation = 0
         # What was set up before must not be in memory beside what comes.
         self._nodes = self._flow = None
-        nodes = HostNodes(setup, self._manager, self._notes)
+        nodes = HostNodes(setup, self._manager, self._notes, self._meter)
         by_node = NodeMetrics(setup.activation.nodes)
         layout, self._tray = nodes.layout, HostTray()
         passed = self._manager, self._references, by_node, Together(nodes), self._tray
@@ -110,20 +123,20 @@ class NodeHost:
             flow.publish_model(start)
             return PhaseReport()
 
-        return self._phase(start, handed, work)
+        return self._phase(start, handed, EXCHANGING, work)
 
     def host_train(self, start: StartRound, handed: Handed = None) -> Worked:
         """Train this host's nodes."""
         with restored_randomness():
-            return self._phase(start, handed, lambda flow: self._staged(start, flow.train(start)))
+            return self._phase(start, handed, OTHER, lambda flow: self._staged(start, flow.train(start)))
 
     def host_aggregate(self, start: StartRound, handed: Handed = None) -> Worked:
         """Merge or mix, as the flow has it."""
-        return self._phase(start, handed, lambda flow: self._staged(start, flow.aggregate(start)))
+        return self._phase(start, handed, SUMMING, lambda flow: self._staged(start, flow.aggregate(start)))
 
     def host_install(self, start: StartRound, handed: Handed = None) -> Worked:
         """Take over the global model of a hierarchy (hosts with an aggregator)."""
-        return self._phase(start, handed, lambda flow: self._staged(start, flow.install(start)))
+        return self._phase(start, handed, SUMMING, lambda flow: self._staged(start, flow.install(start)))
 
     def host_evaluate(self, start: StartRound, handed: Handed = None) -> Worked:
         """Make and evaluate the consensus model (first host of the coordinator).
@@ -135,7 +148,16 @@ class NodeHost:
             self._ready()[0].states.set_aside()
             return flow.evaluate(start)
 
-        return self._phase(start, handed, work)
+        return self._phase(start, handed, SUMMING, work)
+
+    def host_adapt(self, start: StartRound, handed: Handed = None) -> Worked:
+        """Decide on the graph of the rounds to come (first host of the coordinator)."""
+        return self._phase(start, handed, OTHER, lambda flow: PhaseReport(graph=self._peers().adapt(start)))
+
+    def host_relink(self, order: Relink) -> None:
+        """Take over another graph, under a new generation."""
+        self._peers().relink(order.graph)
+        self._generation = order.generation
 
     def host_model(self, round_number: int) -> ModelFile:
         """The global or consensus model of a committed round, or all of several; F006 where this host has none."""
@@ -161,17 +183,26 @@ class NodeHost:
         """The same inside one cluster, where arguments and results are passed by Ray itself."""
         return self._between_rounds(index).call(index, method, *arguments, **keywords)
 
-    def _phase(self, start: StartRound, handed: Handed, work: Callable[[Flow], PhaseReport]) -> Worked:
-        """One phase of an attempt: `handed` is all that was posted in it so far, unless other clusters post too."""
+    def _phase(self, start: StartRound, handed: Handed, part: str, work: Callable[[Flow], PhaseReport]) -> Worked:
+        """One phase of an attempt: `handed` is all that was posted in it so far, unless other clusters post too; what
+        is not measured as something else takes the time of `part`."""
         nodes, flow = self._ready()
         _use_one_thread()
-        nodes.enter(start)
         tray = self._tray
-        tray.handed, tray.made = handed, []
         try:
-            return Worked(work(flow), tuple(tray.made))
+            with self._meter.phase((start.round, start.attempt), part):
+                nodes.enter(start)
+                tray.handed, tray.made = handed, []
+                report = work(flow)
+            return Worked(report, tuple(tray.made), self._meter.seconds)
         finally:
             tray.handed, tray.made = None, []
+
+    def _peers(self) -> DecentralizedFlow:
+        flow = self._ready()[1]
+        if not isinstance(flow, DecentralizedFlow):
+            raise RunError("F005", "only the graph of peers changes")
+        return flow
 
     def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:
         """Stage the nodes' own states after a phase."""

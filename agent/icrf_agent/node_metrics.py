@@ -16,8 +16,11 @@ ByNode = dict[str, dict[str, float]]
 class NodeMetrics:
     """Collects what nodes report in the rounds that are evaluated.
 
+    Attributes:
+        train_loss: what each node reported last as that, whatever the round and however many they are.
+
     Args:
-        nodes: all nodes of the federation; with more than `MAX_NODES` nothing is kept.
+        nodes: all nodes of the federation; with more than `MAX_NODES` nothing else is kept.
     """
 
     def __init__(self, nodes: Iterable[NodeSpec]) -> None:
@@ -25,9 +28,12 @@ class NodeMetrics:
         self._wanted = len(self._names) <= MAX_NODES
         self._found: ByNode = {}
         self._of = (0, 0)
+        self.train_loss: dict[int, float] = {}
 
     def add(self, start: StartRound, index: int, values: Mapping[str, float]) -> None:
         """Keep the finite values of a node; what an earlier attempt has left is gone."""
+        if "train_loss" in values:
+            self.train_loss[index] = values["train_loss"]
         if not (self._wanted and start.evaluate):
             return
         if self._of != (start.round, start.attempt):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from icrf.errors import RunError
 from icrf.ports import PhaseReport
@@ -42,7 +43,8 @@ class Phases:
         worked = await self._call(run, slots, method, start)
         run.stateful.update(slot for slot, one in zip(slots, worked, strict=True) if one.report.node_states)
         await self._post(run, start, worked)
-        return merge_reports([one.report for one in worked])
+        seconds = {run.host_label(slot): one.seconds for slot, one in zip(slots, worked, strict=True)}
+        return replace(merge_reports([one.report for one in worked]), seconds=seconds)
 
     async def publish(self, run: Hosted, start: StartRound) -> None:
         """Open the attempt while the hosts with an aggregator prepare what they send; then post that."""
@@ -105,6 +107,7 @@ def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
         model_hash="".join(r.model_hash for r in reports),
         state_hashes=b"".join(r.state_hashes for r in reports),
         bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),
+        graph=next((r.graph for r in reports if r.graph), None),
     )
 
 

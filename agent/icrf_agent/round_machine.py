@@ -13,8 +13,8 @@ nodes keep something, a cluster trains also if none of its nodes takes part: its
 Decentralized::
 
     train ─> send one update per (node, remote cluster) ─┐
-                                                         ├─> aggregate (mix) ─> [consensus ─> evaluate] ─> report
-    updates of remote neighbours ────────────────────────┘
+                                                         ├─> aggregate (mix) ─> [consensus ─> evaluate]
+    updates of remote neighbours ────────────────────────┘                   ─> [what is gathered ─> adapt] ─> report
 
 Hierarchical: as centralized, with a coordinator per group and models and partials of several groups side by side. In a
 round that ends with the global model every cluster sends the root one sum over all groups instead::
@@ -28,12 +28,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from icrf.exchange import CONSENSUS, MERGED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
+from icrf.exchange import CONSENSUS, GATHERED, MERGED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer
 from icrf.ports import Arrival, PhaseReport
-from icrf.protocol import DECENTRALIZED, MetricSum, RoundReport, StartRound, bitmap
+from icrf.protocol import (
+    DECENTRALIZED,
+    EXCHANGING,
+    ClusterProfile,
+    MetricSum,
+    PhaseSpan,
+    RoundReport,
+    StartRound,
+    bitmap,
+)
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
-INSTALL = "install"
+INSTALL, ADAPT = "install", "adapt"
 
 _Expected = tuple[str, int, int, tuple[int, ...]]
 
@@ -51,10 +60,12 @@ class Step:
 class _Seconds:
     """When things began and how long they took, in the shell's monotonic seconds."""
 
+    began: float = 0.0
     train: float = 0.0
     exchange_from: float = -1.0
     exchange: float = 0.0
     aggregate: float = 0.0
+    phases: list[PhaseSpan] = field(default_factory=list)
 
 
 @dataclass
@@ -81,6 +92,7 @@ class RoundMachine:
     _mixing: bool = False
     _mixed: bool = False
     _ending: bool = False
+    _ended: set[str] = field(default_factory=set)
     _finished: bool = False
     _overflow: tuple[int, ...] = ()
     _wire_bytes: int = 0
@@ -88,10 +100,13 @@ class RoundMachine:
 
     def begin(self, now_s: float) -> list[Step]:
         """The first steps, and what has to arrive."""
+        self._seconds.began = now_s
         plan, here = self.plan, self.cluster
         kinds = [MODEL, PARTIAL, UPDATE, MERGED]
         if self._mixes_consensus or plan.flow != DECENTRALIZED:
             kinds.append(CONSENSUS)
+        if self.start.adapt:
+            kinds.append(GATHERED)
         inbound = [transfer for kind in kinds for transfer in plan.inbound(here, kind)]
         self._expected = {_key(t.kind, t.sender, t.source, t.recipients) for t in inbound}
         if plan.flow == DECENTRALIZED:
@@ -120,6 +135,9 @@ class RoundMachine:
         """A step is finished; `result` is what a phase reported."""
         if self._finished:
             return []
+        if step.kind != SEND:
+            ended_s = now_s - self._seconds.began
+            self._seconds.phases.append(PhaseSpan(step.kind, ended_s - took_s, ended_s))
         if step.kind == PUBLISH:
             sends = [Step(SEND, t) for t in self.plan.outbound(self.cluster, MODEL)]
             self._sending += len(sends)
@@ -136,13 +154,15 @@ class RoundMachine:
         if step.kind == TRAIN:
             self._trained = True
             self._seconds.train = took_s
-            self._seconds.exchange_from = now_s
+            self._exchanges(now_s)
             return self._send_after_training() + self._go_on(now_s)
         self._seconds.aggregate += took_s
         if step.kind == AGGREGATE:
             self._mixed = True
+            self._exchanges(now_s)
             return self._send_after_aggregating() + self._go_on(now_s)
-        return self._finish()
+        self._ending = False
+        return self._go_on(now_s)
 
     # ------------------------------------------------------------ inside
 
@@ -161,13 +181,13 @@ class RoundMachine:
     def _train_when_there(self, now_s: float) -> list[Step]:
         """Train once all models are there that this cluster's nodes start from; go on at once where nobody trains."""
         if self._waits_for(MODEL):
-            self._seconds.exchange_from = now_s
+            self._exchanges(now_s)
             return []
         if self.plan.local_participants(self.cluster) or self.plan.rows.anybody_keeps:
             self._exchanged(now_s)
             return [Step(TRAIN)]
         self._trained = True
-        self._seconds.exchange_from = now_s
+        self._exchanges(now_s)
         return self._go_on(now_s)
 
     def _send(self, *kinds: str) -> list[Step]:
@@ -181,7 +201,9 @@ class RoundMachine:
         return self._send(PARTIAL, UPDATE, CONSENSUS)
 
     def _send_after_aggregating(self) -> list[Step]:
-        return self._send(CONSENSUS) if self._mixes_consensus else self._send(MERGED)
+        if self.plan.flow != DECENTRALIZED:
+            return self._send(MERGED)
+        return self._send(*[CONSENSUS] * self.start.evaluate, *[GATHERED] * self.start.adapt)
 
     def _go_on(self, now_s: float) -> list[Step]:
         if not self._trained or self._sending:
@@ -198,21 +220,32 @@ class RoundMachine:
         return self._end_round(now_s)
 
     def _end_round(self, now_s: float) -> list[Step]:
-        """What follows when the new states are made, wherever they are made: a last step, or the report."""
+        """What follows when the new states are made, wherever they are made: another step, or the report."""
         if self._ending:
             return []
-        if self._mixes_consensus and self._coordinates:
-            awaited, last = CONSENSUS, EVALUATE
-        elif self.cluster in self.plan.installing:
-            awaited, last = MERGED, INSTALL
-        else:
-            self._exchanged(now_s)
-            return self._finish()
-        if self._waits_for(awaited):
+        left = [(awaited, last) for awaited, last in self._last_steps if last not in self._ended]
+        if left and self._waits_for(left[0][0]):
             return []
         self._exchanged(now_s)
+        if not left:
+            return self._finish()
         self._ending = True
-        return [Step(last)]
+        self._ended.add(left[0][1])
+        return [Step(left[0][1])]
+
+    @property
+    def _last_steps(self) -> list[tuple[str, str]]:
+        """What this cluster has to do once the new states are made, in order, each with what it waits for."""
+        if self.cluster in self.plan.installing:
+            return [(MERGED, INSTALL)]
+        if not self._coordinates or self.plan.flow != DECENTRALIZED:
+            return []
+        return [(CONSENSUS, EVALUATE)] * self.start.evaluate + [(GATHERED, ADAPT)] * self.start.adapt
+
+    def _exchanges(self, now_s: float) -> None:
+        """From now on this cluster waits until payloads have come or gone."""
+        if self._seconds.exchange_from < 0.0:
+            self._seconds.exchange_from = now_s
 
     def _exchanged(self, now_s: float) -> None:
         if self._seconds.exchange_from >= 0.0:
@@ -249,8 +282,19 @@ class RoundMachine:
             absmax=state.absmax,
             model_hash=state.model_hash,
             state_hashes=state.state_hashes,
+            graph=next((phase.graph for phase in self._merged if phase.graph), None),
+            profile=self._profile() if self.start.profile else None,
         )
         return [Step(REPORT, report=report)]
+
+    def _profile(self) -> ClusterProfile:
+        """What the hosts did. While payloads cross between clusters no phase runs here: all of them wait for that."""
+        hosts: dict[str, dict[str, float]] = {}
+        for phase in self._merged:
+            hosts.update({name: dict(seconds) for name, seconds in phase.seconds.items()})
+        for seconds in hosts.values():
+            seconds[EXCHANGING] = seconds.get(EXCHANGING, 0.0) + self._seconds.exchange
+        return ClusterProfile(hosts, tuple(self._seconds.phases))
 
 
 def _key(kind: str, sender: int, source: int, recipients: Sequence[int]) -> _Expected:

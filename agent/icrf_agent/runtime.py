@@ -17,13 +17,14 @@ from typing import Any
 from urllib.parse import quote
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
-from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, UPDATE, Transfer, num_elements
+from icrf.exchange import EXACT, MESSAGE, OF_A_CLUSTER, UPDATE, Transfer, num_elements
 from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import (
     Activate,
     Activated,
     HeldRun,
     PeerAddress,
+    Relink,
     Reserve,
     StartRound,
     element_type,
@@ -33,7 +34,7 @@ from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.phases import Phases, elementwise_max
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
-from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
+from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_label
 from icrf_agent.topology_manager import Posting
 
 log = logging.getLogger("icrf.agent")
@@ -246,21 +247,34 @@ class HostedRuntime:
         await self._send_letters(run, start.round, start.attempt)
         return report
 
+    async def adapt(self, run_id: str, start: StartRound) -> PhaseReport:
+        run = self._run(run_id)
+        return await self._phases.on(run, [run.model_slot], "host_adapt", start)
+
+    async def relink(self, request: Relink) -> Activate:
+        async with self._lifecycle:
+            run = self._run(request.run_id)
+            run.relink(request)
+            async with self._healing:
+                await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
+            await self._manager.call("relink", request)
+            await asyncio.gather(*(host.call("host_relink", request) for host in run.hosts))
+            return run.activation
+
     async def send_payload(self, run_id: str, start: StartRound, transfer: Transfer) -> None:
         run = self._run(run_id)
         posting, row = await self._posting_for(start, transfer)
-        partial = transfer.kind in (PARTIAL, CONSENSUS)
-        layout = run.activation.layout
+        layout, rows = run.activation.layout, run.activation.rows
         header = self._header(
             run,
             (start.round, start.attempt),
             transfer.kind,
             transfer.target,
             sender=transfer.sender,
-            dtype="float64" if partial else element_type(layout),
-            num_elements=num_elements(transfer.kind, shared_size(layout), run.activation.rows),
+            dtype="float64" if transfer.kind in EXACT else element_type(layout),
+            num_elements=num_elements(transfer.kind, shared_size(layout), rows, len(posting.senders)),
             weight=posting.weight,
-            recipients=transfer.recipients if partial else (),
+            recipients=transfer.recipients if transfer.kind in EXACT else (),
         )
         assert self._shared is not None and self._shared.gateway is not None
         peer = self._peer(run, transfer.target)
@@ -413,9 +427,9 @@ class HostedRuntime:
 
     async def _posting_for(self, start: StartRound, transfer: Transfer) -> tuple[Posting, int]:
         """The posting that a transfer sends, and which row of it (-1: all)."""
-        if transfer.kind in (PARTIAL, CONSENSUS):
+        if transfer.kind in OF_A_CLUSTER:
             args = (start.run_id, start.round, start.attempt, transfer.kind, transfer.recipients or None)
-            return await self._manager.call("cluster_partial", *args), -1
+            return await self._manager.call("cluster_posting", *args), -1
         asked = (start.run_id, start.round, start.attempt, transfer.kind, transfer.sender)
         posting, row = await self._manager.call("posted_by", *asked)
         return posting, row if transfer.kind == UPDATE else row_for(start, transfer.recipients)
@@ -454,7 +468,7 @@ class HostedRuntime:
 
 def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:
     """``{federation}/{node}`` where a node has a host of its own, else ``{federation}/host-{slot}``."""
-    return f"{request.federation}/{request.nodes[nodes[0]].id if len(nodes) == 1 else f'host-{slot}'}"
+    return f"{request.federation}/{host_label(request, nodes, slot)}"
 
 
 def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:

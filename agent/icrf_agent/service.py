@@ -35,6 +35,8 @@ from icrf.protocol import (
     Reject,
     Release,
     Released,
+    Relink,
+    Relinked,
     Reserve,
     SaveCheckpoint,
     SendMessage,
@@ -42,7 +44,7 @@ from icrf.protocol import (
 )
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
 from icrf_agent.journal import AgentJournal
-from icrf_agent.round_machine import AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
+from icrf_agent.round_machine import ADAPT, AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
 
 log = logging.getLogger("icrf.agent")
 
@@ -59,6 +61,7 @@ _PHASE_OF = {
     AGGREGATE: "aggregate",
     EVALUATE: "aggregate",
     INSTALL: "aggregate",
+    ADAPT: "aggregate",
 }
 _PHASE_BY_ORDER: dict[type, str] = {Reserve: "reserve", Activate: "activate", StoreModel: "result"}
 
@@ -274,6 +277,8 @@ class AgentService:
             return await runtime.evaluate(start.run_id, start)
         if step.kind == INSTALL:
             return await runtime.install(start.run_id, start)
+        if step.kind == ADAPT:
+            return await runtime.adapt(start.run_id, start)
         if step.kind == PUBLISH:
             await runtime.publish_model(start.run_id, start)
         elif step.kind == SEND and step.transfer is not None:
@@ -287,7 +292,7 @@ class AgentService:
             log.warning("%s on %s: %s", type(instruction).__name__, self._identity.cluster, error)
             if error.code == "L001":
                 return  # the mediator is away; it asks again when it is back
-            if isinstance(instruction, Activate):
+            if isinstance(instruction, Activate | Relink):
                 _, error = await self._heal(instruction.run_id, error)
             if report := failure(instruction, error):
                 self._link.report(report)
@@ -303,6 +308,11 @@ class AgentService:
             self._act(self._core.reserved(instruction))
         elif isinstance(instruction, Activate):
             report(await self._activate(instruction))
+        elif isinstance(instruction, Relink):
+            activation = await runtime.relink(instruction)
+            if self._journal is not None:
+                await asyncio.to_thread(self._journal.remember, activation)
+            report(Relinked(instruction.run_id, instruction.generation))
         elif isinstance(instruction, SaveCheckpoint):
             await self._save_checkpoint(instruction)
         elif isinstance(instruction, Release):

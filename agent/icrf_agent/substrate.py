@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Reserve
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve
 from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.node_state import merge, unwrap, wrap
@@ -119,6 +119,15 @@ class Hosted:
     setting_up: asyncio.Future[Activated] | None = None
     tray: Tray = field(default_factory=Tray)
 
+    def relink(self, order: Relink) -> None:
+        """From now on the run has this graph under this generation; P003 if a later one is in force."""
+        was = self.activation
+        if order.generation < was.generation:
+            over = f"generation {order.generation} of run {order.run_id[:8]} is over"
+            raise RoutingError("P003", over, value=was.generation)
+        self.activation = order.applied_to(was)
+        self.setups = [replace(setup, activation=self.activation) for setup in self.setups]
+
     @cached_property
     def _slot_of(self) -> dict[int, int]:
         return {node: slot for slot, nodes in enumerate(self.nodes) for node in nodes}
@@ -143,6 +152,10 @@ class Hosted:
     def shares_host(self, index: int) -> bool:
         """Whether the host of a node runs others too."""
         return len(self.nodes[self._slot_of[index]]) > 1
+
+    def host_label(self, slot: int) -> str:
+        """What people call the host in a slot, see :func:`host_label`."""
+        return host_label(self.activation, self.nodes[slot], slot)
 
     @cached_property
     def aggregators(self) -> tuple[int, ...]:
@@ -202,3 +215,8 @@ class Hosted:
         found = [unwrap(part, round_number) for part in parts]
         merged = merge_rows([flow_part for flow_part, _ in found], round_number)
         return wrap(merged, merge(states for _, states in found), round_number)
+
+
+def host_label(request: Activate, nodes: Sequence[int], slot: int) -> str:
+    """The node's id where a node has a host of its own, else ``host-{slot}``."""
+    return request.nodes[nodes[0]].id if len(nodes) == 1 else f"host-{slot}"

@@ -16,10 +16,10 @@ import numpy as np
 
 from icrf import values
 from icrf.errors import ProtocolError, RoutingError, RunError, WeightsError
-from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL, UPDATE, num_elements
+from icrf.exchange import EXACT, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
-from icrf.protocol import HIERARCHICAL, Activate, element_type, shared_size
+from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.object_store import GlobalObjectStore, object_key
 from icrf_agent.room import Letter, TopologyManager, decode_letters
@@ -127,6 +127,20 @@ class HybridTopologyManager:
             topology.link_nodes([node.id for node in activation.nodes], adjacency)
             self._rooms[activation.run_id] = _Room(activation, activation.clusters.index(self._cluster), topology)
 
+    def relink(self, order: Relink) -> None:
+        """The nodes of a run are linked otherwise from now on, under a new generation; mail that was sent stays sent.
+
+        Raises:
+            RoutingError: P003 if the run is not here, or a later generation is in force.
+        """
+        with self._lock:
+            room = self._linked(order.run_id)
+            if order.generation < room.activation.generation:
+                self._room(order.run_id, order.generation)
+            room.activation = order.applied_to(room.activation)
+            adjacency = HybridAdjacencyMatrix.from_graph(order.graph)
+            room.topology.link_nodes([node.id for node in room.activation.nodes], adjacency)
+
     def unlink(self, run_id: str) -> None:
         """Close the room of a run and free what it held."""
         with self._mail_came:
@@ -226,10 +240,10 @@ class HybridTopologyManager:
                 raise RunError("F005", f"node {sender} has posted no {kind} in round {round_number}")
             return replace(found[0], senders=(sender,)), found[1]
 
-    def cluster_partial(
+    def cluster_posting(
         self, run_id: str, round_number: int, attempt: int, kind: str, recipients: tuple[int, ...] | None = None
     ) -> Posting:
-        """The exact sum of this cluster's partials, as the one posting that leaves the cluster.
+        """What this cluster sends as a whole: the exact sum of its partials, or the rows of all of its nodes.
 
         Args:
             recipients: only what is addressed to these; None: all of them.
@@ -240,11 +254,14 @@ class HybridTopologyManager:
             raise RoutingError("P003", f"no {kind} of round {round_number} attempt {attempt} on {self._cluster}")
         if len(postings) == 1:
             return postings[0]
-        total = np.array(self._references.get(postings[0].reference))
-        for posting in postings[1:]:
-            total += self._references.get(posting.reference)
-        first = postings[0]
-        senders = tuple(sorted(n for p in postings for n in p.senders))
+        first, arrays = postings[0], [self._references.get(posting.reference) for posting in postings]
+        if kind == GATHERED:
+            # Hosts have their nodes in order, one after the other.
+            total, senders = np.concatenate(arrays), tuple(n for p in postings for n in p.senders)
+        else:
+            total, senders = np.array(arrays[0]), tuple(sorted(n for p in postings for n in p.senders))
+            for array in arrays[1:]:
+                total += array
         weight = sum(p.weight for p in postings)
         reference = self._references.put(total)
         return Posting(
@@ -269,7 +286,7 @@ class HybridTopologyManager:
             elif header.kind == PARTIAL:
                 self._require_local(room, header.recipients)
                 room.topology.require_edges(senders, header.recipients)
-            self._require_shape(room, header)
+            self._require_shape(room, header, len(senders))
             is_new = self._keep(
                 room,
                 Posting(
@@ -425,10 +442,9 @@ class HybridTopologyManager:
         for recipient in recipients:
             self._require_owner(room, recipient, self._cluster)
 
-    def _require_shape(self, room: _Room, header: PayloadHeader) -> None:
-        whole = header.kind in _FROM_A_NODE
-        elements = num_elements(header.kind, room.num_parameters, room.activation.rows)
-        wanted = (element_type(room.activation.layout) if whole else "float64", elements)
+    def _require_shape(self, room: _Room, header: PayloadHeader, num_senders: int) -> None:
+        elements = num_elements(header.kind, room.num_parameters, room.activation.rows, num_senders)
+        wanted = ("float64" if header.kind in EXACT else element_type(room.activation.layout), elements)
         if (header.dtype, header.num_elements) != wanted:
             raise WeightsError(
                 "W010",
@@ -442,9 +458,9 @@ class HybridTopologyManager:
         if header.kind in _FROM_A_NODE:
             self._require_owner(room, header.sender, header.source)
             return (header.sender,)
-        clusters, groups = room.activation.clusters, room.members if header.kind == CONSENSUS else room.participants
+        clusters, groups = room.activation.clusters, room.participants if header.kind == PARTIAL else room.members
         senders = groups.get(clusters.index(header.source), ()) if header.source in clusters else ()
-        if header.kind not in (PARTIAL, CONSENSUS):
+        if header.kind not in OF_A_CLUSTER:
             raise ProtocolError("P001", f"unknown kind of payload '{header.kind}'", place=header.source)
         if header.kind == PARTIAL and room.activation.flow == HIERARCHICAL:
             above = room.topology.adjacency

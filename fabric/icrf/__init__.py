@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from icrf.participation import register_sampler
     from icrf.registry import register
     from icrf.spec import FederationConfig
-    from icrf.topology import register_grouping, register_mixing, register_network_builder, register_topology
+    from icrf.topology import (
+        TopologyAdaptationStrategy,
+        register_grouping,
+        register_mixing,
+        register_network_builder,
+        register_topology,
+    )
 
 __version__ = "0.1.0"
 
@@ -56,6 +62,7 @@ __all__ = [
     "RingFederatedLearningSchema",
     "Run",
     "StarFederatedLearningSchema",
+    "TopologyAdaptationStrategy",
     "VirtualNode",
     "__version__",
     "connect",
@@ -94,6 +101,7 @@ _HOME = {
     "register_mixing": "icrf.topology",
     "register_network_builder": "icrf.topology",
     "register_topology": "icrf.topology",
+    "TopologyAdaptationStrategy": "icrf.topology",
     "Dataset": "icrf.learning",
     "register_aggregator": "icrf.learning",
     "register_model": "icrf.learning",

@@ -59,6 +59,10 @@ Log = Annotated[
         help="Send metrics on: tensorboard:DIR, csv:FILE, jsonl:FILE, sqlite:FILE or module:attr; may be repeated.",
     ),
 ]
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", help="Show where the rounds' time went, per host; profile.jsonl has each round."),
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/ID")]
 Clusters = Annotated[int, typer.Option("--clusters", min=1, max=64, metavar="N", help="How many local Ray clusters.")]
 Mediator = Annotated[
@@ -149,6 +153,7 @@ def run(
     verify: Annotated[
         bool, typer.Option("--verify-determinism", help="Run it twice and compare the hashes of all rounds.")
     ] = False,
+    profile: Profile = False,
     log: Log = None,
     override: Overrides = None,
     json: Json = False,
@@ -161,8 +166,13 @@ def run(
     from icrf.console.verify import run_twice
 
     if resume is not None:
-        if override or verify or out not in (None, resume):
-            place = "--override" if override else "--verify-determinism" if verify else "--out"
+        changes = {
+            "--override": bool(override),
+            "--verify-determinism": verify,
+            "--profile": profile,
+            "--out": out not in (None, resume),
+        }
+        if place := next((option for option, given in changes.items() if given), ""):
             raise LocalError("L009", f"--resume goes on with what was started; {place} changes it", place=place)
         summary, status = resume_here(terminal, session.doors, resume, clusters, _sinks(log))
     elif file is None:
@@ -170,7 +180,7 @@ def run(
             "L009", "a federation is needed", place="FED.yaml", hint="or --resume DIR for one that was begun"
         )
     else:
-        submission = _submission(_load(file, override), file)
+        submission = _submission(_load(file, override), file, profile=profile)
         begin = run_twice if verify else run_here
         summary, status = begin(terminal, session.doors, submission, clusters or 1, out, _sinks(log))
     _finish(terminal, summary, status, json)
@@ -263,6 +273,7 @@ def submit(
     mediator: Mediator = DEFAULT_MEDIATOR,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run and write its folder.")] = False,
     out: Out = None,
+    profile: Profile = False,
     log: Log = None,
     override: Overrides = None,
     json: Json = False,
@@ -275,7 +286,7 @@ def submit(
 
     if log and not (watch or out):
         raise LocalError("L009", "--log needs somebody who follows the run", place="--log", hint="add --watch")
-    submission = _submission(_load(file, override), file)
+    submission = _submission(_load(file, override), file, profile=profile)
     with _open(session, mediator) as fabric:
         summary, status = submit_there(terminal, fabric, submission, watch or out is not None, out, _sinks(log))
     _finish(terminal, summary, status, json)
@@ -385,10 +396,10 @@ def _load(file: Path, override: list[str] | None) -> FederationConfig:
     return load_config(file, override or [])
 
 
-def _submission(config: FederationConfig, file: Path) -> Submission:
+def _submission(config: FederationConfig, file: Path, *, profile: bool = False) -> Submission:
     from icrf.submission import build_submission
 
-    return build_submission(config, code_path=str(file.resolve().parent))
+    return build_submission(config, code_path=str(file.resolve().parent), profile=profile)
 
 
 def _sinks(specs: list[str] | None) -> list[MetricsSink]:

@@ -23,6 +23,8 @@ from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 MODEL, UPDATE, PARTIAL, CONSENSUS = "model", "update", "partial", "consensus"
 # The global model of a hierarchy on its way to the aggregators of the groups.
 MERGED = "merged"
+# What peers tell the coordinator about themselves, where it decides on their next graph.
+GATHERED = "gathered"
 # What nodes say to each other; it is not planned.
 MESSAGE = "message"
 
@@ -31,6 +33,10 @@ V = TypeVar("V")
 
 # The sender of what a cluster as a whole contributes.
 CLUSTER_SENDER = -1
+
+# What a cluster sends as a whole: sums that are exact, and rows of all of its nodes.
+EXACT = (PARTIAL, CONSENSUS)
+OF_A_CLUSTER = (*EXACT, GATHERED)
 
 # Exact partial sums are float64, whatever the model's dtype.
 PARTIAL_ITEMSIZE = 8
@@ -41,11 +47,11 @@ class Transfer:
     """One payload from one cluster to another.
 
     Attributes:
-        kind: ``model``, ``update``, ``partial``, ``consensus`` or ``merged``.
-        sender: node index, or -1 for a cluster's partial.
+        kind: ``model``, ``update``, ``partial``, ``consensus``, ``merged`` or ``gathered``.
+        sender: node index, or -1 for what a cluster sends as a whole.
         source: cluster index it leaves.
         target: cluster index it goes to.
-        recipients: node indices at `target`, ascending; empty for a consensus partial, which no node receives.
+        recipients: node indices at `target`, ascending; empty for what no node receives, such as a consensus partial.
     """
 
     kind: str
@@ -69,6 +75,7 @@ class ExchangePlan:
         merging: payloads of a round of a hierarchical flow that ends with one model for all groups.
         merges: whether this is the plan of such a round.
         rows: what the aggregation rule moves.
+        adaptation: what a round of a decentralized flow that decides on the next graph adds.
     """
 
     flow: str
@@ -82,6 +89,7 @@ class ExchangePlan:
     merging: tuple[Transfer, ...] = ()
     merges: bool = False
     rows: Rows = field(default_factory=Rows)
+    adaptation: tuple[Transfer, ...] = ()
 
     def merged(self) -> ExchangePlan:
         """The plan of a round of a hierarchical flow that ends with one model for all groups."""
@@ -153,12 +161,16 @@ class ExchangePlan:
 
     def transfer_bytes(self, transfer: Transfer, num_parameters: int, itemsize: int = 4) -> int:
         """Payload bytes of one transfer."""
-        exact = transfer.kind in (PARTIAL, CONSENSUS)
-        return num_elements(transfer.kind, num_parameters, self.rows) * (PARTIAL_ITEMSIZE if exact else itemsize)
+        elements = num_elements(transfer.kind, num_parameters, self.rows, len(self.local_nodes(transfer.source)))
+        return elements * (PARTIAL_ITEMSIZE if transfer.kind in EXACT else itemsize)
 
     def evaluation_bytes(self, num_parameters: int) -> int:
         """Payload bytes that an evaluation adds."""
         return len(self.evaluation) * PARTIAL_ITEMSIZE * num_parameters
+
+    def adaptation_bytes(self, num_parameters: int, itemsize: int = 4) -> int:
+        """Payload bytes that a decision on the next graph adds."""
+        return sum(self.transfer_bytes(t, num_parameters, itemsize) for t in self.adaptation)
 
     def links(self, num_parameters: int, itemsize: int = 4) -> dict[tuple[int, int], int]:
         """(source cluster, target cluster) -> payload bytes of one round without evaluation, ordered by link."""
@@ -169,11 +181,11 @@ class ExchangePlan:
 
     @cached_property
     def _by_source(self) -> dict[tuple[int, str], tuple[Transfer, ...]]:
-        return _grouped(((t.source, t.kind), t) for t in self.transfers + self.evaluation)
+        return _grouped(((t.source, t.kind), t) for t in self.transfers + self.evaluation + self.adaptation)
 
     @cached_property
     def _by_target(self) -> dict[tuple[int, str], tuple[Transfer, ...]]:
-        return _grouped(((t.target, t.kind), t) for t in self.transfers + self.evaluation)
+        return _grouped(((t.target, t.kind), t) for t in self.transfers + self.evaluation + self.adaptation)
 
     @cached_property
     def _local_nodes(self) -> dict[int, tuple[int, ...]]:
@@ -184,8 +196,14 @@ class ExchangePlan:
         return _grouped((self.assignment[node], node) for node in self.participants)
 
 
-def num_elements(kind: str, num_parameters: int, rows: Rows) -> int:
-    """Elements of a payload of this kind."""
+def num_elements(kind: str, num_parameters: int, rows: Rows, num_nodes: int) -> int:
+    """Elements of a payload of this kind.
+
+    Args:
+        num_nodes: of the cluster that sends it, which decides where there is a row for each.
+    """
+    if kind == GATHERED:
+        return rows.gathered * num_nodes
     if kind == MODEL:
         return rows.down * num_parameters
     return rows.up * num_parameters + rows.scalars if kind == PARTIAL else num_parameters
@@ -248,6 +266,7 @@ def compile_exchange(
         aggregators=aggregators,
         merging=merging,
         rows=rows,
+        adaptation=tuple(replace(t, kind=GATHERED) for t in evaluation) if rows.gathered else (),
     )
 
 

@@ -20,10 +20,12 @@ from icrf.protocol import (
     Capacity,
     ClusterInfo,
     Fingerprint,
+    Graph,
     HeldRun,
     Instruction,
     PeerAddress,
     Plan,
+    Relink,
     Report,
     Reserve,
     RunEvent,
@@ -173,6 +175,7 @@ class PhaseReport:
 
     Attributes:
         node_states: whether nodes of the host have a durable state of their own.
+        seconds: of a whole cluster's report: host -> part -> seconds in all phases of the attempt so far.
     """
 
     nodes: tuple[int, ...] = ()
@@ -185,6 +188,8 @@ class PhaseReport:
     state_hashes: bytes = b""
     bytes_intra_cluster: int = 0
     node_states: bool = False
+    graph: Graph | None = None
+    seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,8 @@ class ClusterRuntime(Protocol):
 
     async def aggregate(self, run_id: str, start: StartRound) -> PhaseReport:
         """Centralized: merge the partials into the new global model (coordinator only). Decentralized: every host
-        mixes its nodes, and, if the round is evaluated, the cluster's consensus partial is published. Hierarchical:
+        mixes its nodes, and, if the round is evaluated, the cluster's consensus partial is published; if it decides on
+        the next graph, what the decision asks for is published too. Hierarchical:
         every aggregator here makes its group's model; where the round merges, the root makes the one for all."""
 
     async def install(self, run_id: str, start: StartRound) -> PhaseReport:
@@ -258,6 +264,15 @@ class ClusterRuntime(Protocol):
 
     async def evaluate(self, run_id: str, start: StartRound) -> PhaseReport:
         """Coordinator of a decentralized run: merge the consensus partials and evaluate the consensus model."""
+
+    async def adapt(self, run_id: str, start: StartRound) -> PhaseReport:
+        """Coordinator of a decentralized run: decide on the graph of the rounds to come."""
+
+    async def relink(self, request: Relink) -> Activate:
+        """Between two rounds: link the nodes of a run like this, under a new generation.
+
+        Returns the activation that is in force now; P003 if a later generation is. A repeated call completes what an
+        earlier one has left undone."""
 
     async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
         """Drop everything of that attempt. Late results and payloads of it are refused from now on."""
@@ -312,7 +327,7 @@ class FederationStore(Protocol):
 
     Tables (key): ``submissions``, ``runs`` and ``goals`` (run_id), ``assignments`` and ``activations`` (run_id,
     generation), ``attempts`` (run_id, round, attempt, cluster), ``commits`` and ``checkpoints`` (run_id, round),
-    ``events`` (run_id, seq), ``meta`` (name).
+    ``graphs`` (run_id, round), ``relinks`` (run_id, generation), ``events`` (run_id, seq), ``meta`` (name).
     """
 
     def apply(self, writes: Sequence[Write]) -> None:

@@ -41,6 +41,7 @@ KINDS = (
 _KEYS = {
     "topology": "federated_learning_topology",
     "mixing": "mixing",
+    "adapter": "topology_adaptation_strategy",
     "grouping": "group_by",
     "model": "model_type",
     "dataset": "dataset_type",

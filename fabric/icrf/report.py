@@ -22,6 +22,7 @@ from icrf.console.format import (
     short_id,
 )
 from icrf.errors import error_from_dict
+from icrf.profiling import profile_table
 from icrf.protocol import Plan, RoundResult
 from icrf.spec.documents import dump_yaml
 
@@ -99,7 +100,7 @@ def render(data: ReportData) -> str:
     ]
     if summary.get("error"):
         parts.append(f'<pre class="error">{_text(error_from_dict(summary["error"]))}</pre>')
-    parts += [_curve_section(data.rounds), _rounds_section(data.rounds)]
+    parts += [_curve_section(data.rounds), _rounds_section(data.rounds), _profile_section(data.rounds)]
     if data.plan is not None:
         parts.append(_plan_section(data.plan))
     config = dump_yaml(dict(data.config))
@@ -228,6 +229,23 @@ def _rounds_section(rounds: Sequence[RoundResult]) -> str:
     return (
         f"<h2>Rounds</h2>{note}"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
+
+
+def _profile_section(rounds: Sequence[RoundResult]) -> str:
+    table = profile_table(rounds)
+    if table is None:
+        return ""
+    first, *others = table.columns
+    head = f'<th class="t">{first}</th>' + "".join(f"<th>{name}</th>" for name in others)
+    body = "".join(
+        f'<tr><td class="t">{_text(name)}</td>' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+        for name, *cells in table.rows
+    )
+    note = f'<p class="sub">and {table.left_out:,} more hosts in profile.jsonl</p>' if table.left_out else ""
+    return (
+        f'<h2>Where the time went</h2>{note}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

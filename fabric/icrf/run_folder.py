@@ -1,7 +1,7 @@
 """The folder that a run leaves: configuration, plan, rounds, model, summary, report.
 
-``rounds.jsonl`` and ``nodes.jsonl`` grow while the run goes on, one flushed line per round, so that what was reached is
-there even if the process that watches dies. The other files are replaced in one step each.
+``rounds.jsonl``, ``nodes.jsonl`` and ``profile.jsonl`` grow while the run goes on, one flushed line per round, so that
+what was reached is there even if the process that watches dies. The other files are replaced in one step each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from icrf.console.format import clean_json, short_id
 from icrf.errors import LocalError
 from icrf.model_file import ARTIFACT, write_file
+from icrf.profiling import profile_line
 from icrf.protocol import COMPLETED, LinkBytes, MixingReport, Plan, RoundResult, RunInfo
 from icrf.report import ReportData, render
 from icrf.spec import FederationConfig
@@ -26,7 +27,8 @@ from icrf.spec.documents import dump_yaml
 
 # What a plan has for "none" where its files have null.
 _UNMIXED = {"slem": -1.0, "rounds_to_consensus": -1}
-_FILES = ("config.yaml", "plan.json", "rounds.jsonl", "nodes.jsonl", ARTIFACT, "summary.json", "report.html")
+_LINES = ("rounds.jsonl", "nodes.jsonl", "profile.jsonl")
+_FILES = ("config.yaml", "plan.json", *_LINES, ARTIFACT, "summary.json", "report.html")
 
 
 def default_folder(run_id: str) -> Path:
@@ -63,6 +65,11 @@ class RunFolder:
         """The plan that was written, if any."""
         return self._plan
 
+    @property
+    def rounds(self) -> Sequence[RoundResult]:
+        """The rounds that were added, without the values of single nodes."""
+        return self._rounds
+
     def __enter__(self) -> RunFolder:
         return self
 
@@ -81,7 +88,8 @@ class RunFolder:
         self._replace("plan.json", json_bytes(plan_to_dict(plan)))
 
     def add_round(self, result: RoundResult) -> None:
-        """Append a line to ``rounds.jsonl``, and to ``nodes.jsonl`` if it has values of single nodes.
+        """Append a line to ``rounds.jsonl``, to ``nodes.jsonl`` if it has values of single nodes, and to
+        ``profile.jsonl`` if it tells where its time went.
 
         They are with the operating system when this returns.
         """
@@ -91,6 +99,9 @@ class RunFolder:
             if result.node_metrics:
                 with (self.path / "nodes.jsonl").open("a", encoding="utf-8") as nodes:
                     _append(nodes, nodes_line(result))
+            if result.profile is not None:
+                with (self.path / "profile.jsonl").open("a", encoding="utf-8") as profile:
+                    _append(profile, profile_line(result, result.profile))
 
     def write_model(self, data: bytes) -> None:
         """``model.safetensors``, already verified."""
@@ -165,7 +176,8 @@ def round_line(result: RoundResult) -> dict[str, Any]:
     """A line of ``rounds.jsonl``: the fields of the round, its number under ``round``."""
     fields = asdict(result)
     number = fields.pop("number")
-    fields.pop("node_metrics")  # has a file of its own
+    for name in ("node_metrics", "profile"):  # have files of their own
+        fields.pop(name)
     # Off the wire a mapping comes in any order; the same round shall always be the same line.
     fields |= {name: dict(sorted(value.items())) for name, value in fields.items() if isinstance(value, dict)}
     line: dict[str, Any] = clean_json({"round": number, **fields})
@@ -188,7 +200,7 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
 
     ``accuracy``, ``loss`` and ``metrics`` are those of the last evaluated round, null or empty without one.
     ``rounds_to_target`` is there only where a target is set, null if it was not reached. ``wall_s`` runs from
-    submission to the end.
+    submission to the end. Where the graph changes, ``edges_added`` and ``edges_removed`` are sums over all rounds.
 
     ``model_sha256`` is that of the model in ``model.safetensors``: the global one, or the mean of all peers or groups.
     In ``rounds.jsonl`` that one is the ``consensus_sha256`` of an evaluated or merging round, and ``model_sha256`` is
@@ -215,6 +227,8 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
         "flow": info.flow,
         "seed": config.get("seed"),
     }
+    if config.get("topology_adaptation_strategy", "static") != "static":
+        summary |= {name: sum(getattr(r, name) for r in rounds) for name in ("edges_added", "edges_removed")}
     if config.get("target_accuracy") is not None:
         summary["rounds_to_target"] = info.rounds_to_target or None
     if info.error_json:

@@ -29,11 +29,14 @@ from icrf.protocol import (
     TensorSpec,
     nodes_of,
     sample_size,
+    shared_size,
 )
 from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import WITH_SERVER, in_groups
 from icrf.topology import (
+    STATIC,
+    Adapter,
     Hierarchy,
     HybridAdjacencyMatrix,
     build_topology,
@@ -61,6 +64,7 @@ def build_submission(
     stage: str = "run",
     code_path: str = "",
     client_request_id: str | None = None,
+    profile: bool = False,
 ) -> Submission:
     """Resolve a configuration.
 
@@ -71,6 +75,7 @@ def build_submission(
         stage: how far to go without being asked, one of :data:`icrf.protocol.STAGES`.
         code_path: folder of the user's own modules; on the path while ``module:attr`` names are loaded.
         client_request_id: makes a repeated submission the same run; a fresh one by default.
+        profile: have every round tell where its time went, see :mod:`icrf.profiling`; changes nothing else.
 
     Raises:
         ConfigError: C008 for roles that the flow cannot use, C010 or C017 for names that cannot be loaded, C018 if the
@@ -100,6 +105,7 @@ def build_submission(
         code_path=code_path,
         rows=rows,
         schedule=turns,
+        profile=profile,
     )
 
 
@@ -288,7 +294,7 @@ def resolve_rows(
 
     Raises:
         ConfigError: C008 if the rule does not work with as few participants as a round may have, or has nodes keep what
-            the rounds that a cluster misses would change.
+            the rounds that a cluster misses would change; C010, C016 or C017 about the strategy by which graphs change.
     """
     from icrf.learning import build_aggregator  # noqa: PLC0415 - torch takes seconds
     from icrf.learning.training import optimizer_rows  # noqa: PLC0415
@@ -296,7 +302,8 @@ def resolve_rows(
     nodes_keep = config.client_template is not None
     if flow_of(config) != CENTRALIZED:
         kept = optimizer_rows(config.optimizer, config.momentum) if config.keep_optimizer_state else (0, 0)
-        return Rows(client=kept[0], client_scalars=kept[1], nodes_keep=nodes_keep)
+        gathered = _num_gathered(config, layout)
+        return Rows(client=kept[0], client_scalars=kept[1], nodes_keep=nodes_keep, gathered=gathered)
     rule = build_aggregator(config.aggregation_strategy, config.model_dump(), config.num_models)
     rule.require(_fewest_participants(config, nodes, turns))
     rows = rule.rows.with_private(layout)
@@ -310,6 +317,14 @@ def resolve_rows(
             hint="its nodes keep what each round changes, so that no round can do without a cluster",
         )
     return replace(rows, nodes_keep=nodes_keep)
+
+
+def _num_gathered(config: FederationConfig, layout: Sequence[TensorSpec]) -> int:
+    """Numbers per node that a decision on the next graph needs."""
+    if config.topology_adaptation_strategy == STATIC:
+        return 0
+    adapter = Adapter(config.topology_adaptation_strategy, config.model_dump(), shared_size(layout))
+    return adapter.num_gathered
 
 
 def resolve_vectorize(

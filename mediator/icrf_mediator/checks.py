@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from icrf.errors import IcrfError, error_from_dict, error_from_json, make_error
-from icrf.protocol import CENTRALIZED, Activated, RoundReport
+from icrf.protocol import CENTRALIZED, Activated, ClusterProfile, Graph, RoundReport
+from icrf.topology import HybridAdjacencyMatrix, require_usable
 
 HASH_BYTES = 32
 MAX_SAMPLES = 2**31 - 1
@@ -71,6 +73,8 @@ class ReportChecks:
             if not all(math.isfinite(value) for value in found.values()):
                 where = place if found is report.metrics else f"node_metrics[{place}]"
                 raise _malformed(cluster, where, "a value that is not finite")
+        if report.profile is not None:
+            _check_profile(cluster, report.profile)
 
     def _state(self, cluster: str, report: Activated | RoundReport) -> None:
         """The hashes and maxima of a new state."""
@@ -88,12 +92,35 @@ class ReportChecks:
             raise _malformed(cluster, "state_hashes", found)
 
 
+def check_graph(cluster: str, report: RoundReport, decides: bool, graph: Graph, config: Mapping[str, Any]) -> None:
+    """Raise P001 unless a cluster that decides on the next graph, and nobody else, has sent one; T0xx for one on which
+    these peers cannot go on.
+
+    Args:
+        graph: the one in force.
+    """
+    if (report.graph is not None) != decides:
+        raise _malformed(cluster, "graph", "none" if decides else "a graph that nobody has asked for")
+    if report.graph is not None and report.graph != graph:
+        if report.graph.weights or report.graph.self_weights:
+            raise _malformed(cluster, "graph", "a graph with weights")
+        require_usable(HybridAdjacencyMatrix.from_graph(report.graph), graph.num_nodes, config)
+
+
 def error_of(cluster: str, error_json: str) -> IcrfError:
     """The error that an agent reported; it names its cluster, whether or not the agent thought of that."""
     error = error_from_json(error_json)
     if cluster in str(error):
         return error
     return error_from_dict({**error.to_dict(), "message": f"cluster {cluster}: {error.message}"})
+
+
+def _check_profile(cluster: str, profile: ClusterProfile) -> None:
+    """Raise P001 unless all times are numbers."""
+    seconds = [value for found in profile.hosts.values() for value in found.values()]
+    seconds += [value for span in profile.phases for value in (span.began_s, span.ended_s)]
+    if not all(math.isfinite(value) for value in seconds):
+        raise _malformed(cluster, "profile", "a value that is not finite")
 
 
 def _malformed(cluster: str, place: str, found: str) -> IcrfError:

@@ -32,6 +32,7 @@ from icrf.protocol import (
     Reject,
     Release,
     Released,
+    Relinked,
     Report,
     Reserved,
     RoundReport,
@@ -129,8 +130,12 @@ class FederationMediator:
 
     # ------------------------------------------------------------ SDK
 
-    def submit(self, submission: Submission, run_id: str, now: Now) -> tuple[RunInfo, Effects]:
-        """Accept a federation under `run_id`, or return the run that the same request id made before."""
+    def submit(self, submission: Submission, run_id: str, now: Now, planned_s: float = 0.0) -> tuple[RunInfo, Effects]:
+        """Accept a federation under `run_id`, or return the run that the same request id made before.
+
+        Args:
+            planned_s: how long its plan took to make ahead.
+        """
         effects = Effects()
         known = self.made_by(submission.client_request_id)
         if known is not None:
@@ -143,7 +148,7 @@ class FederationMediator:
         run = RunMachine(run_id, submission, now, self._members.address, **self._times)
         self._requests[submission.client_request_id] = run_id
         self._runs[run_id] = run
-        run.submitted(effects, now)
+        run.submitted(effects, now, planned_s)
         self._admit(effects, now)
         return run.info, effects
 
@@ -298,7 +303,7 @@ class FederationMediator:
         effects: Effects,
         now: Now,
         cluster: str,
-        report: Reserved | Activated | RoundReport | Checkpointed | ModelStored | Released | Warned,
+        report: Reserved | Activated | RoundReport | Relinked | Checkpointed | ModelStored | Released | Warned,
     ) -> None:
         run = self._runs.get(report.run_id)
         if run is None:
@@ -310,6 +315,8 @@ class FederationMediator:
                 run.activated(effects, now, cluster, report)
             elif isinstance(report, RoundReport):
                 run.round_report(effects, now, cluster, report)
+            elif isinstance(report, Relinked):
+                run.relinked(effects, now, cluster, report)
             elif isinstance(report, Checkpointed):
                 run.checkpointed(effects, now, cluster, report)
             elif isinstance(report, ModelStored):
@@ -341,7 +348,7 @@ class FederationMediator:
     def commit_took(self, run_id: str, number: int, seconds: float) -> None:
         """How long a commit took to become durable; shown in the round's result."""
         if run_id in self._runs:
-            self._runs[run_id].record.commit_took(number, seconds)
+            self._runs[run_id].commit_took(number, seconds)
 
     # ------------------------------------------------------------ inside
 

@@ -10,6 +10,7 @@ from icrf.ports import Write
 from icrf.protocol import (
     DECENTRALIZED,
     Activate,
+    Graph,
     Instruction,
     LinkBytes,
     MixingReport,
@@ -92,8 +93,10 @@ class Placement:
         submission: Submission,
         peers: Sequence[PeerAddress],
         restore: tuple[int, dict[str, str]],
+        graph: Graph,
     ) -> dict[str, Instruction]:
-        """Activate for every cluster; `restore` is the round to start from and its artifacts by cluster."""
+        """Activate for every cluster; `restore` is the round to start from and its artifacts by cluster, `graph` the
+        one that is in force after it."""
         round_number, artifacts = restore
         return {
             cluster: Activate(
@@ -103,7 +106,7 @@ class Placement:
                 config_json=submission.config_json,
                 flow=submission.flow,
                 nodes=submission.nodes,
-                graph=submission.graph,
+                graph=graph,
                 layout=submission.layout,
                 rows=submission.rows,
                 clusters=self.clusters,
@@ -114,6 +117,7 @@ class Placement:
                 code_path=submission.code_path,
                 restore_round=round_number,
                 checkpoint=artifacts.get(cluster, ""),
+                initial_graph=None if graph == submission.graph else submission.graph,
             )
             for cluster in self.clusters
         }

@@ -34,7 +34,7 @@ from icrf.protocol import (
     shared_size,
 )
 from icrf.residency import host_budget, resident_nodes
-from icrf.topology import Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
+from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
@@ -75,6 +75,8 @@ class _Settings:
     placement: Mapping[str, str | Mapping[str, str]]
     placement_group_strategy: str
     mixing: str
+    adaptation: str
+    adaptation_period: int
     device: str
     determinism: str
     number_of_models: int
@@ -94,6 +96,8 @@ class _Settings:
             placement=config.get("placement") or {},
             placement_group_strategy=config.get("placement_group_strategy") or "PACK",
             mixing=config.get("mixing") or "metropolis_hastings",
+            adaptation=config.get("topology_adaptation_strategy") or STATIC,
+            adaptation_period=config.get("adaptation_period", 1),
             device=config.get("device") or "cpu",
             determinism=config.get("determinism") or "strict",
             number_of_models=config.get("number_of_models") or 1 if clustered else 1,
@@ -108,6 +112,16 @@ class _Settings:
         if self.evaluate_every < 1:
             return min(1, self.rounds)
         return -(-self.rounds // self.evaluate_every)
+
+    @property
+    def num_adaptations(self) -> int:
+        """Rounds that decide on the next graph."""
+        return 0 if self.adaptation == STATIC else self.rounds // max(1, self.adaptation_period)
+
+    def total(self, per_round: int, per_evaluation: int, per_adaptation: int) -> int:
+        """Bytes of the whole run."""
+        beside = per_evaluation * self.num_evaluations + per_adaptation * self.num_adaptations
+        return per_round * self.rounds + beside
 
     @property
     def num_merges(self) -> int:
@@ -138,14 +152,14 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
     owners = assignment.clusters or (0,) * adjacency.num_nodes
-    roles = [node.role for node in submission.nodes]
-    exchange = compile_exchange(submission.flow, adjacency, roles, owners, submission.rows)
+    exchange = compile_exchange(submission.flow, adjacency, [n.role for n in submission.nodes], owners, submission.rows)
     slots = _slots(assignment, clusters)
     num_parameters = shared_size(submission.layout)
     residents = _residents(exchange, settings, slots, clusters, num_parameters)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
     links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
+    per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
     problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
@@ -157,7 +171,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         links=tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
         bytes_inter_cluster_per_round=per_round,
         bytes_inter_cluster_per_evaluation=per_evaluation,
-        bytes_inter_cluster_total=per_round * settings.rounds + per_evaluation * settings.num_evaluations,
+        bytes_inter_cluster_total=settings.total(per_round, per_evaluation, per_adaptation),
         peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, residents, settings.width),
         slots=slots,
         feasible=not problems,
@@ -169,6 +183,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
         **_mixed(submission, settings),
+        **_adapted(settings, per_adaptation),
         **_grouped(submission, exchange, adjacency, num_parameters),
     )
     return plan, assignment
@@ -278,6 +293,17 @@ def _grouped(
     }
 
 
+def _adapted(settings: _Settings, per_adaptation: int) -> dict[str, Any]:
+    """What a plan says about a graph that changes."""
+    if settings.adaptation == STATIC:
+        return {}
+    return {
+        "adaptation": settings.adaptation,
+        "adaptation_period": settings.adaptation_period,
+        "bytes_inter_cluster_per_adaptation": per_adaptation,
+    }
+
+
 def _links(
     exchange: ExchangePlan, participation: Participation, settings: _Settings, num_parameters: int, itemsize: int
 ) -> dict[tuple[int, int], int]:
@@ -366,7 +392,7 @@ def _peak_memory_bytes(
     rows = exchange.rows
     model, partial = _FLOAT32 * num_parameters, _FLOAT64 * num_parameters * rows.up
     arriving: Counter[int] = Counter()
-    for transfer in exchange.merging or exchange.transfers + exchange.evaluation:
+    for transfer in exchange.merging or exchange.transfers + exchange.evaluation + exchange.adaptation:
         arriving[transfer.target] += exchange.transfer_bytes(transfer, num_parameters)
     peak = 0
     for index, cluster in enumerate(clusters):
@@ -379,6 +405,9 @@ def _peak_memory_bytes(
             keeping = min(keeping, len(exchange.local_participants(index)))
         elif exchange.flow == DECENTRALIZED:
             needed += model * len(exchange.local_nodes(index))
+            if index == exchange.coordinator:
+                # What a decision on the next graph looks at: all rows, as one matrix.
+                needed += _FLOAT32 * rows.gathered * len(exchange.assignment)
         else:
             needed += 2 * model * len(set(exchange.local_nodes(index)) & set(exchange.aggregators)) + partial
         peak = max(peak, needed + keeping * _kept_bytes(exchange, num_parameters))

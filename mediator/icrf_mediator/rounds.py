@@ -6,7 +6,17 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError, InternalError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, LateUpdates, RoundReport, RoundResult, StartRound, nodes_of
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    ClusterProfile,
+    Graph,
+    LateUpdates,
+    RoundReport,
+    RoundResult,
+    StartRound,
+    nodes_of,
+)
 from icrf.staleness import late_nodes, scaled
 from icrf.update import choose_grid, merkle_root, metric_mean
 
@@ -15,7 +25,12 @@ MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
 
 @dataclass(frozen=True)
 class Commit:
-    """The outcome of a round: what its commit row says."""
+    """The outcome of a round: what its commit row says.
+
+    Attributes:
+        opened_s: when the clusters were asked for the attempt, in the mediator's monotonic seconds.
+        profiles: where the time went on each cluster that told.
+    """
 
     round: int
     attempt: int
@@ -34,6 +49,9 @@ class Commit:
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluated: bool = False
     late: tuple[LateUpdates, ...] = ()
+    graph: Graph | None = None
+    opened_s: float = 0.0
+    profiles: dict[str, ClusterProfile] = field(default_factory=dict)
 
     def result(self, generation: int, wall_s: float, node_ids: Sequence[str] = ()) -> RoundResult:
         """The round as users see it.
@@ -163,6 +181,8 @@ class RoundLedger:
         merge: bool = False,
         late: tuple[LateUpdates, ...] = (),
         kept: tuple[int, ...] = (),
+        adapt: bool = False,
+        profile: bool = False,
     ) -> StartRound:
         """Open the next round.
 
@@ -173,6 +193,8 @@ class RoundLedger:
             merge: hierarchical: end with one model for all groups.
             late: what participants bring of earlier rounds.
             kept: the rounds whose updates are still owed afterwards.
+            adapt: decide on the graph of the rounds to come.
+            profile: whether the clusters tell where the time went.
         """
         self._escalation = [0] * len(self.absmax)
         weight = self._weight(participants, late)
@@ -189,6 +211,8 @@ class RoundLedger:
             merge=merge,
             late=late,
             kept=kept,
+            adapt=adapt,
+            profile=profile,
         )
         self.open = Attempt(start, tuple(c for c in self.clusters if c not in without), now_s)
         return start
@@ -266,6 +290,9 @@ class RoundLedger:
             node_metrics={node: found for r in reports.values() for node, found in r.node_metrics.items()},
             evaluated=attempt.start.evaluate,
             late=attempt.start.late,
+            graph=coordinator.graph,
+            opened_s=attempt.opened_s,
+            profiles={c: profile for c, r in reports.items() if (profile := r.profile) is not None},
         )
         self.round, self.head_hash, self.absmax, self.open = commit.round, model_hash, absmax, None
         self._history.setdefault(commit.round, (model_hash, absmax))

@@ -23,6 +23,7 @@ from icrf.protocol import (
 from icrf_mediator.checkpoints import Checkpoints
 from icrf_mediator.checks import ReportChecks
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.graphs import Graphs
 from icrf_mediator.placement import Placement
 from icrf_mediator.quorum import Quorum
 from icrf_mediator.rounds import RoundLedger
@@ -59,7 +60,9 @@ class RunBase:
         self.record = RunRecord(run_id, submission, self.config, now)
         self.placement: Placement | None = None
         self.checkpoints = Checkpoints()
-        self.generation = 0
+        self.graphs = Graphs(submission.graph)
+        # The second is that of the last set-up: other graphs have come since.
+        self.generation, self._set_up_generation = 0, 0
         self.leaving: set[str] = set()
         self._addresses, self._reserve_s, self._activate_s = addresses, reserve_s, activate_s
         self._ledger: RoundLedger | None = None

@@ -19,6 +19,7 @@ from icrf.protocol import (
     Submission,
 )
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.preparing import Preparing
 from icrf_mediator.rounds import Commit
 
 
@@ -28,6 +29,7 @@ class RunRecord:
     Attributes:
         info: the run as users see it.
         events: everything that happened, numbered from 1.
+        preparing: how long it took to get ready, for display only.
     """
 
     def __init__(self, run_id: str, submission: Submission, config: dict[str, Any], now: Now) -> None:
@@ -43,6 +45,7 @@ class RunRecord:
             config_json=submission.config_json,
         )
         self.events: list[RunEvent] = []
+        self.preparing = Preparing()
         self._fingerprints: dict[str, dict[str, Any]] = {}
 
     @property
@@ -55,6 +58,7 @@ class RunRecord:
 
     def status(self, effects: Effects, now: Now, status: str, waiting_for: str = "", text: str = "") -> None:
         """Enter a status."""
+        self.preparing.entered(status, now.monotonic_s)
         self.info = replace(self.info, status=status, waiting_for=waiting_for)
         self.save(effects)
         self.event(effects, now, "status", text or waiting_for)
@@ -81,7 +85,7 @@ class RunRecord:
     def committed(self, effects: Effects, now: Now, commit: Commit, result: RoundResult, reached: bool) -> None:
         """Journal a round's one commit row, and show it."""
         row = {**asdict(result), "absmax": list(commit.absmax), "evaluated": commit.evaluated}
-        del row["node_metrics"]  # what decides nothing is in the event
+        del row["node_metrics"], row["profile"]  # what decides nothing is in the event
         if self._fingerprints:
             row["fingerprints"] = self._fingerprints
         effects.writes.append(Write("commits", (self.info.run_id, commit.round), row))

@@ -9,8 +9,10 @@ from typing import Any
 from icrf.ports import Write
 from icrf.protocol import (
     QUEUED,
-    Graph,
+    ClusterProfile,
     NodeSpec,
+    PhaseSpan,
+    RoundProfile,
     RoundResult,
     Rows,
     RunEvent,
@@ -19,6 +21,7 @@ from icrf.protocol import (
     TensorSpec,
 )
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.graphs import graph_of
 from icrf_mediator.placement import Placement
 from icrf_mediator.runs import RunMachine
 
@@ -34,8 +37,19 @@ def run_event(row: Mapping[str, Any]) -> RunEvent:
     """A row of ``events``."""
     parts = dict(row)
     if parts.get("round"):
-        parts["round"] = RoundResult(**parts["round"])
+        result = parts["round"]
+        profile = round_profile(found) if (found := result.get("profile")) else None
+        parts["round"] = RoundResult(**{**result, "profile": profile})
     return RunEvent(**parts)
+
+
+def round_profile(row: Mapping[str, Any]) -> RoundProfile:
+    """The profile in a row of ``events``."""
+    clusters = {
+        name: ClusterProfile(found["hosts"], tuple(PhaseSpan(**span) for span in found["phases"]))
+        for name, found in row["clusters"].items()
+    }
+    return RoundProfile(**{**row, "clusters": clusters})
 
 
 def submission_of(row: Mapping[str, Any]) -> Submission:
@@ -43,8 +57,7 @@ def submission_of(row: Mapping[str, Any]) -> Submission:
     parts = dict(row)
     parts["schedule"] = tuple(parts.get("schedule", ()))
     parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
-    graph = dict(parts["graph"])
-    parts["graph"] = Graph(graph.pop("num_nodes"), **{name: tuple(values) for name, values in graph.items()})
+    parts["graph"] = graph_of(parts["graph"])
     parts["layout"] = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in parts["layout"])
     parts["rows"] = Rows(**parts["rows"])
     return Submission(**parts)
@@ -94,6 +107,11 @@ def restore_run(
         run.load_participants(int(row.key[1]), str(row.row["participants"]), str(row.row.get("late", "")))
     for row in _rows(tables, "checkpoints", run_id):
         run.checkpoints.load(int(row.key[1]), row.row["artifacts"])
+    run.load_graphs(
+        {int(row.key[1]): graph_of(row.row) for row in _rows(tables, "graphs", run_id)},
+        {int(row.key[1]): int(row.row["round"]) for row in activations},
+        {int(row.key[1]): int(row.row["round"]) for row in _rows(tables, "relinks", run_id)},
+    )
     run.rejoin(effects, now)
     return run
 

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from icrf.errors import RunError
+from icrf.errors import IcrfError, RunError
 from icrf.ports import Write
-from icrf.protocol import HIERARCHICAL, RUNNING, AbortAttempt, SaveCheckpoint, StartRound, StoreModel, bitmap, nodes_of
+from icrf.protocol import (
+    HIERARCHICAL,
+    RUNNING,
+    AbortAttempt,
+    Graph,
+    Relink,
+    RoundProfile,
+    RoundReport,
+    RoundResult,
+    SaveCheckpoint,
+    StartRound,
+    StoreModel,
+    bitmap,
+    nodes_of,
+)
 from icrf.staleness import IN_TIME
+from icrf.topology import STATIC, HybridAdjacencyMatrix, changed_edges
+from icrf_mediator.checkpoints import KEPT
+from icrf_mediator.checks import check_graph
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.graphs import graph_differs, graph_row
 from icrf_mediator.placement import Placement
-from icrf_mediator.rounds import Commit
+from icrf_mediator.rounds import Commit, differs
 from icrf_mediator.run_base import RunBase
 
 
@@ -27,7 +46,7 @@ class RunRounds(RunBase):
 
     def load_placement(self, generation: int, placement: Placement) -> None:
         """Where it lived."""
-        self.generation = generation
+        self.generation = self._set_up_generation = generation
         self._place(placement)
 
     def load_progress(
@@ -53,6 +72,20 @@ class RunRounds(RunBase):
     def load_members(self, first: int, nodes: str) -> None:
         """Out of the journal: who may take part from a round on, in hexadecimal."""
         self._quorum.change(first, nodes_of(bytes.fromhex(nodes)))
+
+    def load_graphs(
+        self, decided: Mapping[int, Graph], activations: Mapping[int, int], relinks: Mapping[int, int]
+    ) -> None:
+        """Out of the journal: graphs by the round that decided on them, and by generation the round that nodes were
+        set up after, or whose graph they were to be linked by."""
+        for number in sorted(decided):
+            self.graphs.decide(number, decided[number])
+        self.graphs.set_up(activations.get(self.generation, 0))
+        newest = max(relinks, default=0)
+        if newest > self.generation:
+            self.generation = newest
+            self.graphs.was_asked(relinks[newest])
+        self._forget_graphs()
 
     # ------------------------------------------------------------ who takes part
 
@@ -95,6 +128,17 @@ class RunRounds(RunBase):
             # What is left needs the coordinator only; but a run that may go on later waits for all it will need.
             return self._stopping or self._quorum.exists
         return self._participants(number, gone) is not None
+
+    @property
+    def _excludes(self) -> bool:
+        """Whether a lost cluster is done without at once."""
+        return bool(self.config.get("on_cluster_loss") == "exclude")
+
+    def _may_go_on(self, gone: set[str]) -> bool:
+        """Whether the run can leave RECOVERING without these clusters: no state was lost, and enough nodes are left."""
+        if self._lost_state or self._ledger is None or not self._ledger.total_weight:
+            return False
+        return self._can_do_without(gone)
 
     def _participants(self, number: int, gone: Collection[str]) -> bytes | None:
         assert self._ledger is not None
@@ -165,6 +209,9 @@ class RunRounds(RunBase):
             return False
         self._told_gone &= self._gone
         self._decide(effects, now, number, participants)
+        if self.graphs.is_due(number - 1):
+            self._relink(effects, now, number - 1)
+            return True
         attempt = self._attempt_floor + 1
         nodes, lateness = frozenset(self._quorum.nodes(participants)), self._quorum.lateness
         start = self._ledger.open_round(
@@ -178,6 +225,8 @@ class RunRounds(RunBase):
             merge=self._merges(number),
             late=lateness.late(number, nodes),
             kept=lateness.kept(number, nodes),
+            adapt=self._adapts(number),
+            profile=self.submission.profile,
         )
         self._opened_wall_s = now.wall_s
         self._ask_round(effects, now, start)
@@ -206,6 +255,60 @@ class RunRounds(RunBase):
             return self._ledger.made_model(number)
         return number >= self._rounds_wanted or number % int(self.config["global_every"]) == 0
 
+    # ------------------------------------------------------------ graphs
+
+    def _adapts(self, number: int) -> bool:
+        """Whether a round decides on the graph of those after it, the last one too: it may be the last for now only."""
+        if self.config.get("topology_adaptation_strategy", STATIC) == STATIC:
+            return False
+        return number % int(self.config["adaptation_period"]) == 0
+
+    def _check_graph(self, cluster: str, report: RoundReport) -> None:
+        """Raise P001 or T0xx unless a report of the open attempt has the graph that it should have, or none."""
+        assert self._ledger is not None and self._ledger.open is not None
+        decides = self._ledger.open.start.adapt and cluster == self._ledger.coordinator
+        check_graph(cluster, report, decides, self.graphs.after(self._ledger.round), self.config)
+
+    def _not_repeated(self, commit: Commit) -> IcrfError | None:
+        """What is wrong with a round that was committed before and has another outcome now; None if it has none."""
+        assert self._ledger is not None
+        known = self._ledger.recorded(commit.round)
+        if known != commit.model_hash:
+            return differs(commit.round, known, commit.model_hash)
+        if commit.round <= self.info.rounds_done and self.graphs.differs(commit.round, commit.graph):
+            return graph_differs(commit.round)
+        return None
+
+    def _keep_graph(self, effects: Effects, commit: Commit, result: RoundResult) -> RoundResult:
+        """Journal the graph that a new round has ended with, where it is another; the result says what changed."""
+        before = self.graphs.after(commit.round - 1)
+        if commit.graph is None or commit.graph == before:
+            return result
+        self.graphs.decide(commit.round, commit.graph)
+        effects.writes.append(Write("graphs", (self.run_id, commit.round), graph_row(commit.graph)))
+        matrices = [HybridAdjacencyMatrix.from_graph(graph) for graph in (before, commit.graph)]
+        added, removed = changed_edges(*matrices)
+        return replace(result, edges_added=added, edges_removed=removed)
+
+    def _forget_graphs(self) -> None:
+        """Drop the graphs of rounds that lie before the oldest checkpoint that is kept."""
+        if len(self.checkpoints.durable) >= KEPT:
+            self.graphs.forget(min(self.checkpoints.durable))
+
+    def _relink(self, effects: Effects, now: Now, number: int) -> None:
+        """Have all clusters take over the graph after a round, under a new generation, before the next one is opened.
+
+        Asked again, after a recovery or by another mediator, it is the same generation: some may have it already.
+        """
+        if self.graphs.ask(number):
+            self.generation += 1
+            effects.writes.append(Write("relinks", (self.run_id, self.generation), {"round": number}))
+        order = Relink(self.run_id, self.generation, self.graphs.after(number))
+        self.record.waits(effects, now, f"the graph after round {number} on {', '.join(self.clusters)}", quiet=True)
+        self._ask(effects, now, dict.fromkeys(self.clusters, order), float(self.config["round_deadline_s"]))
+
+    # ------------------------------------------------------------ the end
+
     def _last_round(self) -> int:
         """The round after which the run can end soonest with a model."""
         ledger, done = self._ledger, self.info.rounds_done
@@ -219,6 +322,21 @@ class RunRounds(RunBase):
         assert self._ledger is not None and self._ledger.open is not None
         orders = dict.fromkeys(self._ledger.open.clusters, start)
         self._ask(effects, now, orders, float(self.config["round_deadline_s"]))
+
+    def _result(self, now: Now, commit: Commit) -> RoundResult:
+        """A round that has just been committed, as users see it."""
+        ids = [node.id for node in self.submission.nodes] if commit.late else []
+        result = commit.result(self.generation, max(0.0, now.wall_s - self._opened_wall_s), ids)
+        if not self.submission.profile:
+            return result
+        working_s = now.monotonic_s - commit.opened_s
+        return replace(result, profile=RoundProfile(working_s, *self.record.preparing.take(), commit.profiles))
+
+    def commit_took(self, number: int, seconds: float) -> None:
+        """The commit of a round took so long to become durable; what was decided with it was told only then."""
+        self.record.commit_took(number, seconds)
+        if self._ledger is not None and self._ledger.open is not None:
+            self._ledger.open.opened_s += seconds
 
     def _checkpoint(self, effects: Effects) -> None:
         assert self._ledger is not None and self.placement is not None

@@ -42,6 +42,7 @@ from icrf.protocol import (
     HeldRun,
     ModelStored,
     PeerAddress,
+    Relinked,
     Reserved,
     RoundReport,
     StoreModel,
@@ -61,8 +62,9 @@ class RunMachine(RunRounds):
 
     # ------------------------------------------------------------ events from the SDK
 
-    def submitted(self, effects: Effects, now: Now) -> None:
-        """Journal the submission."""
+    def submitted(self, effects: Effects, now: Now, planned_s: float = 0.0) -> None:
+        """Journal the submission, whose planning took `planned_s`."""
+        self.record.preparing.planned(planned_s)
         effects.writes.append(Write("submissions", (self.run_id,), asdict(self.submission)))
         self._save_goal(effects)
         self.record.status(effects, now, QUEUED)
@@ -169,6 +171,7 @@ class RunMachine(RunRounds):
         self._checks.round_report(cluster, report)
         if report.overflow:
             return self._retry_coarser(effects, now, report.overflow)
+        self._check_graph(cluster, report)
         self.record.attempt(effects, cluster, report)
         commit = ledger.collect(cluster, report)
         self._arrived(cluster)
@@ -178,9 +181,19 @@ class RunMachine(RunRounds):
             waiting = f"round {report.round} on {', '.join(sorted(self._pending))}"
             self.record.waits(effects, now, waiting, quiet=True)
 
+    def relinked(self, effects: Effects, now: Now, cluster: str, report: Relinked) -> None:
+        """One cluster has taken over another graph; the next round waits for all."""
+        if self.info.status != RUNNING or report.generation != self.generation or not self.graphs.between:
+            return
+        if report.error_json:
+            return self._setback(effects, now, error_of(cluster, report.error_json))
+        if cluster in self._pending and self._arrived(cluster):
+            self.graphs.linked()
+            self._go_on(effects, now)
+
     def checkpointed(self, effects: Effects, now: Now, cluster: str, report: Checkpointed) -> None:
         """One cluster's part of a checkpoint is durable, or could not be written."""
-        if self.terminal or report.generation != self.generation:
+        if self.terminal or report.generation < self._set_up_generation:
             return
         if report.error_json:
             self.checkpoints.give_up()
@@ -188,6 +201,7 @@ class RunMachine(RunRounds):
             artifacts = self.checkpoints.durable[report.round]
             effects.writes.append(Write("checkpoints", (self.run_id, report.round), {"artifacts": artifacts}))
             effects.deletes += [(self.run_id, artifact) for artifact in self.checkpoints.outdated()]
+            self._forget_graphs()
         if (self.leaving or self._returning) and self.info.status in LIVE and not (self._ledger and self._ledger.open):
             self._go_on(effects, now)
 
@@ -236,7 +250,9 @@ class RunMachine(RunRounds):
             return
         self.leaving.discard(cluster)
         self._held.add(cluster)
-        still_set_up = held is not None and held.generation == self.generation
+        # A new graph may have been on its way to it.
+        since = self.generation - self.graphs.between
+        still_set_up = held is not None and since <= held.generation <= self.generation
         if cluster in self._excluded and not still_set_up and self.info.status in LIVE:
             # The others need not fall back to the last checkpoint for it: it comes in when there is a new one.
             if not self._storing:
@@ -341,21 +357,11 @@ class RunMachine(RunRounds):
         self.record.status(effects, now, status)
         self._go_on(effects, now)
 
-    @property
-    def _excludes(self) -> bool:
-        """Whether a lost cluster is done without at once."""
-        return bool(self.config.get("on_cluster_loss") == "exclude")
-
-    def _may_go_on(self, gone: set[str]) -> bool:
-        """Whether the run can leave RECOVERING without these clusters: no state was lost, and enough nodes are left."""
-        if self._lost_state or self._ledger is None or not self._ledger.total_weight:
-            return False
-        return self._can_do_without(gone)
-
     def _reserve(self, effects: Effects, now: Now) -> None:
         """Start under a new generation."""
         assert self.placement is not None
         self.generation += 1
+        self._set_up_generation = self.generation
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
         effects.writes.append(self.placement.row(self.run_id, self.generation))
         self._held = set(self.clusters)
@@ -374,9 +380,10 @@ class RunMachine(RunRounds):
         artifacts = {c: self.checkpoints.artifact(self._restored_round, c) for c in self.clusters}
         peers = [PeerAddress(name, self._addresses(name)) for name in self.clusters]
         self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self.clusters)}")
-        restore = (self._restored_round, artifacts)
-        federation = self.info.federation
-        orders = self.placement.activate(self.run_id, self.generation, federation, self.submission, peers, restore)
+        restore, graph = (self._restored_round, artifacts), self.graphs.after(self._restored_round)
+        self.graphs.set_up(self._restored_round)
+        whom = (self.run_id, self.generation, self.info.federation)
+        orders = self.placement.activate(*whom, self.submission, peers, restore, graph)
         self._ask(effects, now, orders, self._activate_s)
 
     def _ready(self, effects: Effects, now: Now) -> None:
@@ -428,9 +435,8 @@ class RunMachine(RunRounds):
 
     def _committed(self, effects: Effects, now: Now, commit: Commit) -> None:
         assert self._ledger is not None and self.placement is not None
-        known = self._ledger.recorded(commit.round)
-        if known != commit.model_hash:
-            return self.fail(effects, now, differs(commit.round, known, commit.model_hash))
+        if (error := self._not_repeated(commit)) is not None:
+            return self.fail(effects, now, error)
         self._attempt_floor, self._late = 0, set()
         if commit.round > self.info.rounds_done:
             self._recoveries = 0
@@ -439,9 +445,8 @@ class RunMachine(RunRounds):
             first = not self.info.rounds_to_target
             accuracy = commit.metrics.get("accuracy", -1.0) if commit.consensus_hash else -1.0
             reached = target is not None and accuracy >= target and first
-            wall_s = max(0.0, now.wall_s - self._opened_wall_s)
-            ids = [node.id for node in self.submission.nodes] if commit.late else []
-            self.record.committed(effects, now, commit, commit.result(self.generation, wall_s, ids), reached)
+            result = self._keep_graph(effects, commit, self._result(now, commit))
+            self.record.committed(effects, now, commit, result, reached)
             self._tell_late(effects, now, commit)
             if reached:
                 self._rounds_wanted = commit.round

@@ -47,6 +47,8 @@ _OF_UNFINISHED_RUNS = (
     "activations",
     "members",
     "participants",
+    "graphs",
+    "relinks",
     "commits",
     "checkpoints",
     "events",
@@ -108,9 +110,11 @@ class MediatorService:
 
     async def submit(self, submission: Submission) -> RunInfo:
         # Made ahead: planning a large graph takes longer than the loop may be kept from heartbeats.
+        began = time.perf_counter()
         if self._core.made_by(submission.client_request_id) is None:
             await asyncio.to_thread(self._plans, submission, self._core.clusters())
-        info, effects = self._core.submit(submission, uuid.uuid4().hex, self._now())
+        planned_s = time.perf_counter() - began
+        info, effects = self._core.submit(submission, uuid.uuid4().hex, self._now(), planned_s)
         self._carry_out(effects)
         return info
 

@@ -22,6 +22,8 @@ TABLES = (
     "attempts",
     "commits",
     "checkpoints",
+    "graphs",
+    "relinks",
     "events",
     "meta",
 )

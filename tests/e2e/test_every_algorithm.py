@@ -1,4 +1,7 @@
-"""Every built-in aggregation rule on two real Ray clusters, with the bits that it has on one cluster without Ray."""
+"""Every built-in aggregation rule, and every way in which graphs change, on two real Ray clusters.
+
+The bits are those of one cluster without Ray.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,20 @@ def fabric() -> Iterator[Fabric]:
     ],
 )
 def test_a_rule_runs_on_two_clusters_with_the_bits_of_one(fabric: Fabric, name: str) -> None:
-    config = FederationConfig.from_mapping({**COMMON, "aggregation_strategy": name})
+    require_same_bits(fabric, {"aggregation_strategy": name})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHOICES["topology_adaptation_strategy"].built)
+def test_a_graph_changes_on_two_clusters_with_the_bits_of_one(fabric: Fabric, name: str) -> None:
+    peers = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring", "adaptation_share": 0.5}
+    changing = {"topology_adaptation_strategy": name, "federated_learning_rounds": 4, "client_fraction": 0.7}
+    require_same_bits(fabric, {**peers, **changing})
+
+
+def require_same_bits(fabric: Fabric, keys: dict[str, Any]) -> None:
+    """Run it on the real clusters, and on one without Ray."""
+    config = FederationConfig.from_mapping({**COMMON, **keys})
     run = fabric.submit(config)
     found: list[Any] = [r.model_sha256 for r in run.rounds()]
     info = run.result().info

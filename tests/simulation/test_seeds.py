@@ -21,6 +21,7 @@ from icrf.testing.simulation import FAULTS, SimulationFailed, simulate
 from icrf_agent.host_late import EarlierModels
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager
+from icrf_mediator.graphs import Graphs
 from icrf_mediator.membership import Membership
 from icrf_mediator.quorum import Quorum
 from icrf_mediator.rounds import RoundLedger
@@ -103,7 +104,7 @@ def test_a_manager_that_takes_one_groups_sum_for_anothers_is_caught(monkeypatch:
     def all_of_them(original: Any, self: HybridTopologyManager, *arguments: Any) -> Any:
         return original(self, *arguments[:4])
 
-    wrap(monkeypatch, HybridTopologyManager, "cluster_partial", all_of_them)
+    wrap(monkeypatch, HybridTopologyManager, "cluster_posting", all_of_them)
     assert "I1" in caught()
 
 
@@ -178,6 +179,43 @@ def test_runs_that_do_without_lost_clusters_count_whom_they_recorded(monkeypatch
     for seed in range(40):
         simulate(seed, kinds=("agent drains", "line is cut"), quorum=True)
     assert len(decided) > 3
+
+
+# ---------------------------------------------------------------- graphs that change
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_graphs_are_those_of_a_run_without_faults_whatever_strikes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked: list[int] = []
+    wrap(monkeypatch, Graphs, "linked", lambda original, self: (linked.append(1), original(self)))
+    for seed in range(2):
+        simulate(seed, kinds=(kind,), adapting=True)
+    assert len(linked) > 10
+
+
+def adapting(*kinds: str) -> str:
+    """The first violation that long runs whose graph changes find."""
+    for seed in range(MUST_CATCH_WITHIN):
+        try:
+            simulate(seed, kinds=kinds, adapting=True)
+        except SimulationFailed as failure:
+            return str(failure).splitlines()[0]
+    pytest.fail(f"no seed below {MUST_CATCH_WITHIN} has noticed")
+
+
+def test_a_mediator_that_goes_back_to_the_graph_of_another_round_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graphs, "after", lambda self, number: self._after[max(self._after)])
+    assert "X002" in adapting("cluster dies")
+
+
+def test_a_mediator_that_keeps_its_generation_over_graphs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap(monkeypatch, Graphs, "ask", lambda original, self, number: original(self, number) and False)
+    assert "P011" in adapting()
+
+
+def test_a_mediator_that_opens_a_round_on_the_graph_before_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graphs, "is_due", lambda self, number: False)
+    assert "I1" in adapting()
 
 
 # ---------------------------------------------------------------- late updates that count by their age

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrf.errors import NodeError
+from icrf.errors import NodeError, error_from_json
 from icrf.exchange import CONSENSUS, MESSAGE, PARTIAL, ExchangePlan, compile_exchange
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
 from icrf.protocol import (
@@ -20,6 +21,7 @@ from icrf.protocol import (
     Activate,
     Activated,
     CallNode,
+    HeldRun,
     Instruction,
     Lease,
     NodeSpec,
@@ -27,10 +29,13 @@ from icrf.protocol import (
     Reject,
     Release,
     Released,
+    Relink,
+    Relinked,
     Reserve,
     Reserved,
     Resources,
     RoundReport,
+    Rows,
     SendMessage,
     StartRound,
     StoreModel,
@@ -79,13 +84,19 @@ def activation_of(flow: str, assignment: Sequence[int], *, generation: int = 1, 
 def plan_of(activation: Activate) -> ExchangePlan:
     adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
     roles = [node.role for node in activation.nodes]
-    return compile_exchange(activation.flow, adjacency, roles, activation.assignment)
+    return compile_exchange(activation.flow, adjacency, roles, activation.assignment, activation.rows)
 
 
 def start_of(
-    number: int = 1, attempt: int = 1, *, generation: int = 1, evaluate: bool = True, merge: bool = False
+    number: int = 1,
+    attempt: int = 1,
+    *,
+    generation: int = 1,
+    evaluate: bool = True,
+    merge: bool = False,
+    adapt: bool = False,
 ) -> StartRound:
-    return StartRound("run", generation, number, attempt, "", (0,), 10, evaluate, merge=merge)
+    return StartRound("run", generation, number, attempt, "", (0,), 10, evaluate, merge=merge, adapt=adapt)
 
 
 def payload(
@@ -373,7 +384,8 @@ def any_activation(draw: st.DrawFn) -> Activate:
     num_nodes = draw(st.integers(4 if flow == HIERARCHICAL else 2, 6))
     wanted = draw(st.lists(st.integers(0, 3), min_size=num_nodes, max_size=num_nodes))
     names = sorted(set(wanted))
-    return activation_of(flow, [names.index(c) for c in wanted])
+    gathered = draw(st.integers(0, 2)) if flow == DECENTRALIZED else 0
+    return replace(activation_of(flow, [names.index(c) for c in wanted]), rows=Rows(gathered=gathered))
 
 
 @given(any_activation(), st.booleans(), st.data())
@@ -382,13 +394,15 @@ def test_a_round_ends_on_every_cluster_whatever_comes_when(
 ) -> None:
     fabric = Fabric(activation)
     merge = activation.flow == HIERARCHICAL and data.draw(st.booleans())
-    fabric.tell(start_of(evaluate=evaluate, merge=merge))
+    adapt = activation.flow == DECENTRALIZED and data.draw(st.booleans())
+    fabric.tell(start_of(evaluate=evaluate, merge=merge, adapt=adapt))
     while events := fabric.possible():
         event = data.draw(st.sampled_from(events))
         fabric.happen(event, copy=data.draw(st.booleans()))
     assert sorted(cluster for cluster, _ in fabric.reports) == list(range(len(activation.clusters)))
     plan = plan_of(activation)
     crossing = len(plan.merging if merge else plan.transfers) + (len(plan.evaluation) if evaluate else 0)
+    crossing += len(plan.adaptation) if adapt else 0
     assert sum(r.bytes_inter_cluster for _, r in fabric.reports) == WIRE_BYTES * crossing
     assert all(not r.error_json for _, r in fabric.reports)
 
@@ -438,3 +452,46 @@ def test_the_coordinator_of_a_ring_waits_for_everyones_consensus() -> None:
     assert core.arrived(payload(start, CONSENSUS, -1, "c1", "c0"), 2.0) == []
     assert steps_of(core.arrived(payload(start, CONSENSUS, -1, "c2", "c0"), 3.0)) == ["evaluate"]
     assert AGGREGATE not in steps_of(core.arrived(payload(start, CONSENSUS, -1, "c2", "c0"), 4.0))
+
+
+# ---------------------------------------------------------------- other graphs
+
+
+def relink(activation: Activate, generation: int = 2) -> Relink:
+    """All nodes with all others."""
+    num_nodes = len(activation.nodes)
+    return Relink("run", generation, HybridAdjacencyMatrix.from_dense(1 - np.eye(num_nodes)).to_graph())
+
+
+def test_another_graph_is_planned_anew_and_what_belongs_to_the_old_one_is_dropped() -> None:
+    activation = activation_of(DECENTRALIZED, [0, 0, 1, 1])
+    core = active_core(activation)
+    core.activated("run", 1)
+    finish(core, core.instructed(start_of(), 0.0))
+    order = relink(activation)
+    assert core.instructed(order, 1.0) == [Perform(order)] == core.instructed(order, 1.0)
+    assert core.held() == (HeldRun("run", 2, 1, 1),)
+    assert core.instructed(relink(activation, 1), 1.0) == [] == core.instructed(start_of(2), 1.0)
+    old, new = start_of(2), start_of(2, generation=2)
+    assert core.arrived(payload(old, "update", 2, "c1", "c0"), 2.0) == []
+    actions = core.instructed(new, 2.0)
+    (train,) = [action for action in actions if isinstance(action, Advance)]
+    sent = [a.step.transfer for a in core.step_done(new, train.step, PhaseReport(), 0.0, 3.0) if isinstance(a, Advance)]
+    # Node 0 is a neighbour of both nodes there now, as node 1 is.
+    assert [(t.sender, t.recipients) for t in sent if t] == [(0, (2, 3)), (1, (2, 3))]
+
+
+def test_a_run_that_is_not_live_here_takes_no_other_graph() -> None:
+    activation = activation_of(DECENTRALIZED, [0, 1])
+    assert AgentCore("c0").instructed(relink(activation), 0.0) == []
+    assert active_core(activation).instructed(relink(activation), 0.0) == []
+
+
+def test_a_graph_of_other_nodes_is_refused_and_the_old_one_stays() -> None:
+    activation = activation_of(DECENTRALIZED, [0, 0, 1])
+    core = active_core(activation)
+    core.activated("run", 1)
+    (say,) = core.instructed(relink(activation_of(DECENTRALIZED, [0, 1])), 0.0)
+    assert isinstance(say, Say) and isinstance(say.report, Relinked)
+    assert error_from_json(say.report.error_json).code == "C008"
+    assert core.held() == (HeldRun("run", 1, 0, 0),)

@@ -234,7 +234,7 @@ def test_a_new_run_spares_one_that_can_go_on(fabric: Command) -> None:
 
 def test_resume_refuses_what_changes_the_run(fabric: Command) -> None:
     terminated(fabric)
-    for flags in (["-o", "seed=1"], ["--out", "elsewhere"], ["--clusters", "3"]):
+    for flags in (["-o", "seed=1"], ["--out", "elsewhere"], ["--clusters", "3"], ["--profile"]):
         result = fabric("run", "--resume", "out", *flags)
         assert (result.exit_code, "error L009 --" in result.stderr) == (2, True), result.output
     assert fabric.asked == []

@@ -9,11 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icrf.exchange import CONSENSUS, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer, compile_exchange
+from icrf.exchange import CONSENSUS, GATHERED, MESSAGE, MODEL, PARTIAL, UPDATE, ExchangePlan, Transfer, compile_exchange
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, MetricSum, RoundReport, Rows, StartRound, bitmap
+from icrf.protocol import (
+    CENTRALIZED,
+    DECENTRALIZED,
+    ClusterProfile,
+    MetricSum,
+    PhaseSpan,
+    RoundReport,
+    Rows,
+    StartRound,
+    bitmap,
+)
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf_agent.round_machine import AGGREGATE, EVALUATE, PUBLISH, REPORT, SEND, TRAIN, RoundMachine, Step
+from icrf_agent.round_machine import ADAPT, AGGREGATE, EVALUATE, PUBLISH, REPORT, SEND, TRAIN, RoundMachine, Step
 
 WIRE_BYTES = 100
 
@@ -27,15 +37,15 @@ def star_plan(assignment: Sequence[int], roles: Sequence[str] | None = None, row
     return compile_exchange(CENTRALIZED, adjacency, roles, assignment, rows or Rows())
 
 
-def ring_plan(assignment: Sequence[int]) -> ExchangePlan:
+def ring_plan(assignment: Sequence[int], rows: Rows | None = None) -> ExchangePlan:
     num_nodes = len(assignment)
     edges = {pair for i in range(num_nodes) for j in [(i + 1) % num_nodes] for pair in ((i, j), (j, i))}
     adjacency = HybridAdjacencyMatrix.from_edges(num_nodes, sorted(edges))
-    return compile_exchange(DECENTRALIZED, adjacency, ["train"] * num_nodes, assignment)
+    return compile_exchange(DECENTRALIZED, adjacency, ["train"] * num_nodes, assignment, rows or Rows())
 
 
-def machine_of(plan: ExchangePlan, cluster: int, *, evaluate: bool = True) -> RoundMachine:
-    start = StartRound("run", 1, 1, 1, "", (0,), 10, evaluate)
+def machine_of(plan: ExchangePlan, cluster: int, *, evaluate: bool = True, adapt: bool = False) -> RoundMachine:
+    start = StartRound("run", 1, 1, 1, "", (0,), 10, evaluate, adapt=adapt)
     return RoundMachine(plan, cluster, start, len(plan.assignment))
 
 
@@ -347,6 +357,40 @@ def test_times_are_those_of_the_phases() -> None:
     assert (report.train_s, report.exchange_s, report.aggregate_s) == (3.0, 2.0, 0.5)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_hosts_wait_for_payloads_while_no_phase_runs(wanted: bool) -> None:
+    plan = star_plan([0, 0, 1])
+    start = StartRound("run", 1, 1, 1, "", (0,), 10, True, profile=wanted)
+    machine = RoundMachine(plan, 0, start, 3)
+    play = Play(machine)
+    play.finish(PUBLISH, took_s=0.5, now_s=1.0)
+    play.finish(SEND, now_s=1.5)
+    trained = {"host-0": {"train": 2.0, "exchange": 0.25}, "host-1": {"train": 1.0}}
+    play.finish(TRAIN, PhaseReport(seconds=trained), took_s=3.0, now_s=4.0)
+    play.arrive(plan.inbound(0, PARTIAL)[0], now_s=6.0)
+    merged = {"host-0": {"train": 2.0, "exchange": 0.5, "sum": 0.125}}
+    play.finish(AGGREGATE, PhaseReport(seconds=merged), took_s=0.5, now_s=6.5)
+    expected = ClusterProfile(
+        {"host-0": {"train": 2.0, "exchange": 2.5, "sum": 0.125}, "host-1": {"train": 1.0, "exchange": 2.0}},
+        (PhaseSpan(PUBLISH, 0.5, 1.0), PhaseSpan(TRAIN, 1.0, 4.0), PhaseSpan(AGGREGATE, 6.0, 6.5)),
+    )
+    assert play.reports[0].profile == (expected if wanted else None)
+
+
+def test_peers_wait_for_consensus_partials_too() -> None:
+    plan = ring_plan([0, 0, 1])
+    play = Play(machine_of(plan, 0))
+    play.finish(TRAIN, took_s=1.0, now_s=1.0)
+    while SEND in play.kinds():
+        play.finish(SEND, now_s=1.0)
+    for transfer in plan.inbound(0, UPDATE):
+        play.arrive(transfer, now_s=2.0)
+    play.finish(AGGREGATE, took_s=1.0, now_s=3.0)
+    play.arrive(plan.inbound(0, CONSENSUS)[0], now_s=7.0)
+    play.finish(EVALUATE, took_s=1.0, now_s=8.0)
+    assert play.reports[0].exchange_s == 5.0
+
+
 def test_a_coordinator_that_only_merges_counts_its_wait_as_exchange() -> None:
     plan = star_plan([0, 1])
     play = Play(machine_of(plan, 0))
@@ -404,3 +448,50 @@ def test_every_order_of_events_ends_with_exactly_one_report(machine: RoundMachin
     sent = [k for k in play.asked if k == SEND]
     outbound = [t for kind in kinds for t in plan.outbound(here, kind)]
     assert len(sent) == len(outbound)
+
+
+# ---------------------------------------------------------------- the next graph
+
+
+def mixed(plan: ExchangePlan, cluster: int, *, evaluate: bool) -> Play:
+    """A round that decides on the next graph, until this cluster has mixed."""
+    play = Play(machine_of(plan, cluster, evaluate=evaluate, adapt=True))
+    play.finish(TRAIN)
+    for _ in plan.outbound(cluster, UPDATE):
+        play.finish(SEND)
+    for transfer in plan.inbound(cluster, UPDATE):
+        play.arrive(transfer)
+    play.finish(AGGREGATE)
+    return play
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_the_coordinator_decides_when_all_have_told_it_and_after_the_evaluation(evaluate: bool) -> None:
+    plan, graph = ring_plan([0, 1, 2], Rows(gathered=5)), HybridAdjacencyMatrix.from_edges(3, [(0, 1)]).to_graph()
+    play = mixed(plan, 0, evaluate=evaluate)
+    first, second = plan.inbound(0, GATHERED)
+    play.arrive(first)
+    if evaluate:
+        for transfer in plan.inbound(0, CONSENSUS):
+            play.arrive(transfer)
+        assert play.kinds() == [EVALUATE]
+        play.arrive(second)
+        play.finish(EVALUATE, PhaseReport(model_hash="consensus"))
+    else:
+        assert play.kinds() == []
+        play.arrive(second)
+    assert play.kinds() == [ADAPT]
+    play.finish(ADAPT, PhaseReport(graph=graph))
+    (report,) = play.reports
+    assert report.graph == graph and report.model_hash == ("consensus" if evaluate else "")
+
+
+def test_the_others_tell_and_are_done_and_nothing_is_told_that_nobody_asks_for() -> None:
+    plan = ring_plan([0, 1, 2], Rows(gathered=5))
+    play = mixed(plan, 2, evaluate=False)
+    assert [step.transfer.kind for step in play.pending if step.transfer] == [GATHERED] and not play.reports
+    play.finish(SEND)
+    assert [report.graph for report in play.reports] == [None]
+    alone = mixed(ring_plan([0, 1, 2]), 0, evaluate=False)
+    assert alone.kinds() == [ADAPT]
+    assert mixed(ring_plan([0, 1, 2]), 2, evaluate=False).reports

@@ -35,6 +35,7 @@ WHOLE = Submission(
     code_path="/somewhere",
     rows=Rows(down=2, client_scalars=3, nodes_keep=True),
     schedule=("01", "02"),
+    profile=True,
 )
 
 

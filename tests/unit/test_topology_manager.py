@@ -381,11 +381,11 @@ def test_the_partial_of_a_cluster_is_the_sum_of_its_hosts() -> None:
     for node, value in ((3, 2.0), (2, 1.0)):
         one = posting(PARTIAL, [node], [0], weight=10 * node)
         manager.publish_many(replace(one, reference=np.full(4, value)))
-    merged = manager.cluster_partial("run", 1, 1, PARTIAL)
+    merged = manager.cluster_posting("run", 1, 1, PARTIAL)
     assert merged.senders == (2, 3) and merged.weight == 50
     assert merged.reference.tolist() == [3.0] * 4
     manager.abort("run", 1, 1)
-    fails("P003", manager.cluster_partial, "run", 1, 1, PARTIAL)
+    fails("P003", manager.cluster_posting, "run", 1, 1, PARTIAL)
 
 
 # ---------------------------------------------------------------- payloads of other clusters

@@ -19,6 +19,7 @@ from icrf.console.doors import Doors
 from icrf.console.format import format_bytes, format_count, safe_text, short_id
 from icrf.console.live import RunView, Steps, open_view
 from icrf.console.plan_view import nodes_by_cluster
+from icrf.console.profile_view import show_profile
 from icrf.console.runs_view import show_summary
 from icrf.console.terminal import Terminal
 from icrf.console.unfinished import (
@@ -31,7 +32,17 @@ from icrf.console.unfinished import (
     state_folder,
 )
 from icrf.errors import IcrfError, LocalError, ResourceError, RunError, error_from_dict
-from icrf.protocol import CANCELLED, CENTRALIZED, COMPLETED, HIERARCHICAL, TERMINAL, Plan, RunInfo, Submission
+from icrf.protocol import (
+    CANCELLED,
+    CENTRALIZED,
+    COMPLETED,
+    HIERARCHICAL,
+    TERMINAL,
+    Plan,
+    RoundResult,
+    RunInfo,
+    Submission,
+)
 from icrf.run_folder import RunFolder, default_folder, require_free, require_writable, summarize
 from icrf.sinks import MetricsSink
 
@@ -141,7 +152,7 @@ def watch_there(terminal: Terminal, run: Run) -> Outcome:
             if event.round is not None:
                 rounds.append(event.round)
             view.show(event)
-    return _ended(terminal, run.info(), summarize(run.info(), rounds), None)
+    return _ended(terminal, run.info(), summarize(run.info(), rounds), None, rounds)
 
 
 def fetch_there(terminal: Terminal, run: Run, out: Path | None) -> Outcome:
@@ -234,11 +245,14 @@ def _follow_here(terminal: Terminal, run: Run, folder: RunFolder) -> Outcome:
 def _follow(terminal: Terminal, run: Run, folder: RunFolder) -> Outcome:
     with _view(terminal, run, run.info()) as view:
         summary = run.save_into(folder, view.show)
-    return _ended(terminal, run.info(), summary, folder.path)
+    return _ended(terminal, run.info(), summary, folder.path, folder.rounds)
 
 
-def _ended(terminal: Terminal, info: RunInfo, summary: dict[str, Any], folder: Path | None) -> Outcome:
+def _ended(
+    terminal: Terminal, info: RunInfo, summary: dict[str, Any], folder: Path | None, rounds: Sequence[RoundResult]
+) -> Outcome:
     show_summary(terminal, summary, folder)
+    show_profile(terminal, rounds)
     if info.status == COMPLETED:
         return summary, 0
     error = RunError("F003", f"run {short_id(info.run_id)} was cancelled")

@@ -51,6 +51,12 @@ def limit_text(plan: Plan) -> str:
     return "approaches a weighted mean of the nodes: rows sum to 1, columns do not"
 
 
+def adaptation_text(plan: Plan) -> str:
+    """When and by what the graph changes, in words."""
+    every = "every round" if plan.adaptation_period == 1 else f"every {plan.adaptation_period:,} rounds"
+    return f"changes after {every} by {plan.adaptation}; links, cut, traffic and mixing are those that it starts with"
+
+
 def _groups(plan: Plan) -> list[tuple[str, str, str, str]]:
     """Per aggregator: how many train in its group, on which clusters, and who."""
     members: dict[str, list[str]] = {}
@@ -103,9 +109,13 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     if plan.groups:
         facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_within_groups)} in a round within the groups"))
         facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_merge)} in a round that merges them"))
+    if plan.bytes_inter_cluster_per_adaptation:
+        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_adaptation)} more per change of the graph"))
     facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"))
     if mixing := consensus_text(plan):
         facts += [("mixing", mixing), ("", limit_text(plan))]
+    if plan.adaptation:
+        facts.append(("graph", adaptation_text(plan)))
     facts.append(("peak memory", f"{format_bytes(plan.peak_memory_bytes)} on the busiest cluster"))
     facts.append(("active nodes", _active_text(plan)))
     facts += [(key.replace("_", " "), text) for key, text in plan.explanation.items() if key not in plan.assignment]

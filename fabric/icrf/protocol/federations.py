@@ -110,6 +110,8 @@ class Rows:
         client_scalars: numbers that it keeps after them.
         every_update: contributions travel one by one, because the rule has to see each of them.
         nodes_keep: nodes are of a class of the user's own, and may have a state of their own.
+        gathered: numbers per peer that go to the coordinator in a round that decides on the next graph, see
+            :mod:`icrf.topology.adaptation`.
     """
 
     down: int = 1
@@ -120,6 +122,7 @@ class Rows:
     client_scalars: int = 0
     every_update: bool = False
     nodes_keep: bool = False
+    gathered: int = 0
 
     @property
     def clients_keep(self) -> bool:
@@ -157,6 +160,7 @@ class Submission:
         rows: what the aggregation rule moves and keeps.
         schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
             mediator draws the participants.
+        profile: tell with each round where its time went; changes nothing else.
     """
 
     client_request_id: str
@@ -170,6 +174,7 @@ class Submission:
     code_path: str = ""
     rows: Rows = field(default_factory=Rows)
     schedule: tuple[str, ...] = ()
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,10 @@ class Plan:
         tensors: rule -> how many tensors of the model follow it.
         num_models: models that the server learns and sends to every client that takes part; 1 but for a clustered
             federation with one server.
+        adaptation: the strategy by which the graph changes between rounds; empty where it stays as it is. What depends
+            on the graph is said of the one that the run starts with.
+        adaptation_period: rounds from one decision on the graph to the next; 0 where it stays as it is.
+        bytes_inter_cluster_per_adaptation: payload bytes that such a decision adds.
     """
 
     federation: str
@@ -303,6 +312,9 @@ class Plan:
     bytes_inter_cluster_within_groups: int = 0
     bytes_inter_cluster_per_merge: int = 0
     num_models: int = 1
+    adaptation: str = ""
+    adaptation_period: int = 0
+    bytes_inter_cluster_per_adaptation: int = 0
     residents: dict[str, int] = field(default_factory=dict)
 
 

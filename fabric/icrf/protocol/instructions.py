@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from icrf.protocol.federations import Graph, NodeSpec, Resources, Rows, TensorSpec
 
@@ -35,6 +35,7 @@ class Activate:
     Attributes:
         restore_round: start from the committed state of this round; 0 is the initial state.
         checkpoint: artifact with this cluster's part of that state; empty where the cluster keeps none.
+        initial_graph: the graph that the federation was submitted with, where it has changed since.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class Activate:
     restore_round: int = 0
     checkpoint: str = ""
     rows: Rows = field(default_factory=Rows)
+    initial_graph: Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class StartRound:
         late: those of them that bring an update of an earlier round, one item per round, ascending.
         kept: rounds whose updates clusters that do not take part still owe after this round, ascending; the aggregator
             keeps the models that they started from.
+        adapt: decide on the graph of the rounds to come, after this one.
+        profile: report where the time went.
     """
 
     run_id: str
@@ -98,6 +102,25 @@ class StartRound:
     merge: bool = False
     late: tuple[LateUpdates, ...] = ()
     kept: tuple[int, ...] = ()
+    adapt: bool = False
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class Relink:
+    """From the next round on nodes are linked like this; answered by :class:`Relinked`.
+
+    Nodes and their states stay as they are; what belongs to an earlier `generation` is refused from now on.
+    """
+
+    run_id: str
+    generation: int
+    graph: Graph
+
+    def applied_to(self, activation: Activate) -> Activate:
+        """The activation in force from now on."""
+        initial = activation.initial_graph or activation.graph
+        return replace(activation, generation=self.generation, graph=self.graph, initial_graph=initial)
 
 
 @dataclass(frozen=True)
@@ -184,6 +207,7 @@ Instruction = (
     Reserve
     | Activate
     | StartRound
+    | Relink
     | AbortAttempt
     | SaveCheckpoint
     | StoreModel

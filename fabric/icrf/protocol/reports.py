@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from icrf.protocol.federations import Capacity, Fingerprint
+from icrf.protocol.federations import Capacity, Fingerprint, Graph
+from icrf.protocol.profiles import ClusterProfile
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class RoundReport:
         bytes_intra_cluster: payload bytes that moved between hosts of this cluster.
         recovery: what an error asks for: ``retry`` (committed states are intact here: run the round again),
             ``restore`` (some are lost: go back to the last checkpoint), or empty (the error is the run's).
+        graph: that of the rounds to come (coordinator of a round that decides on it).
+        profile: where the time went, if that was asked.
     """
 
     run_id: str
@@ -138,6 +141,17 @@ class RoundReport:
     error_json: str = ""
     recovery: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    graph: Graph | None = None
+    profile: ClusterProfile | None = None
+
+
+@dataclass(frozen=True)
+class Relinked:
+    """Outcome of :class:`Relink`; `error_json` is empty on success."""
+
+    run_id: str
+    generation: int
+    error_json: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,6 +221,7 @@ Report = (
     | Reserved
     | Activated
     | RoundReport
+    | Relinked
     | Checkpointed
     | ModelStored
     | CallDone

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from icrf.protocol.participants import nodes_of
+from icrf.protocol.profiles import RoundProfile
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class RoundResult:
             256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
+        edges_added, edges_removed: directed edges that the rounds to come have more than this one, and less.
         staleness: node id -> how many rounds ago the round was whose update it contributed; only nodes that were late.
+        profile: where the time went, if the run was submitted so.
     """
 
     number: int
@@ -63,6 +66,9 @@ class RoundResult:
     participants_bitmap: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     staleness: dict[str, int] = field(default_factory=dict)
+    edges_added: int = 0
+    edges_removed: int = 0
+    profile: RoundProfile | None = None
 
     @property
     def participant_nodes(self) -> tuple[int, ...]:

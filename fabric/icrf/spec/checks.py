@@ -10,9 +10,11 @@ from icrf.protocol import sample_size
 from icrf.spec.choices import (
     CHOICES,
     CLUSTERED,
+    COSINE_SIMILARITY,
     DECENTRALIZED,
     HIERARCHICAL,
     HIERARCHY,
+    STATIC,
     TRADITIONAL,
     WITH_SERVER,
     in_groups,
@@ -30,6 +32,11 @@ _WITHOUT_WEIGHT_DECAY = ("Rprop",)
 _WITH_LATE_UPDATES = ("FedAvg", "FedProx")
 _WITH_K_VALUE = ("k_connected", "random_regular", "small_world")
 _UNDIRECTED_MIXING = ("metropolis_hastings", "lazy_metropolis", "max_degree", "uniform", "sample_weighted")
+
+# Mixing rules that every host computes from the graph alone, and that keep no mass of earlier rounds.
+_ADAPTABLE_MIXING = ("metropolis_hastings", "lazy_metropolis", "max_degree", "uniform")
+# A dense matrix is what strategies get; those that compare all pairs of nodes are at their end sooner.
+_MOST_ADAPTED, _MOST_COMPARED = 20_000, 5_000
 
 
 class _Missing(Exception):
@@ -255,6 +262,27 @@ def _directed(values: Values) -> Iterator[Problem]:
         )
 
 
+def _adaptation(values: Values) -> Iterator[Problem]:
+    key, mixing, nodes = "topology_adaptation_strategy", values["mixing"], values["number_of_clients"]
+    strategy, schema = values[key], values["federated_learning_schema"]
+    if strategy == STATIC:
+        return
+    if schema != DECENTRALIZED:
+        yield Problem(
+            "C008",
+            (key,),
+            f"{key} '{strategy}' contradicts federated_learning_schema {schema}, whose graph is given",
+            allowed=STATIC,
+            hint=f"For peers, whose graph may change, set federated_learning_schema: {DECENTRALIZED}.",
+        )
+        return
+    if mixing not in _ADAPTABLE_MIXING:
+        yield not_built("mixing", mixing, f"{', '.join(_ADAPTABLE_MIXING)} with {key} {strategy}")
+    most = _MOST_COMPARED if strategy == COSINE_SIMILARITY else _MOST_ADAPTED
+    if nodes > most:
+        yield _too_many("number_of_clients", nodes, most, f"nodes that {key} {strategy} can link")
+
+
 def _momentum(values: Values) -> Iterator[Problem]:
     if values["momentum"] != 0 and values["optimizer"] not in _WITH_MOMENTUM:
         yield _setting_without_effect("momentum", values["momentum"], values["optimizer"], "SGD or RMSprop")
@@ -447,6 +475,7 @@ CHECKS: tuple[Check, ...] = (
     _neighbours,
     _custom_weights,
     _directed,
+    _adaptation,
     _momentum,
     _weight_decay,
     _vectorize,

@@ -14,6 +14,8 @@ CLUSTERED = "ClusterFederatedLearning"
 # Schemas in which one node, the server, aggregates.
 WITH_SERVER = (TRADITIONAL, CLUSTERED)
 HIERARCHY = "hierarchy"
+# How the graph of peers changes between rounds.
+STATIC, COSINE_SIMILARITY = "static", "cosine_similarity"
 
 
 def in_groups(schema: str, topology: str) -> bool:
@@ -166,7 +168,12 @@ CHOICES: dict[str, Choice] = {
     ),
     "assignment_strategy": Choice(("locality", "round_robin"), ("random", "metis", "louvain"), kind="assignment"),
     "placement_group_strategy": Choice(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
-    "topology_adaptation_strategy": Choice(("static",), ("random", "similarity", "dissimilarity", "affinity")),
+    "topology_adaptation_strategy": Choice(
+        (STATIC, COSINE_SIMILARITY, "random_rewire", "prune_unavailable", "densify", "sparsify"),
+        ("random", "similarity", "dissimilarity", "affinity"),
+        kind="adapter",
+        import_path=True,
+    ),
     "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
     "late_updates": Choice(("drop", "weigh")),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),

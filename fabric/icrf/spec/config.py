@@ -237,7 +237,12 @@ class FederationConfig(BaseModel):
     """Megabytes that the active nodes of one host may take, measured while they are set up; null: an equal share of
     half the memory that is free on the machine then."""
     topology_adaptation_strategy: Text = "static"
-    """How the graph changes between rounds."""
+    """How the graph of peers changes between rounds: ``static``, ``cosine_similarity``, ``random_rewire``,
+    ``prune_unavailable``, ``densify``, ``sparsify``, a registered name or ``module:attr`` (see docs/topologies.md)."""
+    adaptation_period: Count = 1
+    """Rounds from one change of the graph to the next, where it is not ``static``."""
+    adaptation_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of the edges that ``random_rewire`` moves, ``densify`` adds or ``sparsify`` removes each time."""
     clustering_period: CountOrZero = 0
     """Re-plan the assignment every so many rounds; 0: never."""
     do_cluster: bool = False

@@ -28,6 +28,8 @@ from icrf.protocol import (
     Reject,
     Release,
     Released,
+    Relink,
+    Relinked,
     Report,
     Reserve,
     Reserved,
@@ -39,7 +41,7 @@ from icrf.testing.sim_cluster import SimCluster
 from icrf.testing.sim_mediator import Connection, SimMediator
 from icrf.testing.sim_world import World
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
-from icrf_agent.round_machine import AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
+from icrf_agent.round_machine import ADAPT, AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
 
 FINGERPRINT = Fingerprint("sim", "sim", "off", 1, "cpu")
 LEASE_LOST = "A002"
@@ -336,6 +338,7 @@ class SimAgent:
                 AGGREGATE: cluster.aggregate,
                 EVALUATE: cluster.evaluate,
                 INSTALL: cluster.install,
+                ADAPT: cluster.adapt,
             }
             phases[step.kind](start.run_id, start, mine)
 
@@ -349,6 +352,8 @@ class SimAgent:
                 self._download(order.run_id, order.checkpoint, lambda data, e: self._activate(order, data, e, done))
             else:
                 self._activate(order, b"", None, done)
+        elif isinstance(order, Relink):
+            self.cluster.relink(order, done)
         elif isinstance(order, SaveCheckpoint):
             self.cluster.checkpoint(order.run_id, order.round, done)
         elif isinstance(order, StoreModel):
@@ -372,6 +377,9 @@ class SimAgent:
             assert isinstance(result, Activated)
             self._core.activated(order.run_id, order.generation)
             self._say(result)
+        elif isinstance(order, Relink):
+            self._journal[order.run_id] = result
+            self._say(Relinked(order.run_id, order.generation))
         elif isinstance(order, SaveCheckpoint):
             artifact = f"checkpoint/{order.round}/{self.cluster.name}"
             report = Checkpointed(order.run_id, order.generation, order.round, artifact)
@@ -389,7 +397,7 @@ class SimAgent:
     def _give_up(self, order: Any, error: IcrfError) -> None:
         if error.code == "L001":
             return  # the mediator is away; it asks again when it is back
-        if isinstance(order, Activate):
+        if isinstance(order, Activate | Relink):
             self.cluster.recover(order.run_id, error)
         if report := failure(order, error):
             self._say(report)

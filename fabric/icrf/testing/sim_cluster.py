@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RunError, make_error
-from icrf.exchange import CONSENSUS, PARTIAL, Transfer
+from icrf.exchange import EXACT, Transfer
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
-from icrf.protocol import Activate, HeldRun, Reserve, StartRound, nodes_of
+from icrf.protocol import Activate, HeldRun, Relink, Reserve, StartRound, nodes_of
 from icrf.testing import sim_hosts
 from icrf.testing.sim_hosts import Phase, References, SimHost, SimRun
 from icrf.testing.sim_tally import Tally, Vector
@@ -35,6 +35,8 @@ class Observer(Protocol):
     """Told what clusters take in and make."""
 
     def activating(self, cluster: str, order: Activate) -> None: ...
+
+    def relinking(self, cluster: str, order: Relink) -> None: ...
 
     def began(self, cluster: str, start: StartRound) -> None: ...
 
@@ -272,6 +274,28 @@ class SimCluster:
         """Make the consensus model."""
         self._phase(run_id, start, (0.05, 0.5), sim_hosts.evaluate, done, _model_host)
 
+    def adapt(self, run_id: str, start: StartRound, done: Done) -> None:
+        """Decide on the graph of the rounds to come."""
+        self._phase(run_id, start, (0.05, 0.5), sim_hosts.adapt, done, _model_host)
+
+    def relink(self, order: Relink, done: Done) -> None:
+        """Link the nodes of a run anew; the result is the activation in force."""
+        try:
+            run = self._run(order.run_id)
+            if order.generation < run.activation.generation:
+                raise make_error("P003", f"generation {order.generation} is over", value=run.activation.generation)
+            run.activation = order.applied_to(run.activation)
+            self._relink()
+            self.manager.relink(order)
+        except IcrfError as error:
+            return done(None, error)
+        self._observer.relinking(self.name, order)
+
+        def all_linked(_: list[Any], error: IcrfError | None) -> None:
+            done(None if error else run.activation, error)
+
+        self._on_hosts(run.hosts, (0.01, 0.5), lambda host: sim_hosts.relink(host, order), all_linked)
+
     def send_payload(self, run_id: str, start: StartRound, transfer: Transfer, done: Done) -> None:
         """Send what was posted to the cluster it is for."""
         try:
@@ -279,7 +303,7 @@ class SimCluster:
             posting, array = sim_hosts.posted(self.manager, start, transfer)
         except IcrfError as error:
             return done(None, error)
-        partial = transfer.kind in (PARTIAL, CONSENSUS)
+        exact = transfer.kind in EXACT
         header = PayloadHeader(
             run_id=run_id,
             generation=start.generation,
@@ -289,10 +313,10 @@ class SimCluster:
             sender=transfer.sender,
             source=self.name,
             target=run.activation.clusters[transfer.target],
-            dtype="float64" if partial else "int64",
+            dtype="float64" if exact else "int64",
             num_elements=len(array),
             weight=posting.weight,
-            recipients=transfer.recipients if partial else (),
+            recipients=transfer.recipients if exact else (),
         )
         self._network.send(header, array.copy(), done)
 

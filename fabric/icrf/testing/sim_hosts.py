@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from icrf.errors import InternalError, NodeError, RunError, WeightsError
-from icrf.exchange import CONSENSUS, MERGED, MODEL, PARTIAL, UPDATE, Transfer
+from icrf.exchange import CONSENSUS, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, Transfer
 from icrf.ports import ModelFile, PhaseReport
-from icrf.protocol import Activate, Activated, StartRound, nodes_of
+from icrf.protocol import Activate, Activated, Graph, Relink, StartRound, nodes_of
 from icrf.staleness import late_nodes, scaled
 from icrf.testing.sim_tally import Tally, Vector, absmax, digest, total
 from icrf_agent.host_late import EarlierModels, row_for
@@ -42,6 +42,7 @@ class SimHost:
     life: int = 1
     generation: int = 0
     state: VersionedState[Vector] | None = None
+    graph: Graph | None = None
     earlier: EarlierModels = field(default_factory=EarlierModels)
     consensus: tuple[int, Vector] | None = None
     clear_s: float = 0.0
@@ -188,7 +189,7 @@ def _stage_groups(host: SimHost, rows: Sequence[Vector], start: StartRound) -> P
 def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
     """Merge the partials into the new model, or mix each node's neighbours, in node order."""
     tally = run.tally
-    assert host.state is not None
+    assert host.state is not None and host.graph is not None
     if tally.hierarchy:
         return _aggregate_groups(manager, run, host, start)
     if tally.centralized:
@@ -206,12 +207,14 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
     for posting in manager.collect(start.run_id, start.round, start.attempt, UPDATE):
         array = array_of(posting).reshape(len(posting.senders), -1)
         rows.update({sender: array[k] for k, sender in enumerate(posting.senders)})
-    missing = {j for n in host.nodes for j in (n, *tally.neighbours[n])} - rows.keys()
+    missing = {j for n in host.nodes for j in (n, *tally.neighbours(host.graph)[n])} - rows.keys()
     if missing:
         raise InternalError("X001", f"updates of nodes {sorted(missing)} did not arrive")
-    state = np.stack([tally.mix(n, rows) for n in host.nodes])
+    state = np.stack([tally.mix(n, rows, host.graph) for n in host.nodes])
     if start.evaluate:
         manager.publish_many(_posting(start, CONSENSUS, host.nodes, state.sum(axis=0)))
+    if start.adapt and run.activation.rows.gathered:
+        manager.publish_many(_posting(start, GATHERED, host.nodes, np.array(tally.told(list(state)), np.int64)))
     host.state.rebase(start)
     host.state.stage(start, state)
     return PhaseReport(absmax=absmax(list(state)), state_hashes=b"".join(digest(row) for row in state))
@@ -225,12 +228,29 @@ def evaluate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: 
     return PhaseReport(metrics={"accuracy": start.round / run.tally.rounds}, model_hash=digest(model).hex())
 
 
+def adapt(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound) -> PhaseReport:
+    """Decide on the graph of the rounds to come."""
+    assert host.graph is not None
+    postings = manager.collect(start.run_id, start.round, start.attempt, GATHERED)
+    told = np.concatenate([np.zeros(0, np.int64), *(array_of(p).reshape(-1) for p in postings)])
+    wanted = run.tally.num_nodes * run.activation.rows.gathered
+    if len(told) != wanted:
+        raise InternalError("X001", f"nodes have told {len(told)} numbers of {wanted}")
+    return PhaseReport(graph=run.tally.next_graph(host.graph, start.round, int(told.sum())))
+
+
+def relink(host: SimHost, order: Relink) -> None:
+    """Take over another graph, under a new generation."""
+    require_nodes(host)
+    host.graph, host.generation = order.graph, order.generation
+
+
 def posted(manager: HybridTopologyManager, start: StartRound, transfer: Transfer) -> tuple[Posting, Vector]:
     """What a transfer carries."""
     key = (start.run_id, start.round, start.attempt, transfer.kind)
-    if transfer.kind in (PARTIAL, CONSENSUS):
-        posting = manager.cluster_partial(*key, transfer.recipients or None)
-        return posting, array_of(posting)
+    if transfer.kind in OF_A_CLUSTER:
+        posting = manager.cluster_posting(*key, transfer.recipients or None)
+        return posting, array_of(posting).reshape(-1)
     for posting in manager.collect(*key):
         if transfer.sender in posting.senders:
             if transfer.kind == MODEL:
@@ -255,7 +275,7 @@ def set_up(run: SimRun, host: SimHost, states: Mapping[int, Vector]) -> list[Vec
         held = [states[n] if order.restore_round else tally.initial() for n in keys]
         host.state = VersionedState(held[0] if tally.centralized else np.stack(held), order.restore_round)
         host.earlier = EarlierModels({-1 - key: state for key, state in states.items() if key < 0})
-    host.generation = order.generation
+    host.generation, host.graph = order.generation, order.graph
     return held
 
 
@@ -350,6 +370,7 @@ def merged(reports: Sequence[PhaseReport]) -> PhaseReport:
         metrics={k: v for r in reports for k, v in r.metrics.items()},
         model_hash="".join(r.model_hash for r in reports),
         state_hashes=b"".join(r.state_hashes for r in reports),
+        graph=next((r.graph for r in reports if r.graph), None),
     )
 
 

@@ -22,6 +22,7 @@ from icrf.protocol import (
     Goodbye,
     Heartbeat,
     Register,
+    Relink,
     Report,
     RoundReport,
     RunEvent,
@@ -32,6 +33,7 @@ from icrf.testing.sim_tally import Tally
 from icrf.testing.sim_world import World
 from icrf_mediator.blobs import MemoryBlobs
 from icrf_mediator.effects import Effects
+from icrf_mediator.graphs import graph_of
 from icrf_mediator.mediator import FederationMediator
 
 
@@ -144,6 +146,17 @@ class Checker:
         facts.generation, facts.clusters = generation, tuple(write.row["clusters"])
         assert facts.tally is not None
         facts.tally.place(write.row["assignment"])
+
+    def _on_relinks(self, facts: _Facts, write: Write) -> None:
+        generation = int(write.key[1])
+        self.require(generation > facts.generation, f"I4: generation {generation} after {facts.generation}")
+        facts.generation = generation
+
+    def _on_graphs(self, facts: _Facts, write: Write) -> None:
+        number = int(write.key[1])
+        assert facts.tally is not None
+        same = graph_of(write.row) == facts.tally.graph_after(number)
+        self.require(same, f"I1: round {number} decided on another graph than without faults")
 
     def _on_attempts(self, facts: _Facts, write: Write) -> None:
         run_id, number, attempt, cluster = write.key
@@ -279,6 +292,12 @@ class Checker:
         generation, _ = self._here.get((cluster, order.run_id), (0, (0, 0)))
         self.require(order.generation >= generation, f"I4: {cluster} goes back to generation {order.generation}")
         self._here[cluster, order.run_id] = (order.generation, (0, 0))
+
+    def relinking(self, cluster: str, order: Relink) -> None:
+        """A cluster links the nodes of a run anew, under a new generation."""
+        generation, position = self._here[cluster, order.run_id]
+        self.require(order.generation >= generation, f"I4: {cluster} goes back to generation {order.generation}")
+        self._here[cluster, order.run_id] = (order.generation, position)
 
     def began(self, cluster: str, start: StartRound) -> None:
         """A cluster begins an attempt."""

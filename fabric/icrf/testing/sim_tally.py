@@ -3,22 +3,23 @@
 A state is a vector of ``num_nodes + 2`` integers. Slot i counts how often node i has contributed; slot ``num_nodes``
 sums ``round * prime_i mod 2^31``; the last slot depends on the state that a contribution was made from, so that work on
 a stale state shows. In a hierarchy the first member of a group hands on the group's state with its contribution; where
-the groups are merged, the sum is the root's, and the other groups begin at nothing. Addition of integers is exact
-in every order, so the states of a run are known beforehand.
+the groups are merged, the sum is the root's, and the other groups begin at nothing. Where the graph of peers changes,
+it depends on all of their states, so that a decision on other states, or a round on another graph, shows. Addition of
+integers is exact in every order, so the states of a run are known beforehand.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 
-from icrf.protocol import CENTRALIZED, HIERARCHICAL, NodeSpec, Submission, TensorSpec
+from icrf.protocol import CENTRALIZED, HIERARCHICAL, Graph, NodeSpec, Rows, Submission, TensorSpec
 from icrf.topology import Hierarchy
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf.update import METRIC_UNIT_BITS, choose_grid, merkle_root, metric_mean
@@ -28,6 +29,7 @@ Vector = np.ndarray[Any, Any]
 PRIMES = (1_000_003, 1_299_709, 15_485_863, 32_452_843, 49_979_687, 67_867_967, 86_028_121, 104_395_301, 122_949_823)
 MODULUS = 1 << 31
 ESCALATION_BITS = 8
+ADAPTATION = "topology_adaptation_strategy"
 
 
 def total(rows: Sequence[Vector]) -> Vector:
@@ -102,6 +104,8 @@ class Tally:
         self._late: dict[int, set[int]] = {}
         self._owed: dict[int, dict[int, int]] = {1: {}}
         self._expected = [self._summary([self.initial() for _ in self.keepers])]
+        # The graph in force after each round.
+        self._graphs = [submission.graph]
         self._foresee(1)
 
     # ------------------------------------------------------------ what nodes do
@@ -163,19 +167,49 @@ class Tally:
         owed = self._owed[number]
         return {node: number - owed[node] for node in self._chosen[number] if node in owed}
 
-    def mix(self, node: int, rows: Mapping[int, Vector]) -> Vector:
+    def mix(self, node: int, rows: Mapping[int, Vector], graph: Graph) -> Vector:
         """The new state of `node` from its own update and its neighbours', in node order; its own count stays."""
         mixed = rows[node].copy()
-        for other in self.neighbours[node]:
+        for other in self.neighbours(graph)[node]:
             mixed = (mixed + (other + 2) * rows[other]) % MODULUS
         mixed[node] = rows[node][node]
         return mixed
 
-    @cached_property
-    def neighbours(self) -> tuple[tuple[int, ...], ...]:
+    def neighbours(self, graph: Graph) -> tuple[tuple[int, ...], ...]:
         """Per node the nodes whose updates it mixes in, ascending."""
-        graph = HybridAdjacencyMatrix.from_graph(self.submission.graph)
-        return tuple(tuple(int(j) for j in graph.in_neighbors(i)) for i in range(self.num_nodes))
+        return self._neighbours(graph)
+
+    @cached_property
+    def _neighbours(self) -> Callable[[Graph], tuple[tuple[int, ...], ...]]:
+        @cache
+        def of(graph: Graph) -> tuple[tuple[int, ...], ...]:
+            adjacency = HybridAdjacencyMatrix.from_graph(graph)
+            return tuple(tuple(int(j) for j in adjacency.in_neighbors(i)) for i in range(self.num_nodes))
+
+        return of
+
+    def adapts(self, number: int) -> bool:
+        """Whether a round decides on the graph of those after it."""
+        return ADAPTATION in self.config and number % int(self.config["adaptation_period"]) == 0
+
+    def told(self, states: Sequence[Vector]) -> list[list[int]]:
+        """What nodes tell for the decision on the next graph, a row each; nothing where nothing is gathered."""
+        return [[int(state[-1])] * self.submission.rows.gathered for state in states]
+
+    def next_graph(self, graph: Graph, number: int, told: int) -> Graph:
+        """What a round decides on: every node takes the place of another one.
+
+        Args:
+            told: the sum of what all nodes have told.
+        """
+        shift = 1 + (number + told) % max(1, self.num_nodes - 1)
+        rows, columns = HybridAdjacencyMatrix.from_graph(graph).edges()
+        pairs = (np.stack([rows, columns], axis=1).astype(np.int64) + shift) % self.num_nodes
+        return HybridAdjacencyMatrix.from_edges(self.num_nodes, pairs, symmetric=False).to_graph()
+
+    def graph_after(self, number: int) -> Graph:
+        """The graph in force after a round, without any fault."""
+        return self._graphs[number]
 
     def loss(self, node: int, number: int) -> tuple[int, int]:
         """(numerator, weight) of a node's training loss."""
@@ -218,10 +252,15 @@ class Tally:
     # ------------------------------------------------------------ inside
 
     def _foresee(self, first: int) -> None:
-        del self._expected[first:]
+        del self._expected[first:], self._graphs[first:]
         for number in range(first, self.rounds + 1):
             self._settle(number)
             self._expected.append(self._summary(self._step(self._expected[-1].states, number)))
+            graph = self._graphs[-1]
+            if self.adapts(number):
+                told = sum(sum(row) for row in self.told(self._expected[-1].states))
+                graph = self.next_graph(graph, number, told)
+            self._graphs.append(graph)
 
     def _settle(self, number: int) -> None:
         """Who takes part in a round, and what is owed after it: by nodes of clusters that were late, and do nothing
@@ -260,7 +299,7 @@ class Tally:
             made = [total(self.within(members, number, state)) for members, state in groups]
             return [self.installed(a, total(made)) for a in self.keepers] if self.merges(number) else made
         rows = {i: self.update(i, number, states[i]) for i in range(self.num_nodes)}
-        return [self.mix(i, rows) for i in range(self.num_nodes)]
+        return [self.mix(i, rows, self._graphs[number - 1]) for i in range(self.num_nodes)]
 
     def _summary(self, states: Sequence[Vector]) -> Expected:
         if self.centralized:
@@ -276,6 +315,7 @@ def tally_submission(
     config: Mapping[str, Any],
     schedule: Sequence[Sequence[int]] = (),
     aggregators: Sequence[int] = (),
+    gathered: int = 0,
 ) -> Submission:
     """A tally federation.
 
@@ -284,6 +324,7 @@ def tally_submission(
         config: the resolved configuration; `tally_escalations` lists per round how often its grid is too fine.
         schedule: who takes part in each round; empty: all.
         aggregators: of a hierarchy.
+        gathered: numbers per peer that a decision on the next graph needs, where `config` says that it changes.
     """
     roles = ["train"] * num_nodes
     if flow == CENTRALIZED:
@@ -297,5 +338,6 @@ def tally_submission(
         nodes=tuple(NodeSpec(f"node_{i}", role) for i, role in enumerate(roles)),
         graph=HybridAdjacencyMatrix.from_edges(num_nodes, list(edges)).to_graph(),
         layout=(TensorSpec("tally", (num_nodes + 2,), "int64"),),
+        rows=Rows(gathered=gathered),
         schedule=tuple(sum(1 << i for i in nodes).to_bytes((num_nodes + 7) // 8, "little").hex() for nodes in schedule),
     )

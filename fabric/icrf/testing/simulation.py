@@ -22,7 +22,7 @@ from icrf.testing.sim_agent import SimAgent
 from icrf.testing.sim_cluster import Network, SimCluster
 from icrf.testing.sim_invariants import Checker
 from icrf.testing.sim_mediator import Away, SimMediator
-from icrf.testing.sim_tally import Tally, tally_submission
+from icrf.testing.sim_tally import ADAPTATION, Tally, tally_submission
 from icrf.testing.sim_world import SimulationFailed, World
 from icrf_mediator.mediator import Policy
 
@@ -123,24 +123,32 @@ class Fabric:
         trace: print every step.
         kinds: let many faults strike from outside, of these kinds only; empty: the seed decides.
         quorum: long stars over several clusters that do without those that are lost.
+        adapting: long runs of peers whose graph changes.
         gap_s: mean time between faults of these kinds.
     """
 
     def __init__(
-        self, seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False, gap_s: float = 3.0
+        self,
+        seed: int,
+        trace: bool = False,
+        kinds: Sequence[str] = (),
+        quorum: bool = False,
+        gap_s: float = 3.0,
+        adapting: bool = False,
     ) -> None:
         self.world = world = World(seed, len(FAULTS), trace)
         if kinds:
-            world.repeat = f"simulate({seed}, trace=True, kinds={tuple(kinds)!r}, quorum={quorum}, gap_s={gap_s})"
+            options = f"kinds={tuple(kinds)!r}, quorum={quorum}, gap_s={gap_s}, adapting={adapting}"
+            world.repeat = f"simulate({seed}, trace=True, {options})"
             world.concentrate([float(kind in kinds) for kind in FAULTS], gap_s)
         policy = Policy()
         self.checker = Checker(world, policy.lease_ttl_s)
         self.mediator = SimMediator(world, self.checker, policy)
         self.checker.blobs = self.mediator.blobs
         self._tallies: dict[str, Tally] = {}
-        self._seed, self._quorum, self._run_ids = seed, quorum, 0
+        self._seed, self._quorum, self._adapting, self._run_ids = seed, quorum, adapting, 0
         self.network, rng = Network(world), world.rng
-        names = [f"c{k + 1}" for k in range(rng.choice((2, 3, 4) if quorum else (1, 2, 2, 3, 4)))]
+        names = [f"c{k + 1}" for k in range(rng.choice((2, 3, 4) if quorum or adapting else (1, 2, 2, 3, 4)))]
         self.clusters = [
             SimCluster(name, rng.choice((1, 2, 2, 3)), world, self.network, self._tallies.__getitem__, self.checker)
             for name in names
@@ -219,9 +227,11 @@ class Fabric:
 
     def _user(self, number: int) -> User:
         rng = self.world.rng
+        long = self._quorum or self._adapting
         flow = CENTRALIZED if self._quorum else rng.choice((CENTRALIZED, DECENTRALIZED))
-        size = rng.randint(5, 7) if self._quorum else rng.randint(2, 7)
-        rounds = rng.randint(10, 20) if self._quorum else rng.randint(1, 5)
+        flow = DECENTRALIZED if self._adapting else flow
+        size = rng.randint(5, 7) if long else rng.randint(2, 7)
+        rounds = rng.randint(10, 20) if long else rng.randint(1, 5)
         edges = [(0, i) for i in range(1, size)]
         if flow == DECENTRALIZED:
             edges = [(rng.randrange(i), i) for i in range(1, size)]
@@ -239,7 +249,7 @@ class Fabric:
         }
         schedule: list[list[int]] = []
         groups, aggregators = Random(f"groups of {number} under {self._seed}"), []
-        if size > 3 and groups.random() < 0.35 and not self._quorum:
+        if size > 3 and groups.random() < 0.35 and not long:
             flow, aggregators = HIERARCHICAL, [0, size - 1]
             above = [0, size - 1, *(groups.choice((0, size - 1)) for _ in range(size - 4))]
             edges = [(0, size - 1), *zip(above, range(1, size - 1), strict=True)]
@@ -259,8 +269,12 @@ class Fabric:
         if config.get("min_nodes") and draw.random() < 0.5:
             config |= {"late_updates": "weigh", "max_staleness": draw.randint(1, 3)}
             config |= {"min_nodes": 1, "round_deadline_s": 150.0}
-        request = f"request-{number}"
-        tally = Tally(tally_submission(request, flow, sorted(set(edges)), size, config, schedule, aggregators))
+        graphs, gathered = Random(f"graphs of {number} under {self._seed}"), 0
+        if flow == DECENTRALIZED and (graphs.random() < 0.5 or self._adapting):
+            gathered = graphs.randint(0, 2)
+            config |= {ADAPTATION: "tally", "adaptation_period": graphs.randint(1, 2), "mixing": "metropolis_hastings"}
+        request, edges = f"request-{number}", sorted(set(edges))
+        tally = Tally(tally_submission(request, flow, edges, size, config, schedule, aggregators, gathered))
         self._tallies[tally.submission.config_json] = tally
         self.checker.know(tally)
         cancel_s = rng.uniform(0.0, 60.0) if rng.random() < 0.12 else -1.0
@@ -288,7 +302,12 @@ class Fabric:
 
 
 def simulate(
-    seed: int, trace: bool = False, kinds: Sequence[str] = (), quorum: bool = False, gap_s: float = 3.0
+    seed: int,
+    trace: bool = False,
+    kinds: Sequence[str] = (),
+    quorum: bool = False,
+    gap_s: float = 3.0,
+    adapting: bool = False,
 ) -> Outcome:
     """One history.
 
@@ -297,12 +316,13 @@ def simulate(
         trace: print every step.
         kinds: let many faults of these kinds strike (keys of :data:`FAULTS`); empty: the seed decides.
         quorum: long stars over several clusters that do without those that are lost.
+        adapting: long runs of peers whose graph changes.
         gap_s: mean seconds between faults of these kinds.
 
     Raises:
         SimulationFailed: an invariant does not hold.
     """
-    return Fabric(seed, trace, kinds, quorum, gap_s).run()
+    return Fabric(seed, trace, kinds, quorum, gap_s, adapting).run()
 
 
 # ---------------------------------------------------------------- kinds of faults that strike from outside

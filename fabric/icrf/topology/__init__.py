@@ -1,6 +1,16 @@
 """Who may talk to whom: adjacency matrices, named topologies, CSV files and mixing matrices."""
 
-from icrf.topology import families, random_graphs  # noqa: F401 - they register their builders
+from icrf.topology import families, random_graphs, rewiring  # noqa: F401 - they register what they define
+from icrf.topology.adaptation import (
+    ADAPTERS,
+    STATIC,
+    Adapter,
+    Situation,
+    Sketcher,
+    TopologyAdaptationStrategy,
+    changed_edges,
+    require_usable,
+)
 from icrf.topology.builders import (
     TOPOLOGIES,
     build_topology,
@@ -27,16 +37,23 @@ from icrf.topology.mixing import (
 from icrf.topology.spectrum import rounds_to_consensus, spectrum
 
 __all__ = [
+    "ADAPTERS",
     "GROUPINGS",
     "INTER_CLUSTER",
     "INTRA_CLUSTER",
     "MAX_DENSE_NODES",
     "MIXINGS",
+    "STATIC",
     "TOPOLOGIES",
+    "Adapter",
     "Gossip",
     "Hierarchy",
     "HybridAdjacencyMatrix",
+    "Situation",
+    "Sketcher",
+    "TopologyAdaptationStrategy",
     "build_topology",
+    "changed_edges",
     "check_mixing",
     "from_network",
     "group_clients",
@@ -52,6 +69,7 @@ __all__ = [
     "register_topology",
     "require_connected",
     "require_consensus",
+    "require_usable",
     "rounds_to_consensus",
     "spectrum",
     "wants_labels",

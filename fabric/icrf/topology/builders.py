@@ -15,10 +15,12 @@ The built-in ones are here, in ``families.py`` and in ``random_graphs.py``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.sparse import issparse
 
 from icrf.errors import ConfigError, TopologyError
 from icrf.registry import Registry
@@ -68,7 +70,8 @@ def build_topology(
     arguments = inject(TOPOLOGIES, name, {**parameters, "num_nodes": num_nodes})
     with TOPOLOGIES.calling(name):
         result = TOPOLOGIES.get(name)(**arguments)
-        matrix = _matrix_of(name, result, parameters.get("node_ids", ()))
+        with answering(f"topology {name!r}"):
+            matrix = as_matrix(TOPOLOGIES, name, result, parameters.get("node_ids", ()))
     if matrix.num_nodes != num_nodes:
         raise TopologyError(
             "T010",
@@ -81,17 +84,30 @@ def build_topology(
     return matrix
 
 
-def _matrix_of(name: str, result: Any, node_ids: Sequence[str]) -> HybridAdjacencyMatrix:
-    """What a builder has returned; the errors say whose it is."""
+def as_matrix(registry: Registry[Any], name: str, result: Any, node_ids: Sequence[str]) -> HybridAdjacencyMatrix:
+    """The graph that a plugged-in function has returned: dense, SciPy, networkx or our own.
+
+    Raises:
+        ConfigError: C018 for what is no matrix.
+        TopologyError: T0xx for what is no graph.
+    """
     if isinstance(result, HybridAdjacencyMatrix):
         return result
+    if hasattr(result, "is_directed") and hasattr(result, "edges"):
+        return from_network(result, node_ids)
+    allowed = "a NumPy or SciPy matrix, a HybridAdjacencyMatrix or a networkx graph"
+    return HybridAdjacencyMatrix.from_dense(
+        numbers_of(registry, name, result.toarray() if issparse(result) else result, allowed)
+    )
+
+
+@contextmanager
+def answering(who: str) -> Iterator[None]:
+    """An error inside about a graph names `who` has returned it."""
     try:
-        if hasattr(result, "is_directed") and hasattr(result, "edges"):
-            return from_network(result, node_ids)
-        allowed = "a NumPy matrix, a HybridAdjacencyMatrix or a networkx graph"
-        return HybridAdjacencyMatrix.from_dense(numbers_of(TOPOLOGIES, name, result, allowed))
+        yield
     except TopologyError as error:
-        place = f"topology {name!r}, {error.place}" if error.place else f"topology {name!r}"
+        place = f"{who}, {error.place}" if error.place else who
         raise TopologyError(
             error.code, error.message, place=place, value=error.value, allowed=error.allowed, hint=error.hint
         ) from error
@@ -130,9 +146,13 @@ def _braces(nodes: list[int]) -> str:
     return "{" + ",".join(str(node) for node in nodes[:SHOWN]) + more + "}"
 
 
-def parameters_of(registry: Registry[Any], name: str) -> Mapping[str, inspect.Parameter]:
-    """What a plugged-in function may be called with; C017 where that cannot be told, as of what is no function."""
-    function = registry.get(name)
+def parameters_of(registry: Registry[Any], name: str, function: Any = None) -> Mapping[str, inspect.Parameter]:
+    """What a plugged-in function may be called with; C017 where that cannot be told, as of what is no function.
+
+    Args:
+        function: of the plug-in, where it is not one itself.
+    """
+    function = registry.get(name) if function is None else function
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
@@ -144,8 +164,13 @@ def parameters_of(registry: Registry[Any], name: str) -> Mapping[str, inspect.Pa
         ) from error
 
 
-def inject(registry: Registry[Any], name: str, available: Mapping[str, Any]) -> dict[str, Any]:
+def inject(
+    registry: Registry[Any], name: str, available: Mapping[str, Any], function: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """What to call a plugged-in function with: the values of `available` that its parameters name.
+
+    Args:
+        function: of the plug-in, where it is not one itself.
 
     Raises:
         ConfigError: C010 an unknown name, C016 a parameter whose key is not set, C017 one that does not exist, or code
@@ -153,7 +178,7 @@ def inject(registry: Registry[Any], name: str, available: Mapping[str, Any]) -> 
     """
     arguments = {}
     kind = registry.kind
-    for parameter in parameters_of(registry, name).values():
+    for parameter in parameters_of(registry, name, function).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         required = parameter.default is parameter.empty

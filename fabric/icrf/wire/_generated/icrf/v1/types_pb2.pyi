@@ -122,6 +122,7 @@ class Rows(_message.Message):
     CLIENT_SCALARS_FIELD_NUMBER: _builtins.int
     EVERY_UPDATE_FIELD_NUMBER: _builtins.int
     NODES_KEEP_FIELD_NUMBER: _builtins.int
+    GATHERED_FIELD_NUMBER: _builtins.int
     down: _builtins.int
     up: _builtins.int
     scalars: _builtins.int
@@ -130,6 +131,7 @@ class Rows(_message.Message):
     client_scalars: _builtins.int
     every_update: _builtins.bool
     nodes_keep: _builtins.bool
+    gathered: _builtins.int
     def __init__(
         self,
         *,
@@ -141,10 +143,11 @@ class Rows(_message.Message):
         client_scalars: _builtins.int = ...,
         every_update: _builtins.bool = ...,
         nodes_keep: _builtins.bool = ...,
+        gathered: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_scalars", b"client_scalars", "down", b"down", "every_update", b"every_update", "nodes_keep", b"nodes_keep", "scalars", b"scalars", "server", b"server", "up", b"up"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_scalars", b"client_scalars", "down", b"down", "every_update", b"every_update", "gathered", b"gathered", "nodes_keep", b"nodes_keep", "scalars", b"scalars", "server", b"server", "up", b"up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -165,12 +168,14 @@ class Submission(_message.Message):
     CODE_PATH_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     client_request_id: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
     keep: _builtins.bool
     stage: _builtins.str
     code_path: _builtins.str
+    profile: _builtins.bool
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeSpec]: ...
     @_builtins.property
@@ -197,10 +202,11 @@ class Submission(_message.Message):
         code_path: _builtins.str = ...,
         rows: Global___Rows | None = ...,
         schedule: _abc.Iterable[_builtins.str] | None = ...,
+        profile: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "profile", b"profile", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -503,6 +509,9 @@ class Plan(_message.Message):
     BYTES_INTER_CLUSTER_WITHIN_GROUPS_FIELD_NUMBER: _builtins.int
     BYTES_INTER_CLUSTER_PER_MERGE_FIELD_NUMBER: _builtins.int
     NUM_MODELS_FIELD_NUMBER: _builtins.int
+    ADAPTATION_FIELD_NUMBER: _builtins.int
+    ADAPTATION_PERIOD_FIELD_NUMBER: _builtins.int
+    BYTES_INTER_CLUSTER_PER_ADAPTATION_FIELD_NUMBER: _builtins.int
     RESIDENTS_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     flow: _builtins.str
@@ -521,6 +530,9 @@ class Plan(_message.Message):
     bytes_inter_cluster_within_groups: _builtins.int
     bytes_inter_cluster_per_merge: _builtins.int
     num_models: _builtins.int
+    adaptation: _builtins.str
+    adaptation_period: _builtins.int
+    bytes_inter_cluster_per_adaptation: _builtins.int
     @_builtins.property
     def clusters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -570,11 +582,14 @@ class Plan(_message.Message):
         bytes_inter_cluster_within_groups: _builtins.int = ...,
         bytes_inter_cluster_per_merge: _builtins.int = ...,
         num_models: _builtins.int = ...,
+        adaptation: _builtins.str = ...,
+        adaptation_period: _builtins.int = ...,
+        bytes_inter_cluster_per_adaptation: _builtins.int = ...,
         residents: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_models", b"num_models", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "residents", b"residents", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "adaptation_period", b"adaptation_period", "assignment", b"assignment", "bytes_inter_cluster_per_adaptation", b"bytes_inter_cluster_per_adaptation", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_models", b"num_models", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "residents", b"residents", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -746,6 +761,7 @@ class Activate(_message.Message):
     RESTORE_ROUND_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    INITIAL_GRAPH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     federation: _builtins.str
@@ -770,6 +786,8 @@ class Activate(_message.Message):
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerAddress]: ...
     @_builtins.property
     def rows(self) -> Global___Rows: ...
+    @_builtins.property
+    def initial_graph(self) -> Global___Graph: ...
     def __init__(
         self,
         *,
@@ -790,10 +808,11 @@ class Activate(_message.Message):
         restore_round: _builtins.int = ...,
         checkpoint: _builtins.str = ...,
         rows: Global___Rows | None = ...,
+        initial_graph: Global___Graph | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "initial_graph", b"initial_graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "initial_graph", b"initial_graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -815,6 +834,8 @@ class StartRound(_message.Message):
     MERGE_FIELD_NUMBER: _builtins.int
     LATE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
+    ADAPT_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -825,6 +846,8 @@ class StartRound(_message.Message):
     participants: _builtins.bytes
     """bitmap; empty: all nodes that train"""
     merge: _builtins.bool
+    adapt: _builtins.bool
+    profile: _builtins.bool
     @_builtins.property
     def grid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """exponents, often negative"""
@@ -850,14 +873,42 @@ class StartRound(_message.Message):
         merge: _builtins.bool = ...,
         late: _abc.Iterable[Global___LateUpdates] | None = ...,
         kept: _abc.Iterable[_builtins.int] | None = ...,
+        adapt: _builtins.bool = ...,
+        profile: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapt", b"adapt", "attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "profile", b"profile", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartRound: _TypeAlias = StartRound  # noqa: Y015
+
+@_typing.final
+class Relink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    GRAPH_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    generation: _builtins.int
+    @_builtins.property
+    def graph(self) -> Global___Graph: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        graph: Global___Graph | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "graph", b"graph", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Relink: _TypeAlias = Relink  # noqa: Y015
 
 @_typing.final
 class LateUpdates(_message.Message):
@@ -1125,6 +1176,7 @@ class Instruction(_message.Message):
     REJECT_FIELD_NUMBER: _builtins.int
     SAVE_CHECKPOINT_FIELD_NUMBER: _builtins.int
     DISMISS_FIELD_NUMBER: _builtins.int
+    RELINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def reserve(self) -> Global___Reserve: ...
     @_builtins.property
@@ -1149,6 +1201,8 @@ class Instruction(_message.Message):
     def save_checkpoint(self) -> Global___SaveCheckpoint: ...
     @_builtins.property
     def dismiss(self) -> Global___Dismiss: ...
+    @_builtins.property
+    def relink(self) -> Global___Relink: ...
     def __init__(
         self,
         *,
@@ -1164,12 +1218,13 @@ class Instruction(_message.Message):
         reject: Global___Reject | None = ...,
         save_checkpoint: Global___SaveCheckpoint | None = ...,
         dismiss: Global___Dismiss | None = ...,
+        relink: Global___Relink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "relink", b"relink", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "relink", b"relink", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["reserve", "activate", "start_round", "abort_attempt", "store_model", "call_node", "send_message", "release", "lease", "reject", "save_checkpoint", "dismiss"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["reserve", "activate", "start_round", "abort_attempt", "store_model", "call_node", "send_message", "release", "lease", "reject", "save_checkpoint", "dismiss", "relink"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1535,6 +1590,8 @@ class RoundReport(_message.Message):
     ERROR_JSON_FIELD_NUMBER: _builtins.int
     RECOVERY_FIELD_NUMBER: _builtins.int
     NODE_METRICS_FIELD_NUMBER: _builtins.int
+    GRAPH_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -1559,6 +1616,10 @@ class RoundReport(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
     def node_metrics(self) -> _containers.MessageMap[_builtins.str, Global___NodeMetrics]: ...
+    @_builtins.property
+    def graph(self) -> Global___Graph: ...
+    @_builtins.property
+    def profile(self) -> Global___ClusterProfile: ...
     def __init__(
         self,
         *,
@@ -1581,14 +1642,153 @@ class RoundReport(_message.Message):
         error_json: _builtins.str = ...,
         recovery: _builtins.str = ...,
         node_metrics: _abc.Mapping[_builtins.str, Global___NodeMetrics] | None = ...,
+        graph: Global___Graph | None = ...,
+        profile: Global___ClusterProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundReport: _TypeAlias = RoundReport  # noqa: Y015
+
+@_typing.final
+class ClusterProfile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HostsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___HostSeconds: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___HostSeconds | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    HOSTS_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hosts(self) -> _containers.MessageMap[_builtins.str, Global___HostSeconds]: ...
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseSpan]: ...
+    def __init__(
+        self,
+        *,
+        hosts: _abc.Mapping[_builtins.str, Global___HostSeconds] | None = ...,
+        phases: _abc.Iterable[Global___PhaseSpan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "phases", b"phases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterProfile: _TypeAlias = ClusterProfile  # noqa: Y015
+
+@_typing.final
+class HostSeconds(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """by part"""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostSeconds: _TypeAlias = HostSeconds  # noqa: Y015
+
+@_typing.final
+class PhaseSpan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BEGAN_S_FIELD_NUMBER: _builtins.int
+    ENDED_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    began_s: _builtins.float
+    ended_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        began_s: _builtins.float = ...,
+        ended_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_s", b"began_s", "ended_s", b"ended_s", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PhaseSpan: _TypeAlias = PhaseSpan  # noqa: Y015
+
+@_typing.final
+class Relinked(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ERROR_JSON_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    generation: _builtins.int
+    error_json: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        error_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_json", b"error_json", "generation", b"generation", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Relinked: _TypeAlias = Relinked  # noqa: Y015
 
 @_typing.final
 class NodeMetrics(_message.Message):
@@ -1810,6 +2010,7 @@ class Report(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     CLUSTER_RESET_FIELD_NUMBER: _builtins.int
     CHECKPOINTED_FIELD_NUMBER: _builtins.int
+    RELINKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register: ...
     @_builtins.property
@@ -1836,6 +2037,8 @@ class Report(_message.Message):
     def cluster_reset(self) -> Global___ClusterReset: ...
     @_builtins.property
     def checkpointed(self) -> Global___Checkpointed: ...
+    @_builtins.property
+    def relinked(self) -> Global___Relinked: ...
     def __init__(
         self,
         *,
@@ -1852,12 +2055,13 @@ class Report(_message.Message):
         draining: Global___Draining | None = ...,
         cluster_reset: Global___ClusterReset | None = ...,
         checkpointed: Global___Checkpointed | None = ...,
+        relinked: Global___Relinked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "relinked", b"relinked", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "relinked", b"relinked", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["register", "heartbeat", "goodbye", "reserved", "activated", "round_report", "model_stored", "call_done", "released", "warned", "draining", "cluster_reset", "checkpointed"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["register", "heartbeat", "goodbye", "reserved", "activated", "round_report", "model_stored", "call_done", "released", "warned", "draining", "cluster_reset", "checkpointed", "relinked"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -2033,6 +2237,9 @@ class RoundResult(_message.Message):
     PARTICIPANTS_BITMAP_FIELD_NUMBER: _builtins.int
     NODE_METRICS_FIELD_NUMBER: _builtins.int
     STALENESS_FIELD_NUMBER: _builtins.int
+    EDGES_ADDED_FIELD_NUMBER: _builtins.int
+    EDGES_REMOVED_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     attempt: _builtins.int
     generation: _builtins.int
@@ -2047,6 +2254,8 @@ class RoundResult(_message.Message):
     parent_sha256: _builtins.str
     consensus_sha256: _builtins.str
     participants_bitmap: _builtins.str
+    edges_added: _builtins.int
+    edges_removed: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
@@ -2055,6 +2264,8 @@ class RoundResult(_message.Message):
     def node_metrics(self) -> _containers.MessageMap[_builtins.str, Global___NodeMetrics]: ...
     @_builtins.property
     def staleness(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def profile(self) -> Global___RoundProfile: ...
     def __init__(
         self,
         *,
@@ -2076,14 +2287,67 @@ class RoundResult(_message.Message):
         participants_bitmap: _builtins.str = ...,
         node_metrics: _abc.Mapping[_builtins.str, Global___NodeMetrics] | None = ...,
         staleness: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        edges_added: _builtins.int = ...,
+        edges_removed: _builtins.int = ...,
+        profile: Global___RoundProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "staleness", b"staleness", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "edges_added", b"edges_added", "edges_removed", b"edges_removed", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "profile", b"profile", "staleness", b"staleness", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundResult: _TypeAlias = RoundResult  # noqa: Y015
+
+@_typing.final
+class RoundProfile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ClustersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___ClusterProfile: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___ClusterProfile | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    WORKING_S_FIELD_NUMBER: _builtins.int
+    PLAN_S_FIELD_NUMBER: _builtins.int
+    ACTIVATE_S_FIELD_NUMBER: _builtins.int
+    CLUSTERS_FIELD_NUMBER: _builtins.int
+    working_s: _builtins.float
+    plan_s: _builtins.float
+    activate_s: _builtins.float
+    @_builtins.property
+    def clusters(self) -> _containers.MessageMap[_builtins.str, Global___ClusterProfile]: ...
+    def __init__(
+        self,
+        *,
+        working_s: _builtins.float = ...,
+        plan_s: _builtins.float = ...,
+        activate_s: _builtins.float = ...,
+        clusters: _abc.Mapping[_builtins.str, Global___ClusterProfile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_s", b"activate_s", "clusters", b"clusters", "plan_s", b"plan_s", "working_s", b"working_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundProfile: _TypeAlias = RoundProfile  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
