@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from icrf.errors import RunError
+from icrf.errors import RoutingError
 from icrf.ports import PhaseReport
 from icrf.protocol import StartRound
 from icrf_agent.host_tools import Worked
@@ -36,10 +36,16 @@ class Phases:
             return
         await self.drop(run)
         await self._manager().call("begin_round", start.run_id, start.generation, start.round, start.attempt)
+        if run.position != position:
+            # A later attempt was begun meanwhile: the tray is that one's.
+            raise _over(start)
         run.tray.open(position)
 
     async def on(self, run: Hosted, slots: Sequence[int], method: str, start: StartRound) -> PhaseReport:
-        """One phase on the hosts in these slots; the cluster's report."""
+        """One phase on the hosts in these slots; the cluster's report. P003 where the attempt is over, also because
+        some of what was posted in it is lost."""
+        if not run.tray.is_of(start):
+            raise _over(start)
         worked = await self._call(run, slots, method, start)
         run.stateful.update(slot for slot, one in zip(slots, worked, strict=True) if one.report.node_states)
         await self._post(run, start, worked)
@@ -73,8 +79,8 @@ class Phases:
         postings = [posting for one in worked for posting in one.postings]
         if not postings:
             return
-        if run.tray.position != (start.round, start.attempt):
-            raise RunError("F005", f"round {start.round} attempt {start.attempt} is over", place=run.activation.run_id)
+        if not run.tray.is_of(start):
+            raise _over(start)
         for posting in postings:
             run.tray.postings.setdefault((posting.kind, posting.senders), posting)
         telling = asyncio.ensure_future(self._manager().call("publish_all", postings))
@@ -83,6 +89,11 @@ class Phases:
         run.tray.waiting.append(telling)
         if not _is_alone(run):
             await self.settle(run)
+
+
+def _over(start: StartRound) -> RoutingError:
+    """What a topology manager says too: whoever runs an attempt that is still open begins another one."""
+    return RoutingError("P003", f"round {start.round} attempt {start.attempt} of run {start.run_id[:8]} is over here")
 
 
 def _is_alone(run: Hosted) -> bool:

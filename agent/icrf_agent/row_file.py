@@ -39,7 +39,10 @@ class _NamelessFile:
 
     def read_into(self, buffer: memoryview, place: int) -> bool:
         """Fill a buffer; whether there was so much."""
-        return os.preadv(self._descriptor, [buffer], place) == len(buffer)
+        # The system reads 2 GiB at most in one go, which a row of a large model exceeds.
+        while buffer and (found := os.preadv(self._descriptor, [buffer], place)):
+            buffer, place = buffer[found:], place + found
+        return not buffer
 
     def write(self, data: memoryview, place: int) -> None:
         """Write all of it."""
@@ -106,7 +109,8 @@ class BytesFile(Mapping[int, bytes]):
         self._end += len(data)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._places)
+        # A list at once: whoever asks a host what it holds does so while nodes come and go.
+        return iter(list(self._places))
 
     def __len__(self) -> int:
         return len(self._places)

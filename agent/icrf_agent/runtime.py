@@ -281,8 +281,9 @@ class HostedRuntime:
         await self._shared.gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
 
     async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
-        if run_id in self._runs:
-            await self._phases.drop(self._runs[run_id])
+        run = self._runs.get(run_id)
+        if run is not None and run.tray.position <= (round_number, attempt):
+            await self._phases.drop(run)
         if not self._alive.is_set():
             return  # nothing of it is left
         async with self._healing:  # a manager that died in silence, while no step ran here, is linked again

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve, StartRound
 from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.node_state import merge, unwrap, wrap
@@ -89,6 +89,10 @@ class Tray:
     def open(self, position: tuple[int, int]) -> None:
         """Another attempt begins, with nothing posted."""
         self.position, self.postings, self.waiting = position, {}, []
+
+    def is_of(self, start: StartRound) -> bool:
+        """Whether this attempt is the open one."""
+        return self.position == (start.round, start.attempt)
 
 
 @dataclass

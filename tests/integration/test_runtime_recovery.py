@@ -293,6 +293,56 @@ def test_a_killed_manager_is_linked_again_and_forgets_the_attempt(
     drive(work, activation(flow))
 
 
+@pytest.mark.parametrize("flow", SCHEMAS)
+def test_a_run_in_the_middle_of_a_round_repeats_it_when_another_one_brings_back_the_manager(
+    undisturbed: dict[str, dict[int, str]], flow: str
+) -> None:
+    async def work(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        runtime, start = driver.runtime, driver.next_start(1)
+        if flow != DECENTRALIZED:
+            await runtime.publish_model(RUN, start)
+        await runtime.train(RUN, start)
+        substrate.kill_manager()
+        await runtime.abort("another", 1, 1)
+        with pytest.raises(IcrfError) as lost:
+            await runtime.aggregate(RUN, start)
+        # Anything else would be the run's own fault, and its end.
+        assert await runtime.recover(RUN, lost.value) == "retry"
+        for number in (1, 2, 3):
+            await driver.round(number)
+        assert driver.hashes == undisturbed[flow]
+
+    drive(work, activation(flow))
+
+
+@pytest.mark.parametrize("clusters", [(CLUSTER,), (CLUSTER, "b")], ids=["alone", "with-another"])
+def test_a_manager_that_is_brought_back_while_nodes_train_costs_an_attempt_and_not_the_run(
+    clusters: tuple[str, ...],
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow(FederatedNode):
+        def train(self) -> dict[str, float]:
+            started.set()
+            go_on.wait(30.0)
+            return super().train()
+
+    async def work(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        start = driver.next_start(1)
+        training = asyncio.create_task(driver.runtime.train(RUN, start))
+        await asyncio.to_thread(started.wait, 30.0)
+        substrate.kill_manager()
+        await driver.runtime.abort("another", 1, 1)
+        go_on.set()
+        with pytest.raises(IcrfError) as lost:
+            await training
+        assert await driver.runtime.recover(RUN, lost.value) == "retry"
+        assert (await driver.runtime.train(RUN, driver.next_start(1))).nodes
+
+    request = activation(DECENTRALIZED, clusters=clusters, client_template="local:Slow")
+    drive(work, request, templates={"local:Slow": Slow})
+
+
 def test_a_killed_gateway_comes_back_and_no_arrival_is_lost() -> None:
     async def main() -> None:
         hub = TransportHub()
