@@ -17,7 +17,8 @@ class NodeMetrics:
     """Collects what nodes report in the rounds that are evaluated.
 
     Attributes:
-        train_loss: what each node reported last as that, whatever the round and however many they are.
+        train_loss: what each node reported as that in the newest attempt, evaluated or not and however many they are.
+            Decisions are made on it: what an earlier round has left, a host that was restarted would not have.
 
     Args:
         nodes: all nodes of the federation; with more than `MAX_NODES` nothing else is kept.
@@ -32,12 +33,12 @@ class NodeMetrics:
 
     def add(self, start: StartRound, index: int, values: Mapping[str, float]) -> None:
         """Keep the finite values of a node; what an earlier attempt has left is gone."""
+        if self._of != (start.round, start.attempt):
+            self._of, self._found, self.train_loss = (start.round, start.attempt), {}, {}
         if "train_loss" in values:
             self.train_loss[index] = values["train_loss"]
         if not (self._wanted and start.evaluate):
             return
-        if self._of != (start.round, start.attempt):
-            self._of, self._found = (start.round, start.attempt), {}
         found = self._found.setdefault(self._names[index], {})
         found.update(list(values.items())[: MAX_METRICS - len(found)])
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from icrf.errors import ConfigError, ConfigErrors, IcrfError, error_from_json
+from icrf.federation.node import FederatedNode
 from icrf.protocol import COMPLETED, FAILED, RoundResult, RunInfo, Submission
 from icrf.run_folder import round_line
 from icrf.spec import FederationConfig
@@ -255,6 +256,29 @@ def test_all_facts_can_be_asked_for_by_name(fabrics: dict[int, InlineFabric], ad
     first, seen[:] = json.dumps(seen), []
     run_on(fabrics[3], submission)
     assert json.dumps(seen) == first
+
+
+class Seldom(FederatedNode):
+    """Tells its loss in every second round."""
+
+    def train(self) -> dict[str, float]:
+        metrics = super().train()
+        return metrics if self.round % 2 else {}
+
+
+def test_a_loss_that_was_not_told_in_the_round_is_not_that_of_an_earlier_one(
+    fabrics: dict[int, InlineFabric], adapter: Any
+) -> None:
+    told: list[list[bool]] = []
+
+    @adapter
+    def losses(adjacency_matrix: np.ndarray, metrics: dict[str, np.ndarray], available: np.ndarray) -> np.ndarray:
+        told.append(np.isfinite(metrics["train_loss"]).tolist())
+        assert available.all()
+        return adjacency_matrix
+
+    run_on(fabrics[1], submission_of("mine", adaptation_period=1, client_template=f"{__name__}:Seldom"))
+    assert told == [[number % 2 == 1] * NUM_NODES for number in range(1, 6)]
 
 
 def test_a_strategy_is_a_file_beside_the_configuration(
