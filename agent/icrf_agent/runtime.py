@@ -254,10 +254,11 @@ class HostedRuntime:
     async def relink(self, request: Relink) -> Activate:
         async with self._lifecycle:
             run = self._run(request.run_id)
-            run.relink(request)
             async with self._healing:
                 await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
-            await self._manager.call("relink", request)
+                # Nobody heals in between: a manager of another generation than the run's is taken for an empty one.
+                await self._manager.call("relink", request)
+                run.relink(request)
             await asyncio.gather(*(host.call("host_relink", request) for host in run.hosts))
             return run.activation
 

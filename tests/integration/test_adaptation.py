@@ -134,6 +134,24 @@ def test_rewiring_moves_edges_and_a_line_of_a_round_says_how_many(fabrics: dict[
     assert (line["generation"], line["edges_added"]) == (1, rounds[0].edges_added)
 
 
+class Writer(FederatedNode):
+    """Writes to its neighbours in every round, and counts what it gets."""
+
+    def train(self) -> dict[str, float]:
+        letters = len(self.sync())
+        self.send("greeting", {"round": self.round})
+        return {**super().train(), "letters": float(letters)}
+
+
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_letters_on_their_way_arrive_though_the_graph_changes(fabrics: dict[int, InlineFabric], clusters: int) -> None:
+    submission = submission_of("random_rewire", adaptation_period=1, client_template=f"{__name__}:Writer")
+    _, rounds = run_on(fabrics[clusters], submission)
+    assert [r.generation for r in rounds] == [1, 2, 3, 4, 5]
+    # Rewiring leaves every node its two neighbours.
+    assert [r.metrics["train_letters"] for r in rounds] == [0.0, 2.0, 2.0, 2.0, 2.0]
+
+
 def test_graphs_become_denser_and_sparser_and_a_graph_at_its_end_needs_no_new_generation(
     fabrics: dict[int, InlineFabric],
 ) -> None:
