@@ -65,9 +65,11 @@ class Phases:
         await asyncio.gather(*waiting)
 
     async def drop(self, run: Hosted) -> None:
-        """Forget an attempt; what the manager still has to say of it does not matter any more."""
+        """Forget an attempt; a manager that hangs is not waited for, as what it has to say does not matter any more."""
         waiting = run.tray.waiting
         run.tray.open((0, 0))
+        for telling in waiting:
+            telling.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _call(self, run: Hosted, slots: Sequence[int], method: str, start: StartRound) -> list[Worked]:
@@ -81,8 +83,9 @@ class Phases:
             return
         if not run.tray.is_of(start):
             raise _over(start)
-        for posting in postings:
-            run.tray.postings.setdefault((posting.kind, posting.senders), posting)
+        if _is_alone(run):
+            for posting in postings:
+                run.tray.postings.setdefault((posting.kind, posting.senders), posting)
         telling = asyncio.ensure_future(self._manager().call("publish_all", postings))
         # Where the attempt fails for another reason, nobody asks any more what the manager said.
         telling.add_done_callback(lambda told: told.cancelled() or told.exception())

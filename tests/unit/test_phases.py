@@ -76,3 +76,15 @@ def test_voiding_an_attempt_leaves_a_later_one_alone() -> None:
             await runtime.aggregate(RUN, start)
 
     driven(work)
+
+
+def test_a_manager_that_hangs_does_not_hold_up_who_voids_an_attempt() -> None:
+    async def main() -> None:
+        manager: Replies = Replies()
+        actor: Actor = manager
+        phases, run = Phases(lambda: actor), Hosted(activation(CENTRALIZED), [], [])
+        run.tray.waiting.append(asyncio.ensure_future(manager.call("publish_all")))
+        await asyncio.wait_for(phases.drop(run), 60.0)
+        assert run.tray.waiting == []
+
+    asyncio.run(main())
