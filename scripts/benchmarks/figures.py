@@ -107,6 +107,7 @@ _HEADER = (
     "system",
     "s per round (least, largest)",
     "x the loop",
+    "processor s per round",
     "first round after s",
     "private MB",
     "accuracy",

@@ -102,6 +102,8 @@ def test_the_tables_show_rows_and_parts_of_rounds() -> None:
     text = markdown([make_row("digits10", "icrf", [run], [found(0.5)])], TITLES)
     assert "| digits10 | **ICRF** | 0.25 (0.25, 0.25) | 0.50 | 0.5 | 2.0 | 100 | 0.7500 |" in text
     assert "| digits10 | **ICRF** | 0.125 | 0.001 |" in text
+    for part in text.split("\n\nOf a round, seconds:\n\n"):
+        assert len({line.count("|") for line in part.splitlines()}) == 1
 
 
 def test_a_part_of_a_document_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
