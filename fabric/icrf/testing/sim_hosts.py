@@ -149,6 +149,9 @@ def _train_groups(manager: HybridTopologyManager, tally: Tally, local: Sequence[
     everything: list[Vector] = []
     for aggregator, group in tally.hierarchy.members.items():
         members = tuple(n for n in local if n in group)
+        if members and aggregator not in models:
+            # As on a real host: the room may be that of a later generation, in which nothing was posted yet.
+            raise InternalError("X001", f"no model of node {aggregator} in round {start.round}")
         if members:
             made = tally.within(members, start.round, models[aggregator])
             everything += made
