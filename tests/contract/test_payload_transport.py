@@ -18,8 +18,8 @@ from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
-from icrf.wire.frames import FrameWriter
-from icrf.wire.gateway_rpc import decode_ack
+from icrf.wire.frames import CHUNK_BYTES, FrameWriter
+from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, decode_reply
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
 from icrf_mediator.relay import MAX_QUEUE_FRAMES, QUEUE_FRAMES, RelayServicer
@@ -45,6 +45,12 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def never_ending(*messages):
+    """Requests of a stream whose other side must not hear an end."""
+    yield from messages
+    threading.Event().wait(WAIT_S)
 
 
 class Inbox:
@@ -405,7 +411,8 @@ def test_a_damaged_payload_is_refused_and_never_received(kind, damage, expected)
         address = peer.address or way.server.address
         path = "/icrf.v1.Gateway/Deliver" if peer.address else "/icrf.v1.Relay/Send"
         with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            error = decode_ack(channel.stream_unary(path)(iter(damage(damaged_frames())), timeout=WAIT_S))
+            *_, last = channel.stream_stream(path)(iter(damage(damaged_frames())), timeout=WAIT_S)
+        error = decode_reply(last).error
         assert isinstance(error, ProtocolError)
         assert str(error).startswith(expected)
         assert inbox.items.empty()
@@ -455,14 +462,15 @@ def test_a_stalled_receiver_stalls_the_sender_and_fills_no_memory(relayed, sendi
     assert entered.wait(WAIT_S)
     second = sending.submit(sender.send, header_for(big, sender=1), big, peer, WAIT_S)
     relay = relayed.server.relay
-    eventually(lambda: relay.stats().queued_frames == QUEUE_FRAMES)
+    # The opening, and what every receiver takes unasked: the credit ends before the relay's queue is full.
+    eventually(lambda: relay.stats().queued_frames == 1 + INITIAL_CREDIT_BYTES // CHUNK_BYTES)
     assert relay.stats().transfers == 2
     assert not second.done()
     go.set()
     first.result(WAIT_S)
     second.result(WAIT_S)
     assert relay.stats().peak_queued_frames <= QUEUE_FRAMES <= MAX_QUEUE_FRAMES
-    assert relay.stats().transfers == relay.stats().queued_frames == 0
+    eventually(lambda: relay.stats().transfers == relay.stats().queued_frames == 0)
 
 
 def test_a_restarted_relay_is_found_again(relayed, sending):
@@ -489,9 +497,9 @@ def test_a_gateway_that_dies_amid_a_transfer_is_replaced_and_the_payload_sent_ag
         sent = sending.submit(sender.send, header_for(array), array, PeerAddress("us-east", ""), WAIT_S)
         offer = gateway_pb2.RelayOffer.FromString(next(offers))
         asked = gateway_pb2.RelayReceive(transfer_id=offer.transfer_id, incarnation="x").SerializeToString()
-        frames = channel.unary_stream("/icrf.v1.Relay/Receive")(asked, timeout=WAIT_S)
+        frames = channel.stream_stream("/icrf.v1.Relay/Receive")(never_ending(asked), timeout=WAIT_S)
         next(frames)
-        eventually(lambda: relayed.server.relay.stats().queued_frames == QUEUE_FRAMES)
+        next(frames)
     relayed.join("us-east", inbox)
     sent.result(WAIT_S)
     assert np.array_equal(inbox.get()[1], array)
