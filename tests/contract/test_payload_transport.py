@@ -16,6 +16,7 @@ import pytest
 from icrf.errors import InternalError, LocalError, ProtocolError, RoutingError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
+from icrf.wan import WanLine, WanShape
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
 from icrf.wire.frames import CHUNK_BYTES, FrameWriter
@@ -503,3 +504,99 @@ def test_a_gateway_that_dies_amid_a_transfer_is_replaced_and_the_payload_sent_ag
     relayed.join("us-east", inbox)
     sent.result(WAIT_S)
     assert np.array_equal(inbox.get()[1], array)
+
+
+# ---------------------------------------------------------------- a line that breaks
+
+WINDOW = 1 << 20
+
+
+@contextlib.contextmanager
+def over_a_line(kind, shape=None, receive=None, **options):
+    """Two gateways with the receiver's line between them: (sender, peer, line, inbox)."""
+    with contextlib.ExitStack() as stack:
+        way = stack.enter_context(opened(kind()))
+        line = stack.enter_context(WanLine(shape or WanShape()))
+        inbox = Inbox()
+        if kind is Direct:
+            _, peer = way.join("us-east", receive or inbox, window_bytes=WINDOW, **options)
+            peer = PeerAddress("us-east", line.way_in(peer.address))
+            sender, _ = way.join("eu-west")
+        else:
+            sender, _ = way.join("eu-west")
+            way.server.address = line.way_out(way.server.address)
+            _, peer = way.join("us-east", receive or inbox, window_bytes=WINDOW, **options)
+        yield sender, peer, line, inbox
+
+
+gateways = pytest.mark.parametrize("kind", [Direct, Relayed], ids=["direct", "relayed"])
+
+
+@gateways
+def test_a_reset_at_forty_percent_costs_at_most_a_window(kind):
+    array = np.random.default_rng(0).random(2_500_000)
+    with over_a_line(kind) as (sender, peer, line, inbox):
+        line.reset_after(int(0.4 * array.nbytes), down=True)
+        sender.send(header_for(array), array, peer, WAIT_S)
+        header, got, wire_bytes = inbox.get()
+        assert np.array_equal(got, array)
+        assert wire_bytes == FrameWriter(header, array).wire_bytes
+        # The window, a chunk that begins within it, and two per cent for headers and replies.
+        assert array.nbytes < line.bytes_down <= 1.02 * array.nbytes + WINDOW + CHUNK_BYTES
+        assert inbox.items.empty()
+
+
+@gateways
+def test_a_line_that_is_cut_again_and_again_delivers_in_the_end(kind):
+    array = np.random.default_rng(0).random(2_000_000)
+    with over_a_line(kind, WanShape(bytes_per_s=4e7)) as (sender, peer, line, inbox):
+        cuts = [threading.Timer(0.05 * cut, line.reset) for cut in range(1, 6)]
+        for cut in cuts:
+            cut.start()
+        sender.send(header_for(array), array, peer, WAIT_S)
+        assert np.array_equal(inbox.get()[1], array)
+        for cut in cuts:
+            cut.join()
+
+
+@gateways
+def test_patience_begins_anew_with_every_chunk_that_arrives(kind):
+    """The whole takes longer than the sender may wait without progress."""
+    array = np.random.default_rng(0).random(1_000_000)
+    with over_a_line(kind, WanShape(bytes_per_s=4e6)) as (sender, peer, _, inbox):
+        began = time.monotonic()
+        sender.send(header_for(array), array, peer, 1.2)
+        assert time.monotonic() - began > 1.2
+        assert np.array_equal(inbox.get()[1], array)
+
+
+@gateways
+def test_an_answer_that_was_lost_is_given_again_and_the_payload_processed_once(kind):
+    """The line is cut while the receiver works on the whole payload."""
+    array = np.random.default_rng(0).random(1_000_000)
+    came = []
+
+    def receive(header, array, wire_bytes):
+        came.append(array.nbytes)
+        cut.wait(WAIT_S)
+
+    cut = threading.Event()
+    with over_a_line(kind, receive=receive) as (sender, peer, line, _), ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(sender.send, header_for(array), array, peer, WAIT_S)
+        eventually(lambda: came)
+        line.reset()
+        cut.set()
+        sent.result(WAIT_S)
+        assert came == [array.nbytes]
+        assert line.bytes_down < 1.02 * array.nbytes + CHUNK_BYTES
+
+
+@gateways
+def test_a_stalled_line_is_given_up_after_the_senders_patience(kind):
+    array = np.random.default_rng(0).random(1_000_000)
+    with over_a_line(kind) as (sender, peer, line, _):
+        sender.send(header_for(array), array, peer, WAIT_S)
+        line.stall()
+        with pytest.raises(ProtocolError, match="P030"):
+            sender.send(header_for(array, attempt=2), array, peer, 0.5)
+        line.go_on()
