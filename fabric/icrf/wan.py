@@ -12,7 +12,8 @@ import random
 import re
 import socket
 import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -69,7 +70,6 @@ class _Lane:
     def __init__(self, shape: WanShape, seed: int) -> None:
         self.shape = shape
         self.num_bytes = 0
-        self.limit: int | None = None
         self._free_at = 0.0
         self._random = random.Random(seed)
 
@@ -105,7 +105,10 @@ class WanLine:
         self._up, self._down = _Lane(shape, 2 * seed), _Lane(shape, 2 * seed + 1)
         self._thread = LoopThread("icrf-wan")
         self._servers: list[asyncio.Server] = []
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: dict[asyncio.StreamWriter, str] = {}
+        self._passed: Counter[str] = Counter()
+        self._limits: dict[str, int] = {}
+        self._serving: set[asyncio.Task[None]] = set()
         self._running = self._thread.call(_open_gate())
 
     @property
@@ -117,6 +120,10 @@ class WanLine:
     def bytes_down(self) -> int:
         """Bytes that have come to the cluster."""
         return self._down.num_bytes
+
+    def passed(self, way: str) -> int:
+        """Bytes that have passed one of the ways in or out, in both directions."""
+        return self._passed[way]
 
     def way_out(self, target: str) -> str:
         """An address that leads the cluster's own connections to `target`, which is ``HOST:PORT``."""
@@ -134,13 +141,13 @@ class WanLine:
         """End of a stall."""
         self._thread.call(self._run(self._running.set))
 
-    def reset(self) -> None:
-        """End all connections with a reset; what is under way is lost. New ones are taken."""
-        self._thread.call(self._run(self._reset))
+    def reset(self, way: str = "") -> None:
+        """End all connections, or those of one way, with a reset; what is under way is lost. New ones are taken."""
+        self._thread.call(self._run(lambda: self._reset(way)))
 
-    def reset_after(self, num_bytes: int, *, down: bool) -> None:
-        """Reset once, as soon as so many bytes in all have come down (or gone up) the line."""
-        (self._down if down else self._up).limit = num_bytes
+    def reset_after(self, num_bytes: int, way: str) -> None:
+        """Reset the connections of a way once, as soon as so many more bytes have passed it."""
+        self._limits[way] = self._passed[way] + num_bytes
 
     def close(self) -> None:
         """End all connections and the thread; harmless when called twice."""
@@ -161,8 +168,8 @@ class WanLine:
     async def _run(self, work: Callable[[], object]) -> None:
         work()
 
-    def _reset(self) -> None:
-        for writer in self._writers:
+    def _reset(self, way: str) -> None:
+        for writer in [writer for writer, its in self._writers.items() if way in ("", its)]:
             raw = writer.get_extra_info("socket")
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
@@ -170,41 +177,55 @@ class WanLine:
     async def _close(self) -> None:
         for server in self._servers:
             server.close()
-        self._reset()
-        await asyncio.gather(*(server.wait_closed() for server in self._servers))
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, *(server.wait_closed() for server in self._servers))
 
     async def _listen(self, target: str, there: _Lane, back: _Lane) -> str:
         host, _, port = target.rpartition(":")
 
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                far_reader, far_writer = await asyncio.open_connection(host.strip("[]"), int(port))
-            except OSError:
-                writer.transport.abort()
-                return
-            ends = (writer, far_writer)
-            self._writers.update(ends)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for pump in (self._pump(reader, far_writer, there), self._pump(far_reader, writer, back)):
-                        group.create_task(pump)
-            except* ConnectionError:
-                pass  # one end is gone, and so is the connection
-            finally:
-                self._writers.difference_update(ends)
-                for end in ends:
-                    end.transport.abort()
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.ensure_future(self._serve(reader, writer, (host.strip("[]"), int(port)), (there, back)))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
         self._servers.append(server)
         return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lane: _Lane) -> None:
+    async def _serve(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        target: tuple[str, int],
+        lanes: tuple[_Lane, _Lane],
+    ) -> None:
+        """One connection, until an end of it is gone."""
+        host, port = writer.get_extra_info("sockname")
+        way, ends = f"{host}:{port}", [writer]
+        try:
+            far_reader, far_writer = await asyncio.open_connection(*target)
+            ends.append(far_writer)
+            self._writers.update(dict.fromkeys(ends, way))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pump(reader, far_writer, lanes[0], way))
+                group.create_task(self._pump(far_reader, writer, lanes[1], way))
+        except* (OSError, asyncio.CancelledError):
+            # An end is gone, or the line is being closed: either way this connection is over.
+            pass
+        finally:
+            for end in ends:
+                self._writers.pop(end, None)
+                end.transport.abort()
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lane: _Lane, way: str
+    ) -> None:
         """Bytes of one connection in one direction, until its sender ends it."""
         pipe = _Pipe(lane.in_flight)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._take(reader, pipe, lane))
-            group.create_task(self._give(writer, pipe, lane))
+            group.create_task(self._give(writer, pipe, lane, way))
 
     async def _take(self, reader: asyncio.StreamReader, pipe: _Pipe, lane: _Lane) -> None:
         clock = asyncio.get_running_loop().time
@@ -213,17 +234,52 @@ class WanLine:
             await pipe.put(clock() + lane.travel_s(), data)
         await pipe.put(clock(), b"")
 
-    async def _give(self, writer: asyncio.StreamWriter, pipe: _Pipe, lane: _Lane) -> None:
+    async def _give(self, writer: asyncio.StreamWriter, pipe: _Pipe, lane: _Lane, way: str) -> None:
         while data := await pipe.get():
             await self._running.wait()
             writer.write(data)
             await writer.drain()
             lane.num_bytes += len(data)
-            if lane.limit is not None and lane.num_bytes >= lane.limit:
-                lane.limit = None
-                self._reset()
+            self._passed[way] += len(data)
+            if self._passed[way] >= self._limits.get(way, self._passed[way] + 1):
+                del self._limits[way]
+                self._reset(way)
         if writer.can_write_eof():
             writer.write_eof()
+
+
+class WanLines:
+    """A line for each cluster, and what a fabric needs to lead its traffic over them.
+
+    Args:
+        clusters: their names.
+        shape: of every line.
+    """
+
+    def __init__(self, clusters: Iterable[str], shape: WanShape) -> None:
+        self.lines = {name: WanLine(shape, seed=number) for number, name in enumerate(clusters)}
+        self._ways: dict[tuple[str, str], str] = {}
+
+    def way_out(self, cluster: str, target: str) -> str:
+        """Where a cluster's agent reaches `target`."""
+        return self.lines[cluster].way_out(target)
+
+    def reach(self, cluster: str, address: str) -> str:
+        """Where others reach the gateway that listens at `address` on a cluster; the same each time it is asked."""
+        if not address or cluster not in self.lines:
+            return address
+        if (cluster, address) not in self._ways:
+            self._ways[cluster, address] = self.lines[cluster].way_in(address)
+        return self._ways[cluster, address]
+
+    def payload_bytes(self) -> int:
+        """What gateways have exchanged without the mediator, in both directions of all connections."""
+        return sum(self.lines[cluster].passed(way) for (cluster, _), way in self._ways.items())
+
+    def close(self) -> None:
+        """Close all lines; harmless when called twice."""
+        for line in self.lines.values():
+            line.close()
 
 
 class _Pipe:

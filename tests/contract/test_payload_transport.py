@@ -521,10 +521,11 @@ def over_a_line(kind, shape=None, receive=None, **options):
         if kind is Direct:
             _, peer = way.join("us-east", receive or inbox, window_bytes=WINDOW, **options)
             peer = PeerAddress("us-east", line.way_in(peer.address))
+            line.payload_way = peer.address
             sender, _ = way.join("eu-west")
         else:
             sender, _ = way.join("eu-west")
-            way.server.address = line.way_out(way.server.address)
+            way.server.address = line.payload_way = line.way_out(way.server.address)
             _, peer = way.join("us-east", receive or inbox, window_bytes=WINDOW, **options)
         yield sender, peer, line, inbox
 
@@ -536,7 +537,7 @@ gateways = pytest.mark.parametrize("kind", [Direct, Relayed], ids=["direct", "re
 def test_a_reset_at_forty_percent_costs_at_most_a_window(kind):
     array = np.random.default_rng(0).random(2_500_000)
     with over_a_line(kind) as (sender, peer, line, inbox):
-        line.reset_after(int(0.4 * array.nbytes), down=True)
+        line.reset_after(int(0.4 * array.nbytes), line.payload_way)
         sender.send(header_for(array), array, peer, WAIT_S)
         header, got, wire_bytes = inbox.get()
         assert np.array_equal(got, array)

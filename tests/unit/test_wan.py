@@ -75,7 +75,7 @@ def dial(address):
 
 
 def send_all(connection, data):
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(OSError):
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
 
@@ -156,7 +156,7 @@ def test_a_reset_ends_what_is_open_and_new_connections_are_taken(echo):
 def test_a_reset_comes_once_after_so_many_bytes(echo):
     with WanLine(WanShape()) as line:
         address = line.way_out(echo.address)
-        line.reset_after(100_000, down=False)
+        line.reset_after(100_000, address)
         with pytest.raises(ConnectionError):
             exchange(address, DATA)
         assert 100_000 <= line.bytes_up < len(DATA)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from icrf.loop_thread import LoopThread
-from icrf.ports import Clock, MediatorPort
+from icrf.ports import AgentLink, Clock, MediatorPort, PayloadTransport
 from icrf.protocol import Capacity
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
 from icrf_agent.inline_substrate import InlineSubstrate
@@ -77,8 +77,19 @@ class InlineFabric:
         self.service: MediatorService = self._thread.call(self._start(names))
         self.port: MediatorPort = InProcessMediator(self.service, self._thread.loop)
 
+    def _new_service(self) -> MediatorService:
+        return MediatorService(self.store, self.blobs, self._clock, self._policy)
+
+    def _transport(self, identity: AgentIdentity) -> PayloadTransport:
+        """How payloads travel from and to a cluster."""
+        return InProcessTransport(self._hub, identity.cluster)
+
+    def _link(self, cluster: str) -> AgentLink:
+        """How its agent talks to the mediator."""
+        return InProcessLink(lambda: self._current)
+
     async def _start(self, names: Sequence[str]) -> MediatorService:
-        service = MediatorService(self.store, self.blobs, self._clock, self._policy)
+        service = self._new_service()
         await service.start()
         self._current = service
         for name in names:
@@ -86,10 +97,10 @@ class InlineFabric:
         return service
 
     async def _add(self, service: MediatorService, name: str) -> None:
-        substrate = self.substrates[name] = InlineSubstrate(self._capacity, lambda: InProcessTransport(self._hub, name))
-        runtime = HostedRuntime(name, substrate, templates=self._templates)
         identity = AgentIdentity(name, uuid.uuid4().hex, self._labels.get(name, {}))
-        agent = AgentService(identity, InProcessLink(lambda: self._current), runtime)
+        substrate = self.substrates[name] = InlineSubstrate(self._capacity, lambda: self._transport(identity))
+        runtime = HostedRuntime(name, substrate, templates=self._templates)
+        agent = AgentService(identity, self._link(name), runtime)
         await agent.start()
         self._serving.append(asyncio.create_task(agent.serve()))
         await agent.registered.wait()
@@ -103,7 +114,7 @@ class InlineFabric:
     async def _restart(self) -> None:
         old, self._current = self.service, None
         await old.stop()
-        self.service = MediatorService(self.store, self.blobs, self._clock, self._policy)
+        self.service = self._new_service()
         await self.service.start()
         self._current = self.service
 
