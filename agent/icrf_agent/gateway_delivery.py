@@ -156,13 +156,11 @@ class Intake:
         except IcrfError as error:
             yield encode_reply(Reply(answered=True, error=error))
             return
-        error = process(received, self._receive)
-        transfer.answer.set_result(encode_reply(Reply(opening.num_chunks, opening.total_bytes, True, error)))
+        refusal = process(received, self._receive)
+        transfer.answer.set_result(encode_reply(Reply(opening.num_chunks, opening.total_bytes, True, refusal)))
         yield transfer.answer.result()
 
-    def _feed(
-        self, opening: Opening, transfer: _Transfer, source: Iterator[bytes]
-    ) -> Generator[bytes, None, Received]:
+    def _feed(self, opening: Opening, transfer: _Transfer, source: Iterator[bytes]) -> Generator[bytes, None, Received]:
         """Replies while chunks come in; returns the payload. Room for more is given when half of it is used."""
         reader = transfer.reader
         assert reader is not None

@@ -10,6 +10,7 @@ import queue
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -44,14 +45,12 @@ class RelayLink:
         num_workers: transfers taken in at the same time; further ones wait at their senders.
     """
 
-    def __init__(
-        self, channel: grpc.Channel, cluster: str, incarnation: str, intake: Intake, num_workers: int
-    ) -> None:
+    def __init__(self, channel: grpc.Channel, cluster: str, incarnation: str, intake: Intake, num_workers: int) -> None:
         self._cluster = cluster
         self._incarnation = incarnation
         self._intake = intake
-        self._open_offers = channel.unary_stream(method_path(RELAY_SERVICE, ATTACH))
-        self._open_frames = channel.stream_stream(method_path(RELAY_SERVICE, RECEIVE))
+        self._open_offers: Any = channel.unary_stream(method_path(RELAY_SERVICE, ATTACH))
+        self._open_frames: Any = channel.stream_stream(method_path(RELAY_SERVICE, RECEIVE))
         self._lock = threading.Lock()
         self._calls: set[grpc.Call] = set()
         self._closing = threading.Event()
@@ -74,7 +73,7 @@ class RelayLink:
         while not self._closing.is_set():
             attach = gateway_pb2.RelayAttach(cluster=self._cluster, incarnation=self._incarnation)
             try:
-                for raw in self._messages_of(lambda request=attach: self._open_offers(request.SerializeToString())):  # type: ignore[misc]
+                for raw in self._messages_of(partial(self._open_offers, attach.SerializeToString())):
                     failures = 0
                     offer = parse(raw, gateway_pb2.RelayOffer)
                     if offer.transfer_id:

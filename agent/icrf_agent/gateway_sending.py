@@ -85,7 +85,8 @@ class OutgoingPayload:
     ) -> IcrfError | None:
         flow = _Flow(self._frames, resumes)
         call = method(iter(flow), timeout=max(0.001, deadline_s - time.monotonic()))
-        call.add_done_callback(lambda _: flow.stop())
+        if not call.add_callback(flow.stop):
+            flow.stop()
         answer = None
         try:
             for raw in call:
@@ -136,14 +137,16 @@ class _Flow:
             return
         body = self._frames.body(start)
         for index in range(start, self._frames.num_chunks):
-            begins = index * self._frames.chunk_bytes
-            with self._changed:
-                # A chunk may exceed the credit, not begin beyond it: so any window lets every chunk through.
-                self._changed.wait_for(lambda begins=begins: self._stopped or begins < self._credit)  # type: ignore[misc]
-                if self._stopped:
-                    return
+            if not self._may_begin(index * self._frames.chunk_bytes):
+                return
             yield next(body)
         yield from body
+
+    def _may_begin(self, offset: int) -> bool:
+        """Wait for credit. A chunk may exceed it, not begin beyond it: so any window lets every chunk through."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or offset < self._credit)
+            return not self._stopped
 
 
 def describe(error: Exception) -> str:

@@ -111,7 +111,9 @@ class LocalFabric:
         wan: WanShape | None = None,
     ) -> None:
         if wan is not None and clusters == 1:
-            raise LocalError("L009", "a line between clusters needs two of them", place="--wan", hint="add --clusters 2")
+            raise LocalError(
+                "L009", "a line between clusters needs two of them", place="--wan", hint="add --clusters 2"
+            )
         self._say = on_progress or (lambda text: None)
         self._owns_dir = state_dir is None
         self._dir = Path(tempfile.mkdtemp(prefix="icrf-")) if state_dir is None else Path(state_dir)

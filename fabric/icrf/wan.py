@@ -218,9 +218,7 @@ class WanLine:
                 self._writers.pop(end, None)
                 end.transport.abort()
 
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lane: _Lane, way: str
-    ) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lane: _Lane, way: str) -> None:
         """Bytes of one connection in one direction, until its sender ends it."""
         pipe = _Pipe(lane.in_flight)
         async with asyncio.TaskGroup() as group:

@@ -601,3 +601,23 @@ def test_a_stalled_line_is_given_up_after_the_senders_patience(kind):
         with pytest.raises(ProtocolError, match="P030"):
             sender.send(header_for(array, attempt=2), array, peer, 0.5)
         line.go_on()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@gateways
+def test_a_payload_of_more_than_four_gibibytes_arrives(kind):
+    """Sizes and offsets beyond 32 bits; the sender's pages but a few are the kernel's one page of zeros."""
+    array = np.zeros((4 << 30) + 12_345_678, dtype=np.uint8)
+    marks = [0, (1 << 31) + 5, (1 << 32) - 1, 1 << 32, array.size - 1]
+    array[marks] = [1, 2, 3, 4, 5]
+    came = []
+
+    def receive(header, array, wire_bytes):
+        came.append((array.nbytes, array[marks].tolist(), int(np.count_nonzero(array)), wire_bytes))
+
+    with over_a_line(kind, receive=receive) as (sender, peer, line, _):
+        line.reset_after(int(0.9 * array.nbytes), line.payload_way)
+        sender.send(header_for(array), array, peer, 120.0)
+        assert came == [(array.nbytes, [1, 2, 3, 4, 5], 5, FrameWriter(header_for(array), array).wire_bytes)]
+        assert line.bytes_down < 1.001 * array.nbytes + 2 * WINDOW

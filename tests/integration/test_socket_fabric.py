@@ -60,7 +60,7 @@ def hashes_on_one_cluster(keys: tuple[tuple[str, Any], ...]) -> list[str]:
 
 @pytest.mark.parametrize("keys", [STAR, RING], ids=["star-100", "ring-64"])
 def test_bytes_at_the_sockets_are_those_of_the_plan_and_of_the_summary(keys: dict[str, Any]) -> None:
-    """Through the lines passes what the agents and the mediator say as well; payloads come in over ports of their own."""
+    """What agents and mediator say to each other passes the lines as well, over ports of its own."""
     with SocketFabric(3) as fabric:
         info, rounds, plan = run_on(fabric, submission_of(keys))
         crossed = fabric.payload_bytes()

@@ -172,7 +172,7 @@ async def test_frames_pass_unchanged_and_the_receivers_ack_is_the_senders_answer
 async def test_an_answer_before_the_last_frame_ends_the_transfer(net):
     offers = await net.attach()
     send = net.send(endless())
-    offer, stream = await net.take(offers)
+    _offer, stream = await net.take(offers)
     assert await stream.read() == LARGE[0]
     await stream.answer()
     assert decode_reply(await send).error is None
@@ -190,7 +190,7 @@ async def test_a_receiver_that_does_not_read_stops_the_sender(net):
 
     offers = await net.attach()
     send = net.send(counted())
-    offer, stream = await net.take(offers)
+    _offer, stream = await net.take(offers)
     await eventually(lambda: net.relay.stats().queued_frames == QUEUE_FRAMES)
     assert pulled < len(LARGE) and not send.done()
     reader = FrameReader()
@@ -250,7 +250,7 @@ async def test_a_new_life_of_a_gateway_takes_over(net):
     assert (await refused(send)).code() is grpc.StatusCode.UNAVAILABLE
     assert (await refused(old.read())).code() is grpc.StatusCode.UNAVAILABLE
     send = net.send(SMALL)
-    offer, stream = await net.take(new, "new")
+    _offer, stream = await net.take(new, "new")
     assert await stream.frames() == SMALL
     await stream.answer()
     assert decode_reply(await send).answered
@@ -279,7 +279,7 @@ async def test_a_target_is_waited_for_until_the_senders_deadline(net):
     send = net.send(SMALL)
     await eventually(lambda: net.relay.stats().waiting == 1)
     offers = await net.attach()
-    offer, stream = await net.take(offers)
+    _offer, stream = await net.take(offers)
     assert await stream.frames() == SMALL
     await stream.answer()
     assert decode_reply(await send).answered

@@ -28,7 +28,7 @@ def test_a_shape_is_read(text, shape):
 
 @pytest.mark.parametrize("text", ["", "fast", "80", "80ms,90ms", "50mbit,1gbit", "jitter=5mbit", "80ms;50mbit", "-1ms"])
 def test_what_is_no_shape_is_refused(text):
-    with pytest.raises(LocalError, match="L009 --wan.*80ms,50mbit"):
+    with pytest.raises(LocalError, match=r"L009 --wan.*80ms,50mbit"):
         parse_wan(text)
 
 
@@ -166,6 +166,5 @@ def test_a_reset_comes_once_after_so_many_bytes(echo):
 def test_a_target_that_does_not_listen_looks_like_that():
     with socket.create_server(("127.0.0.1", 0)) as gone:
         target = f"127.0.0.1:{gone.getsockname()[1]}"
-    with WanLine(WanShape()) as line, dial(line.way_out(target)) as connection:
-        with contextlib.suppress(ConnectionError):
-            assert connection.recv(1) == b""
+    with WanLine(WanShape()) as line, dial(line.way_out(target)) as connection, contextlib.suppress(ConnectionError):
+        assert connection.recv(1) == b""

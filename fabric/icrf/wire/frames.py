@@ -9,7 +9,8 @@
 
 All integers are little-endian, array elements too. The payload id is the 128-bit xxh3 over the chunk checksums in
 order, so that a missing or exchanged chunk cannot hide. xxh3 finds faults, not forgers: who may send is decided by
-the connection. An opening that resumes is followed by the chunks that the receiver does not have yet. Refused frames raise :class:`icrf.errors.ProtocolError`:
+the connection. An opening that resumes is followed by the chunks that the receiver does not have yet. Refused frames
+raise :class:`icrf.errors.ProtocolError`:
 
 ========  ==============================================================================================
 P001      an intact opening that says something impossible, or a header this version cannot read

@@ -55,8 +55,8 @@ def decode_reply(raw: bytes) -> Reply:
     """The inverse of :func:`encode_reply`; a reply that cannot be read is an answer with the reason."""
     try:
         message = parse(raw, gateway_pb2.TransferReply)
-    except ProtocolError as error:
-        return Reply(answered=True, error=error)
+    except ProtocolError as unreadable:
+        return Reply(answered=True, error=unreadable)
     if not message.HasField("ack"):
         return Reply(message.verified_chunks, message.credit_bytes)
     error = None if message.ack.ok else error_from_json(message.ack.error_json)
