@@ -16,7 +16,8 @@ from icrf.federation.node import FederatedNode
 from icrf.protocol import COMPLETED, Instruction, Plan, RoundResult, RunInfo, StartRound, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
-from icrf.testing.inline import InlineFabric, MonotonicClock
+from icrf.testing.clocks import MovedClock
+from icrf.testing.inline import InlineFabric
 from icrf_agent.core import Action, AgentCore
 from icrf_mediator.mediator import Policy
 
@@ -116,15 +117,6 @@ def test_weights_are_those_of_the_participants_alone() -> None:
 
 
 # ---------------------------------------------------------------- late and lost clusters
-
-
-class MovedClock(MonotonicClock):
-    """The machine's time and what a test has added to it."""
-
-    ahead_s = 0.0
-
-    def monotonic_s(self) -> float:
-        return super().monotonic_s() + self.ahead_s
 
 
 def test_a_late_cluster_is_left_out_of_the_round_and_is_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from icrf.profiling import ALL_PARTS, ROUND_PARTS, round_seconds, whole_s
 from icrf.protocol import HOST_PARTS, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
+from icrf.testing.clocks import StandingClock
 from icrf.testing.inline import InlineFabric
 from icrf_agent import node_host
 from icrf_agent.host_meter import HostMeter
@@ -142,37 +143,29 @@ def test_the_command_shows_a_table_and_leaves_a_file(
     assert first["model_sha256"] == second["model_sha256"]
 
 
-class Clock:
-    """A time that only nodes move."""
-
-    now_s = 1000.0
-
-    def monotonic_s(self) -> float:
-        return Clock.now_s
-
-    def wall_s(self) -> float:
-        return Clock.now_s
+# Only nodes move it.
+CLOCK = StandingClock()
 
 
 class Slow(FederatedNode):
     """Trains for eight seconds, and evaluates for two."""
 
     def train(self, **kwargs: Any) -> dict[str, float]:
-        Clock.now_s += 8.0
+        CLOCK.time_s += 8.0
         return super().train(**kwargs)
 
     def evaluate(self, phase: str = "test") -> dict[str, float]:
-        Clock.now_s += 2.0
+        CLOCK.time_s += 2.0
         return super().evaluate(phase)
 
 
 def test_the_seconds_are_those_that_nodes_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that stands still unless a node works: hosts run one after the other, and wait for each other."""
-    monkeypatch.setattr(node_host, "HostMeter", lambda: HostMeter(lambda: Clock.now_s))
+    monkeypatch.setattr(node_host, "HostMeter", lambda: HostMeter(lambda: CLOCK.time_s))
     names = {"client_template": "local:Slow", "server_template": "local:Slow"}
     keys = {**STAR, **names, "number_of_clients": 3, "federated_learning_rounds": 2}
     policy = Policy(lease_ttl_s=1e9)
-    with InlineFabric(1, templates={"local:Slow": Slow}, policy=policy, clock=Clock()) as fabric:
+    with InlineFabric(1, templates={"local:Slow": Slow}, policy=policy, clock=CLOCK) as fabric:
         rounds = completed(fabric, submission_of(**keys))[1]
     nothing = dict.fromkeys(("sum", "exchange", "other"), 0.0)
     for number, result in enumerate(rounds):
