@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from icrf.preconditions import VECTORIZED_OPTIMIZERS, WITH_NUM_BYZANTINE, fewest_updates, most_byzantine, most_selected
-from icrf.protocol import sample_size
+from icrf.protocol import parts_of, sample_size
 from icrf.spec.choices import (
     CHOICES,
     CLUSTERED,
@@ -21,6 +21,7 @@ from icrf.spec.choices import (
     not_built,
 )
 from icrf.spec.problems import Problem
+from icrf.spec.rule_settings import unread_settings
 
 Values = Mapping[str, Any]
 Check = Callable[[Values], Iterator[Problem]]
@@ -81,8 +82,6 @@ def _only_today(values: Values) -> Iterator[Problem]:
     for key, wanted in (("do_cluster", False), ("store_node_models", False)):
         if values.get(key, wanted) is not wanted:
             yield not_built(key, not wanted, str(wanted).lower())
-    if values.get("device") == "cuda":
-        yield not_built("device", "cuda", "cpu")
 
 
 def _sampled_clients(values: Values) -> Iterator[Problem]:
@@ -316,8 +315,7 @@ def _vectorize(values: Values) -> Iterator[Problem]:
 
 
 def _roles(values: Values) -> Iterator[Problem]:
-    roles = values["client_role"].split("-")
-    if "train" not in roles:
+    if "train" not in parts_of(values["client_role"]):
         yield Problem(
             "C008",
             ("client_role",),
@@ -453,7 +451,7 @@ def _models(values: Values) -> Iterator[Problem]:
     if rule not in _PER_MODEL and rule in CHOICES["aggregation_strategy"].built:
         text = f"aggregation_strategy {rule} contradicts federated_learning_schema {CLUSTERED}"
         yield Problem("C008", ("aggregation_strategy",), text, allowed=", ".join((*_PER_MODEL, "a FedAvg of your own")))
-    if values["target_accuracy"] is not None and "test" not in values["client_role"].split("-"):
+    if values["target_accuracy"] is not None and "test" not in parts_of(values["client_role"]):
         text = f"target_accuracy contradicts client_role '{values['client_role']}': with {CLUSTERED} clients measure it"
         yield Problem("C008", ("target_accuracy",), text, allowed="null without 'test' in client_role")
     if values["private_keys"]:
@@ -462,6 +460,7 @@ def _models(values: Values) -> Iterator[Problem]:
 
 CHECKS: tuple[Check, ...] = (
     _aggregation,
+    unread_settings,
     _models,
     _byzantine,
     _sampled_clients,

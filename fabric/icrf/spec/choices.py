@@ -177,7 +177,7 @@ CHOICES: dict[str, Choice] = {
     "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
     "late_updates": Choice(("drop", "weigh")),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
-    "device": Choice(("cpu", "cuda"), ("mps",)),
+    "device": Choice(("cpu",), ("cuda", "mps")),
     "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),
     "first_choice": Choice(("drawn", "loss")),
     "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),

@@ -60,7 +60,8 @@ class FederationConfig(BaseModel):
 
     Every way of building it raises :class:`icrf.errors.ConfigErrors` with all that is wrong at once (C0xx), each with
     its place. ``schema`` is accepted for ``federated_learning_schema``. Settings of an alternative that was not chosen
-    (``k_value`` with a ring, ``dirichlet_beta`` with iid data, ``mu`` with FedAvg) are kept and not used.
+    (``k_value`` with a ring, ``dirichlet_beta`` with iid data) are kept and not used, but those of another aggregation
+    rule (``mu`` with FedAvg) are refused.
     """
 
     model_config = ConfigDict(
@@ -278,7 +279,7 @@ class FederationConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """One integer that decides all randomness of the run."""
     device: Text = "cpu"
-    """Where tensors live: ``cpu`` or ``cuda``."""
+    """Where tensors live."""
     determinism: Text = "strict"
     """``strict`` refuses clusters of different numeric fingerprint, ``recorded`` writes the difference down."""
 
