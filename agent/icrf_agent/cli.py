@@ -160,7 +160,6 @@ async def _serve(
         advertise=flags.advertise,
         allow=None if flags.trust_submitter else flags.allow,
         state_dir=state.path,
-        namespace=f"icrf-{flags.cluster}",
         renew=renew,
     )
     return await serve_agent(settings, stop)

@@ -30,7 +30,7 @@ from icrf.learning.rng import derive_seed, global_randomness, stable_random_stat
 from icrf.learning.training import LocalTerms
 from icrf.learning.vectorized import Job, Outcome
 from icrf.ports import PhaseReport
-from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
+from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound, nodes_that
 from icrf.staleness import WEIGH, late_nodes, scaled
 from icrf.update import ExactSum
 from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
@@ -81,9 +81,8 @@ class CentralizedFlow:
 
     def __init__(self, tools: HostTools, restored: bytes = b"") -> None:
         self._t = t = tools
-        roles = [n.role.split("-") for n in t.activation.nodes]
-        self._aggregator = next(i for i, words in enumerate(roles) if "aggregate" in words)
-        self._all_participants = tuple(i for i, words in enumerate(roles) if "train" in words)
+        self._aggregator = nodes_that("aggregate", t.activation.nodes)[0]
+        self._all_participants = nodes_that("train", t.activation.nodes)
         training = frozenset(self._all_participants)
         self._participants = tuple(i for i in t.nodes.indices if i in training)
         # Where a participant's rows are among those that this host keeps.

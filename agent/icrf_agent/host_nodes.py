@@ -26,7 +26,17 @@ from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
-from icrf.protocol import DECENTRALIZED, EVALUATING, OTHER, SUMMING, TRAINING, Activate, NodeSpec, StartRound
+from icrf.protocol import (
+    DECENTRALIZED,
+    EVALUATING,
+    OTHER,
+    SUMMING,
+    TRAINING,
+    Activate,
+    NodeSpec,
+    StartRound,
+    nodes_that,
+)
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.host_mailbox import HostMailbox
@@ -299,12 +309,11 @@ class HostNodes:
 
     def _set_up(self, dataset: Dataset) -> None:
         """Make every node once, in index order, and find out how many can be active at once."""
-        trains = [i for i, spec in enumerate(self._specs) if "train" in spec.role.split("-")]
-        self._part_of = {index: k for k, index in enumerate(trains)}
+        self._part_of = {index: k for k, index in enumerate(nodes_that("train", self._specs))}
         self._dataset, self._parts = dataset, None
         # Every host makes the same split and takes out what is its nodes' own.
         if not self._part_of.keys().isdisjoint(self.indices):
-            self._parts = configured_partition(self.config, dataset, len(trains))
+            self._parts = configured_partition(self.config, dataset, len(self._part_of))
             self.most_samples = int(self._parts.sizes.max())
         self._test = tuple(to_tensor(part) for part in dataset.test_part())
         here = self._setup.activation.assignment
@@ -409,7 +418,7 @@ class HostNodes:
 
     def _make(self, spec: NodeSpec) -> FederatedNode:
         """A node of the class that the configuration names for its role."""
-        key = "server_template" if "aggregate" in spec.role.split("-") else "client_template"
+        key = "server_template" if "aggregate" in spec.role_parts else "client_template"
         name: str | None = getattr(self.config, key)
         template: Callable[..., Any] = FederatedNode
         if name:

@@ -404,9 +404,9 @@ def _release(run_id: str, group: PlacementGroup | None, watch: ClusterWatch) -> 
 
 def _template_of(setup: HostSetup) -> type:
     """The class of the host's only node; only its method names matter here."""
-    role = setup.activation.nodes[setup.nodes[0]].role
+    spec = setup.activation.nodes[setup.nodes[0]]
     config = FederationConfig.from_json(setup.activation.config_json)
-    key = "server_template" if "aggregate" in role.split("-") else "client_template"
+    key = "server_template" if "aggregate" in spec.role_parts else "client_template"
     name: str | None = getattr(config, key)
     if not name:
         return FederatedNode

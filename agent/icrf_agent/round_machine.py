@@ -66,7 +66,6 @@ class _Seconds:
     train: float = 0.0
     exchange_from: float = -1.0
     exchange: float = 0.0
-    aggregate: float = 0.0
     phases: list[PhaseSpan] = field(default_factory=list)
 
 
@@ -158,7 +157,6 @@ class RoundMachine:
             self._seconds.train = took_s
             self._exchanges(now_s)
             return self._send_after_training() + self._go_on(now_s)
-        self._seconds.aggregate += took_s
         if step.kind == AGGREGATE:
             self._mixed = True
             self._exchanges(now_s)
@@ -272,7 +270,6 @@ class RoundMachine:
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,
             exchange_s=self._seconds.exchange,
-            aggregate_s=self._seconds.aggregate,
             absmax=state.absmax,
             model_hash=state.model_hash,
             state_hashes=state.state_hashes,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve, StartRound
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve, StartRound, nodes_that
 from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.node_state import merge, unwrap, wrap
@@ -166,7 +166,7 @@ class Hosted:
         """The nodes that make models for others, ascending; none among peers."""
         if self.activation.flow == DECENTRALIZED:
             return ()
-        return tuple(i for i, node in enumerate(self.activation.nodes) if "aggregate" in node.role.split("-"))
+        return nodes_that("aggregate", self.activation.nodes)
 
     @property
     def model_slot(self) -> int:
@@ -193,8 +193,8 @@ class Hosted:
         nodes, flow = self.nodes[slot], self.activation.flow
         if flow != CENTRALIZED:
             return [str(node) for node in nodes if flow == DECENTRALIZED or node in self.aggregators]
-        trains = {i for i in nodes if "train" in self.activation.nodes[i].role.split("-")}
-        clients = sorted(trains) if self.activation.rows.clients_keep else []
+        trains = [i for i in sorted(nodes) if "train" in self.activation.nodes[i].role_parts]
+        clients = trains if self.activation.rows.clients_keep else []
         return [*([SERVER] if self.aggregators[0] in nodes else []), *(str(node) for node in clients)]
 
     def states_from(self, checkpoint: bytes) -> list[bytes]:

@@ -19,7 +19,7 @@ from icrf.errors import ProtocolError, RoutingError, RunError, WeightsError
 from icrf.exchange import EXACT, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
-from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, shared_size
+from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, nodes_that, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.object_store import GlobalObjectStore, object_key
 from icrf_agent.room import Letter, TopologyManager, decode_letters
@@ -79,12 +79,12 @@ class _Room:
     arrived: dict[PayloadHeader, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        roles = [node.role.split("-") for node in self.activation.nodes]
+        training = frozenset(nodes_that("train", self.activation.nodes))
         owned: dict[int, list[int]] = {}
         for node, cluster in enumerate(self.activation.assignment):
             owned.setdefault(cluster, []).append(node)
         self.members = {cluster: tuple(nodes) for cluster, nodes in owned.items()}
-        self.participants = {c: tuple(n for n in nodes if "train" in roles[n]) for c, nodes in owned.items()}
+        self.participants = {c: tuple(n for n in nodes if n in training) for c, nodes in owned.items()}
         self.num_parameters = shared_size(self.activation.layout)
 
     def local(self, nodes: Collection[int]) -> list[int]:

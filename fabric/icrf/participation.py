@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from icrf.errors import ConfigError
-from icrf.protocol import Submission, bitmap, sample_size
+from icrf.protocol import Submission, bitmap, nodes_that, sample_size
 from icrf.registry import Registry
 from icrf.seeds import stable_random_state
 
@@ -82,7 +82,7 @@ class Participation:
 
 def training(submission: Submission) -> tuple[int, ...]:
     """The nodes with the role ``train``, ascending."""
-    return tuple(i for i, node in enumerate(submission.nodes) if "train" in node.role.split("-"))
+    return nodes_that("train", submission.nodes)
 
 
 def schedule(

@@ -28,6 +28,7 @@ from icrf.protocol import (
     Submission,
     TensorSpec,
     nodes_of,
+    nodes_that,
     sample_size,
     shared_size,
 )
@@ -89,7 +90,7 @@ def build_submission(
     chosen = tuple(nodes) if nodes is not None else default_nodes(config, flow)
     check_roles(chosen, flow)
     with on_path(code_path):
-        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in chosen))
+        layout = resolve_layout(config, len(nodes_that("train", chosen)))
         graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
         rows = resolve_rows(config, chosen, layout, turns := _schedule(config, chosen))
         config = resolve_vectorize(config, chosen, layout, turns)
@@ -145,7 +146,7 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
                 value=node.role,
                 allowed="dash-separated parts of " + ", ".join(sorted(ROLE_PARTS)),
             )
-    aggregating = [n.id for n in nodes if "aggregate" in n.role.split("-")]
+    aggregating = [nodes[i].id for i in nodes_that("aggregate", nodes)]
     if flow == CENTRALIZED and len(aggregating) != 1:
         raise ConfigError(
             "C008",
@@ -153,7 +154,7 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
             place="nodes",
             value=", ".join(aggregating[:5]) or None,
         )
-    if not any("train" in n.role.split("-") for n in nodes):
+    if not nodes_that("train", nodes):
         raise ConfigError(
             "C008", "no node trains", place="nodes", hint="give at least one node a role such as train-eval"
         )
@@ -170,7 +171,7 @@ def check_configuration(config: FederationConfig, *, code_path: str = "") -> Non
     check_roles(nodes, flow)
     with on_path(code_path):
         matrix = _graph(config, nodes, None)
-        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in nodes))
+        layout = resolve_layout(config, len(nodes_that("train", nodes)))
         _weighted(config, nodes, matrix, flow)
         resolve_rows(config, nodes, layout, turns := _schedule(config, nodes))
         resolve_vectorize(config, nodes, layout, turns)
@@ -200,7 +201,7 @@ def _graph(
 
 def _groups(config: FederationConfig, nodes: Sequence[NodeSpec], parameters: Mapping[str, Any]) -> tuple[int, ...]:
     """The group of each client, from the configuration and, where the grouping looks at it, the data."""
-    clients = [node.id for node in nodes if "train" in node.role.split("-")]
+    clients = [nodes[i].id for i in nodes_that("train", nodes)]
     more: dict[str, Any] = {"client_ids": tuple(clients)}
     if wants_labels(config.group_by):
         labels, parts = _dealt(config, len(clients))
@@ -226,10 +227,10 @@ def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: Hybri
 
 def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Training samples per node, as the hosts deal them; 0 for a node that does not train."""
-    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    trains = nodes_that("train", nodes)
     _, parts = _dealt(config, len(trains))
     counts = np.zeros(len(nodes), dtype=np.int64)
-    counts[trains] = [len(part) for part in parts]
+    counts[list(trains)] = [len(part) for part in parts]
     return counts
 
 
@@ -248,7 +249,7 @@ def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str,
     """What the user's own sampler chooses; empty where the mediator draws."""
     if config.client_sampler == UNIFORM:
         return ()
-    clients = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    clients = nodes_that("train", nodes)
     count = sample_size(len(clients), config.client_fraction, config.sampled_clients)
     ids = [node.id for node in nodes]
     return schedule(config.client_sampler, ids, clients, count, config.federated_learning_rounds, config.seed)
@@ -343,7 +344,7 @@ def resolve_vectorize(
     from icrf.learning import Layout, build_model, configured_dataset, resolved_width  # noqa: PLC0415 - as above
 
     dataset = configured_dataset(config)
-    clients = sum("train" in node.role.split("-") for node in nodes)
+    clients = len(nodes_that("train", nodes))
     turn_sizes = [len(nodes_of(bytes.fromhex(turn))) for turn in turns]
     found = resolved_width(
         config,
@@ -362,7 +363,7 @@ def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], tu
         return config.min_nodes
     if turns:
         return min(len(nodes_of(bytes.fromhex(turn))) for turn in turns)
-    clients = sum("train" in node.role.split("-") for node in nodes)
+    clients = len(nodes_that("train", nodes))
     return sample_size(clients, config.client_fraction, config.sampled_clients)
 
 

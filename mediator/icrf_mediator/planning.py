@@ -31,6 +31,7 @@ from icrf.protocol import (
     Submission,
     element_type,
     nodes_of,
+    nodes_that,
     shared_size,
 )
 from icrf.residency import host_budget, resident_nodes
@@ -205,7 +206,7 @@ def check_submission(submission: Submission) -> None:
         raise ConfigError("C007", "global_every < 1", place="config_json", value=config["global_every"])
     if submission.stage not in STAGES:
         raise ConfigError("C010", f"no such stage: {submission.stage!a}", place="stage", allowed=", ".join(STAGES))
-    if not any("train" in node.role.split("-") for node in submission.nodes):
+    if not nodes_that("train", submission.nodes):
         raise ConfigError("C008", "no node trains", place="nodes")
 
 

@@ -46,6 +46,7 @@ from icrf.protocol import (
     Reserved,
     RoundReport,
     StoreModel,
+    nodes_that,
 )
 from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
@@ -390,7 +391,7 @@ class RunMachine(RunRounds):
         ledger = self._ledger
         assert ledger is not None and self.placement is not None
         samples = {node: count for part in self._parts.values() for node, count in part.num_samples}
-        trains = [i for i, n in enumerate(self.submission.nodes) if "train" in n.role.split("-")]
+        trains = nodes_that("train", self.submission.nodes)
         missing = [self.submission.nodes[i].id for i in trains if samples.get(i, 0) < 1]
         if missing:
             return self.fail(effects, now, InternalError("X001", f"no sample count for {', '.join(missing[:5])}"))

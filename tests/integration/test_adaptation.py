@@ -19,11 +19,10 @@ from icrf.run_folder import round_line
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, follow
 from icrf.topology import ADAPTERS, TopologyAdaptationStrategy
 from icrf.update import merkle_root
 from icrf_agent import host_tools
-
-from .runs import completed, follow
 
 NUM_NODES = 8
 RING = np.roll(np.eye(NUM_NODES, dtype=np.int8), 1, axis=1) + np.roll(np.eye(NUM_NODES, dtype=np.int8), -1, axis=1)

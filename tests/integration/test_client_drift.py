@@ -21,8 +21,7 @@ from icrf.protocol import RoundResult
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
-
-from .runs import completed
+from icrf.testing.runs import completed
 
 CURVES = ((1.0, 0.0), (3.0, 1.0))
 ETA, START, OPTIMUM = 0.1, 5.0, 0.75

@@ -22,8 +22,7 @@ from icrf.protocol import COMPLETED, STOP, RoundResult
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
-
-from .runs import fabrics_on_demand, follow, follow_until
+from icrf.testing.runs import fabrics_on_demand, follow, follow_until
 
 CLUSTERED = {"schema": "ClusterFederatedLearning", "federated_learning_topology": "star", "federation_id": "groups"}
 DIGITS = {

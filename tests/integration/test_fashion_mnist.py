@@ -11,8 +11,7 @@ from icrf.learning.datasets import FASHION_MNIST_DIR, Dataset, load_dataset
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
-
-from .runs import completed
+from icrf.testing.runs import completed
 
 pytestmark = [
     pytest.mark.slow,

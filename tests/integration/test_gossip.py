@@ -15,6 +15,7 @@ from safetensors.numpy import load
 
 from icrf import values
 from icrf.client import Fabric
+from icrf.errors import RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.models import MODELS
 from icrf.learning.partition import PARTITIONERS
@@ -22,9 +23,8 @@ from icrf.protocol import COMPLETED, MixingReport
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import follow, follow_until
 from icrf.topology import mixing_matrix
-
-from .runs import follow, follow_until
 
 WIDTH = 10
 # What nodes start from, shape (num_nodes, WIDTH); set by a test before it runs nodes in this process.
@@ -277,7 +277,7 @@ def test_sample_weighted_mixing_leads_to_the_mean_of_all_samples() -> None:
 
 def test_samples_that_were_not_dealt_are_refused_where_they_are_weights() -> None:
     keys = {"federated_learning_topology": "ring", "client_template": "local:Collecting"}
-    with pytest.raises(AssertionError, match="W030"):
+    with pytest.raises(RunError, match="W030"):
         Gossiped(np.zeros((4, WIDTH)), 1, mixing="sample_weighted", **keys)
 
 

@@ -17,12 +17,11 @@ from icrf.client import Fabric
 from icrf.errors import ConfigError, RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.partition import PARTITIONERS
-from icrf.protocol import COMPLETED, Plan, RoundResult
+from icrf.protocol import COMPLETED, Plan
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
-
-from .runs import completed, follow, follow_until
+from icrf.testing.runs import completed, facts, follow, follow_until
 
 HIERARCHY = {"schema": "HierarchicalFederatedLearning", "federated_learning_topology": "hierarchy"}
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
@@ -45,19 +44,6 @@ def config_of(**keys: Any) -> FederationConfig:
         **keys,
     }
     return FederationConfig.from_mapping(data)
-
-
-def facts(result: RoundResult) -> tuple[Any, ...]:
-    """What must not depend on the placement."""
-    return (
-        result.number,
-        result.attempt,
-        result.model_sha256,
-        result.parent_sha256,
-        result.consensus_sha256,
-        result.participants,
-        sorted(result.metrics.items()),
-    )
 
 
 @cache

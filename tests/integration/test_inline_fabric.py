@@ -15,9 +15,8 @@ from icrf.protocol import Plan, RoundResult, RunInfo, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, fabrics_on_demand, follow, follow_until
 from icrf.testing.waiting import until
-
-from .runs import completed, fabrics_on_demand, follow, follow_until
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 PEERS = {"schema": "DecentralizedFederatedLearning"}

@@ -18,8 +18,7 @@ from icrf.protocol import COMPLETED, FAILED, IDLE, RoundResult, RunInfo
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
-
-from .runs import follow_until
+from icrf.testing.runs import follow_until
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}

@@ -18,10 +18,9 @@ from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.clocks import MovedClock
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import follow
 from icrf_agent.core import Action, AgentCore
 from icrf_mediator.mediator import Policy
-
-from .runs import follow
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}

@@ -20,11 +20,10 @@ from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.clocks import StandingClock
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, fabrics_on_demand
 from icrf_agent import node_host
 from icrf_agent.host_meter import HostMeter
 from icrf_mediator.mediator import Policy
-
-from .runs import completed, fabrics_on_demand
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}

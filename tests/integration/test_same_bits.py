@@ -13,12 +13,11 @@ from torch import nn
 
 from icrf.federation.node import FederatedNode
 from icrf.learning.models import register_model
-from icrf.protocol import NodeSpec, RoundResult
+from icrf.protocol import NodeSpec
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
-
-from .runs import completed
+from icrf.testing.runs import completed, facts
 
 NUM_CLIENTS = 6
 SCHEMAS = {"star": "TraditionalFederatedLearning", "ring": "DecentralizedFederatedLearning"}
@@ -57,18 +56,6 @@ def outcome(topology: str, owners: list[int], num_slots: int) -> tuple[str, list
         info, rounds = completed(fabric, build_submission(config))
     assert info.clusters == tuple(sorted({f"local-{1 + owner}" for owner in owner_of.values()}))
     return info.model_sha256, [facts(r) for r in rounds], info.bytes_inter_cluster
-
-
-def facts(result: RoundResult) -> tuple[Any, ...]:
-    return (
-        result.number,
-        result.attempt,
-        result.model_sha256,
-        result.parent_sha256,
-        result.consensus_sha256,
-        result.participants,
-        sorted(result.metrics.items()),
-    )
 
 
 @cache

@@ -18,10 +18,9 @@ from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
 from icrf.testing.round_driver import CLUSTER, RUN, RoundDriver, activation, restored
+from icrf.testing.runs import follow
 from icrf_agent.inline_substrate import InlineSubstrate
 from icrf_agent.runtime import HostedRuntime
-
-from .runs import follow
 
 WIDTH = 3
 STAR = {

@@ -23,6 +23,7 @@ from icrf.federation.message import Message
 from icrf.learning.flat_module import FlatModule
 from icrf.learning.rng import torch_generator
 from icrf.learning.training import LocalTrainer, evaluate, mean_loss
+from icrf.protocol import parts_of
 from icrf.spec import FederationConfig
 
 Array = np.ndarray[Any, Any]
@@ -204,15 +205,15 @@ class FederatedNode:
 
     @property
     def is_train_node(self) -> bool:
-        return "train" in self._role.split("-")
+        return "train" in parts_of(self._role)
 
     @property
     def is_eval_node(self) -> bool:
-        return "eval" in self._role.split("-")
+        return "eval" in parts_of(self._role)
 
     @property
     def is_test_node(self) -> bool:
-        return "test" in self._role.split("-")
+        return "test" in parts_of(self._role)
 
     @property
     def model(self) -> Any:

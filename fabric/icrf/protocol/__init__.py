@@ -47,6 +47,8 @@ from icrf.protocol.federations import (
     Submission,
     TensorSpec,
     element_type,
+    nodes_that,
+    parts_of,
     shared_size,
     shared_tensors,
 )
@@ -189,6 +191,8 @@ __all__ = [
     "bitmap",
     "element_type",
     "nodes_of",
+    "nodes_that",
+    "parts_of",
     "sample_size",
     "shared_size",
     "shared_tensors",

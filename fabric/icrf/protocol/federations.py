@@ -79,6 +79,21 @@ class NodeSpec:
     id: str
     role: str
 
+    @property
+    def role_parts(self) -> frozenset[str]:
+        """What it does: ``train``, ``eval``, ``test`` and ``aggregate``, or some of them."""
+        return parts_of(self.role)
+
+
+def parts_of(role: str) -> frozenset[str]:
+    """The parts of a dash-separated role."""
+    return frozenset(role.split("-"))
+
+
+def nodes_that(part: str, nodes: Sequence[NodeSpec]) -> tuple[int, ...]:
+    """The indices of the nodes that do `part`, e.g. ``train``, ascending."""
+    return tuple(i for i, node in enumerate(nodes) if part in node.role_parts)
+
 
 @dataclass(frozen=True)
 class Graph:

@@ -48,7 +48,6 @@ class Activate:
     layout: tuple[TensorSpec, ...]
     clusters: tuple[str, ...]
     assignment: tuple[int, ...]
-    coordinator: int
     peers: tuple[PeerAddress, ...]
     num_slots: int
     code_path: str = ""

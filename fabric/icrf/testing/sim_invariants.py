@@ -49,7 +49,6 @@ class _Facts:
     without: dict[int, set[str]] = field(default_factory=dict)
     events: list[Mapping[str, Any]] = field(default_factory=list)
     watched: int = 0
-    acknowledged: bool = False
     cancelled: bool = False
 
 
@@ -268,7 +267,6 @@ class Checker:
     def submitted(self, run_id: str) -> None:
         """The user was told that a run is accepted."""
         self.require(run_id in self._runs, f"I5: run {run_id} was acknowledged and is not durable")
-        self._runs[run_id].acknowledged = True
 
     def cancelled(self, run_id: str, status: str) -> None:
         """The user was told that a run is cancelled, or had ended."""

@@ -754,7 +754,6 @@ class Activate(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
-    COORDINATOR_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     CODE_PATH_FIELD_NUMBER: _builtins.int
@@ -767,7 +766,6 @@ class Activate(_message.Message):
     federation: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
-    coordinator: _builtins.int
     num_slots: _builtins.int
     code_path: _builtins.str
     restore_round: _builtins.int
@@ -801,7 +799,6 @@ class Activate(_message.Message):
         layout: _abc.Iterable[Global___TensorSpec] | None = ...,
         clusters: _abc.Iterable[_builtins.str] | None = ...,
         assignment: _abc.Iterable[_builtins.int] | None = ...,
-        coordinator: _builtins.int = ...,
         peers: _abc.Iterable[Global___PeerAddress] | None = ...,
         num_slots: _builtins.int = ...,
         code_path: _builtins.str = ...,
@@ -812,7 +809,7 @@ class Activate(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "initial_graph", b"initial_graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "initial_graph", b"initial_graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "initial_graph", b"initial_graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1586,7 +1583,6 @@ class RoundReport(_message.Message):
     BYTES_INTRA_CLUSTER_FIELD_NUMBER: _builtins.int
     TRAIN_S_FIELD_NUMBER: _builtins.int
     EXCHANGE_S_FIELD_NUMBER: _builtins.int
-    AGGREGATE_S_FIELD_NUMBER: _builtins.int
     ERROR_JSON_FIELD_NUMBER: _builtins.int
     RECOVERY_FIELD_NUMBER: _builtins.int
     NODE_METRICS_FIELD_NUMBER: _builtins.int
@@ -1603,7 +1599,6 @@ class RoundReport(_message.Message):
     bytes_intra_cluster: _builtins.int
     train_s: _builtins.float
     exchange_s: _builtins.float
-    aggregate_s: _builtins.float
     error_json: _builtins.str
     recovery: _builtins.str
     @_builtins.property
@@ -1638,7 +1633,6 @@ class RoundReport(_message.Message):
         bytes_intra_cluster: _builtins.int = ...,
         train_s: _builtins.float = ...,
         exchange_s: _builtins.float = ...,
-        aggregate_s: _builtins.float = ...,
         error_json: _builtins.str = ...,
         recovery: _builtins.str = ...,
         node_metrics: _abc.Mapping[_builtins.str, Global___NodeMetrics] | None = ...,
@@ -1647,7 +1641,7 @@ class RoundReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
