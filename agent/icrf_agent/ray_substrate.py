@@ -78,6 +78,16 @@ class RaySubstrate:
         self._calls = RayCalls(self._watch)
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
+        try:
+            return await self._begin(cluster)
+        except Exception as error:  # whatever Ray raises while it comes up; of the second try it gets out
+            if self.renew is None:
+                raise
+            # Ray's head answers before all of Ray is up, and a part that fails then takes the rest along.
+            log.warning("the Ray cluster of %s did not come up (%s); starting another", cluster, error)
+            return await self.rebuild(cluster)
+
+    async def _begin(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         if self.address is not None and not ray.is_initialized():
             # On the main thread, where Ray wants it; nothing else runs yet that this could hold up.
             self._connect(self.address)
@@ -291,7 +301,7 @@ class RaySubstrate:
         await self._await_head()
         self._watch = ClusterWatch()
         self._calls = RayCalls(self._watch)
-        return await self.start(cluster)
+        return await self._begin(cluster)
 
     async def _await_head(self) -> None:
         if self.address is None:

@@ -92,6 +92,15 @@ def test_on_ray_every_death_leaves_the_same_bits(
     assert hashes == undisturbed[flow]
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_cluster_that_dies_while_it_comes_up_is_started_again(ray_cluster: tuple[Path, LocalRay, str]) -> None:
+    state, ray, address = ray_cluster
+    found = live(state, ray, address, "unlucky", CENTRALIZED)
+    assert found["address"] != address
+    assert found["slots"] == 2
+
+
 async def _kill(actor: Any) -> None:
     """SIGKILL for the process of an actor."""
     os.kill(await actor.handle.pid.remote(), signal.SIGKILL)
@@ -132,9 +141,7 @@ async def _second_life(driver: RoundDriver, ray: LocalRay) -> dict[str, Any]:
     assert gateway is not None
     waiting = asyncio.create_task(gateway.call("next_arrivals", 600.0))
     losing = asyncio.create_task(driver.runtime.lost())
-    for pid in keeper.session_members(ray.session_id):
-        if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+    _kill_head(ray)
     reason = await asyncio.wait_for(losing, 30.0)
     with pytest.raises(NodeError) as caught:
         await waiting
@@ -143,6 +150,23 @@ async def _second_life(driver: RoundDriver, ray: LocalRay) -> dict[str, Any]:
     await driver.activate(restored(driver.request, 2), checkpoint)
     await driver.round(3)
     return {"held": [held.run_id, held.generation, held.round], "hashes": driver.hashes, "reason": reason}
+
+
+def _kill_head(ray: LocalRay) -> None:
+    for pid in keeper.session_members(ray.session_id):
+        if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+
+
+async def _unlucky_life(substrate: Any, runtime: HostedRuntime, ray: LocalRay) -> dict[str, Any]:
+    """The head dies before the agent has connected."""
+    _kill_head(ray)
+    try:
+        facts = await runtime.start()
+        await runtime.close()
+    finally:
+        await asyncio.to_thread(ray.stop)
+    return {"address": substrate.address, "slots": facts.capacity.num_slots}
 
 
 async def _main(life: str, address: str, state: Path, flow: str) -> None:
@@ -158,7 +182,11 @@ async def _main(life: str, address: str, state: Path, flow: str) -> None:
 
     ray.ensure(state, 2, lock_file=state / "lock", object_store_bytes=OBJECT_STORE_BYTES)
     settings = GatewaySettings(CLUSTER, uuid.uuid4().hex, "127.0.0.1:0", None)
-    runtime = HostedRuntime(CLUSTER, RaySubstrate(address, settings, renew=renew), notes=state / "notes")
+    substrate = RaySubstrate(address, settings, renew=renew)
+    runtime = HostedRuntime(CLUSTER, substrate, notes=state / "notes")
+    if life == "unlucky":
+        sys.stdout.write(json.dumps(await _unlucky_life(substrate, runtime, ray)) + "\n")
+        return
     await runtime.start()
     request = activation(flow)
     remembered = state / "generation"
