@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Short on purpose: sockets lie below it, and a Unix socket's path has at most 107 bytes.
     state = tempfile.mkdtemp(prefix="icrf-")
-    settings = {
+    environment = {
         MARK: uuid.uuid4().hex,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "XDG_STATE_HOME": state,
     }
     patch = pytest.MonkeyPatch()
-    for name, value in settings.items():
+    for name, value in environment.items():
         patch.setenv(name, value)
     # A mediator that happens to run on this machine is none of the tests' business.
     patch.delenv("ICRF_MEDIATOR", raising=False)

@@ -66,7 +66,7 @@ def test_every_round_has_the_same_bits_on_any_number_of_clusters(clusters: int, 
 
 
 def test_any_placement_of_any_node_gives_the_same_bits() -> None:
-    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=8, derandomize=True, database=None)
     @given(st.lists(st.integers(1, 4), min_size=len(NODES), max_size=len(NODES)), st.integers(1, 3))
     def check(owners: list[int], num_slots: int) -> None:
         placement = {node: f"local-{owner}" for node, owner in zip(NODES, owners, strict=True)}

@@ -65,7 +65,7 @@ def on_one_cluster(topology: str) -> tuple[str, list[Any], int]:
 
 @pytest.mark.parametrize("topology", ["star", "ring"])
 def test_any_placement_gives_the_same_bits_in_every_round(topology: str) -> None:
-    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=12, derandomize=True, database=None)
     @given(placements)
     def check(placement: tuple[list[int], int]) -> None:
         owners, num_slots = placement

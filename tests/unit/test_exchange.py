@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icrf.errors import ConfigError, RoutingError
@@ -109,7 +109,6 @@ def test_on_one_cluster_nothing_crosses() -> None:
 
 
 @given(st.integers(2, 12), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_updates_reach_every_remote_neighbour_once(num_nodes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     dense = rng.integers(0, 2, (num_nodes, num_nodes))

@@ -175,7 +175,7 @@ def report_of(start: StartRound, nodes: tuple[int, ...], coordinates: bool) -> R
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 10), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_any_grouping_and_order_of_reports_gives_equal_commits(
     num_nodes: int, num_clusters: int, dice: random.Random

@@ -53,7 +53,7 @@ def summed(rows: list[np.ndarray], weights: list[int], grid: tuple[int, ...], to
     return result
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 8), num_groups=st.integers(1, 5), shuffle=st.randoms())
 def test_any_grouping_and_order_gives_equal_bits(
     seed: int, count: int, num_groups: int, shuffle: random.Random
