@@ -221,16 +221,14 @@ def test_the_inner_optimizer_of_diloco_outlives_the_round(fabrics: Any) -> None:
         "number_of_clients": 1,
         "data_distribution_kind": "iid",
         "batch_size": 1_000_000,
-        "aggregation_strategy": "DiLoCo",
-        "server_learning_rate": 1,
-        "server_momentum": 0,
         "optimizer": "AdamW",
         "learning_rate": 0.01,
         "model_type": "test-softmax64",
         "shuffle": False,
     }
-    often = run(fabrics(1), **{**keys, "federated_learning_rounds": 6, "local_steps": 1})[1][-1].metrics
-    rarely = run(fabrics(1), **{**keys, "federated_learning_rounds": 2, "local_steps": 3})[1][-1].metrics
+    diloco = {**keys, "aggregation_strategy": "DiLoCo", "server_learning_rate": 1, "server_momentum": 0}
+    often = run(fabrics(1), **{**diloco, "federated_learning_rounds": 6, "local_steps": 1})[1][-1].metrics
+    rarely = run(fabrics(1), **{**diloco, "federated_learning_rounds": 2, "local_steps": 3})[1][-1].metrics
     assert often["loss"] == pytest.approx(rarely["loss"], rel=1e-10)
     afresh = {**keys, "federated_learning_rounds": 6, "local_steps": 1, "aggregation_strategy": "FedAvg"}
     assert run(fabrics(1), **afresh)[1][-1].metrics["loss"] != pytest.approx(often["loss"], rel=1e-3)
