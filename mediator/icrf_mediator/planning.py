@@ -157,7 +157,9 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     num_parameters = shared_size(submission.layout)
     residents = _residents(exchange, settings, slots, clusters, num_parameters)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
-    links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
+    # Whether and when a condition will hold nobody knows yet: as if it always did.
+    participation = Participation(submission, {**config, "wave_condition": None})
+    links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
     per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
     problems = _problems(settings, config, clusters, slots)

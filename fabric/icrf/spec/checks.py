@@ -21,6 +21,7 @@ from icrf.spec.choices import (
     not_built,
 )
 from icrf.spec.problems import Problem
+from icrf.waves import ALL, WAVES, Condition
 
 Values = Mapping[str, Any]
 Check = Callable[[Values], Iterator[Problem]]
@@ -102,14 +103,38 @@ def _min_nodes(values: Values) -> Iterator[Problem]:
     least, nodes = values["min_nodes"], values["number_of_clients"]
     if least is None:
         return
-    taking_part = sample_size(nodes, values["client_fraction"], values["sampled_clients"])
+    taking_part = fewest_participants(values, nodes)
     if least > nodes:
         yield _too_many("min_nodes", least, nodes, "nodes (number_of_clients)")
     elif least > taking_part:
         reason = "client_fraction" if values["sampled_clients"] is None else "sampled_clients"
+        reason = "wave_size" if values["activation"] == WAVES else reason
         yield _too_many("min_nodes", least, taking_part, f"that take part in a round ({reason})")
     elif least < nodes and values["federated_learning_schema"] == DECENTRALIZED:
         yield not_built("min_nodes", least, f"null or {nodes}: every peer mixes with all of its neighbours")
+
+
+def fewest_participants(values: Values, num_clients: int) -> int:
+    """How many of so many clients are chosen for the round that has the fewest, as far as a configuration says."""
+    active = num_clients
+    if values["activation"] == WAVES and values["wave_size"] is not None:
+        active = min(active, values["wave_size"])
+    return sample_size(active, values["client_fraction"], values["sampled_clients"])
+
+
+def _waves(values: Values) -> Iterator[Problem]:
+    size, condition, kind = values["wave_size"], values["wave_condition"], values["activation"]
+    if condition is not None and Condition.parse(condition) is None:
+        allowed = "a metric, a sign out of >=, <=, > and <, and a number, e.g. accuracy >= 0.6"
+        yield Problem("C007", ("wave_condition",), f"'{condition}' is no condition", allowed=allowed)
+    if kind != WAVES:
+        return
+    if size is None:
+        hint = "Set it to how many clients a wave has."
+        yield Problem("C016", ("activation",), "wave_size is missing: activation 'waves' needs it", hint=hint)
+    if condition is not None and values["client_sampler"] != "uniform":
+        text = "wave_condition contradicts client_sampler, which is asked before anything is measured"
+        yield Problem("C008", ("wave_condition",), text, allowed="null, or client_sampler: uniform")
 
 
 def _cluster_loss(values: Values) -> Iterator[Problem]:
@@ -208,6 +233,7 @@ def _hierarchy(values: Values) -> Iterator[Problem]:
         "client_fraction": 1.0,
         "sampled_clients": None,
         "client_sampler": "uniform",
+        "activation": ALL,
         "min_nodes": None,
         "private_keys": [],
     }
@@ -370,7 +396,7 @@ def _fewest_participants(values: Values) -> int:
     """How few nodes may contribute to a round."""
     if values["min_nodes"] is not None:
         return int(values["min_nodes"])
-    return sample_size(values["number_of_clients"], values["client_fraction"], values["sampled_clients"])
+    return fewest_participants(values, values["number_of_clients"])
 
 
 def _byzantine(values: Values) -> Iterator[Problem]:
@@ -466,6 +492,7 @@ CHECKS: tuple[Check, ...] = (
     _byzantine,
     _sampled_clients,
     _min_nodes,
+    _waves,
     _cluster_loss,
     _late_updates,
     _optimizer_state,
