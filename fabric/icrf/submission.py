@@ -34,8 +34,8 @@ from icrf.protocol import (
 )
 from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
-from icrf.spec.checks import fewest_participants
 from icrf.spec.choices import WITH_SERVER, in_groups
+from icrf.spec.participation_checks import fewest_participants
 from icrf.topology import (
     STATIC,
     Adapter,

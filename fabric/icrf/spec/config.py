@@ -288,7 +288,7 @@ class FederationConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """One integer that decides all randomness of the run."""
     device: Text = "cpu"
-    """Where tensors live: ``cpu`` or ``cuda``."""
+    """Where models and data lie while nodes compute: ``cpu``, or ``cuda``, a part of a GPU per host (see gpu.md)."""
     determinism: Text = "strict"
     """``strict`` refuses clusters of different numeric fingerprint, ``recorded`` writes the difference down."""
 
