@@ -131,7 +131,7 @@ class HostNodes:
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
         self.most_samples = 0
-        self._entered = (0, 0)
+        self._entered = (activation.restore_round, 0)
         self._residents = Residents(self._bring_in, self._passivate)
         self._left: dict[int, _Left] = {}
         self._kinds: dict[int, type[FederatedNode]] = {}
@@ -141,6 +141,9 @@ class HostNodes:
         )
         self._set_up(dataset)
         self.states.begin(activation.restore_round, setup.node_states)
+        # Before its next round a node is what it was after the last one.
+        for node in self._residents.active.values():
+            node.context.round = activation.restore_round
         self.mailbox.open = True
 
     def enter(self, start: StartRound) -> None:
