@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from icrf.client import Fabric
+from icrf.federation.base import FederatedBase
 from icrf.federation.node import FederatedNode
 from icrf.protocol import COMPLETED, IDLE, RoundResult, Submission, nodes_of
 from icrf.spec import FederationConfig
@@ -148,3 +150,17 @@ def test_a_users_criterion_decides_and_the_mediator_never_loads_it(criterion: Mo
     rounds = played(submission, 2)
     assert [r.participant_nodes for r in rounds] == [nodes_of(bytes.fromhex(row)) for row in submission.schedule]
     assert [r.participant_nodes for r in rounds[:2]] == [(2, 4, 6), (1, 3, 5)]
+
+
+def test_nodes_of_later_waves_are_set_up_with_all_others_and_can_be_called() -> None:
+    data = {"federation_id": "fed", "number_of_clients": 4, "federated_learning_rounds": 2, **STAR, **WAVES}
+    with InlineFabric(2) as fabric:
+        base = FederatedBase(FederationConfig.from_mapping(data), fabric=Fabric(fabric.port))
+        base.materialize_all()
+        assert base.is_active() and base["client_3"].call("ping")["round"] == 0
+        base.train(rounds=1, blocking=True)
+        assert [r.participant_nodes for r in base.collect_federation_metrics()] == [(1, 2)]
+        assert base["client_3"].call("test")["accuracy"] > 0
+        base.train(rounds=2, blocking=True)
+        assert [r.participants for r in base.collect_federation_metrics()][:2] == [2, 4]
+        base.stop()
