@@ -19,6 +19,7 @@ from icrf import errors
 from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, WeightsError, make_error
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, configured_dataset
+from icrf.learning.devices import Device, prepare
 from icrf.learning.flat_module import FlatModule
 from icrf.learning.layout import FlatArray, Layout
 from icrf.learning.metrics import METRICS
@@ -97,6 +98,7 @@ class HostNodes:
 
     Attributes:
         most_samples: of any node of the federation, as dealt; 0 on a host that trains none.
+        device: where models and data lie while nodes compute.
 
     Args:
         setup: which nodes and where.
@@ -133,11 +135,13 @@ class HostNodes:
         named = [MODELS.get(self.config.model_type), *map(METRICS.get, self.config.metrics)]
         self._own_code = not all(map(is_ours, named))
         self.layout = Layout(activation.layout)
+        self.device = Device.of(self.config.device)
+        prepare(self.device)
         self.model = self._fresh_model(dataset)
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
         self.most_samples = 0
-        self._entered = (0, 0)
+        self._entered = (activation.restore_round, 0)
         self._residents = Residents(self._bring_in, self._passivate)
         self._left: dict[int, _Left] = {}
         self._kinds: dict[int, type[FederatedNode]] = {}
@@ -147,6 +151,9 @@ class HostNodes:
         )
         self._set_up(dataset)
         self.states.begin(activation.restore_round, setup.node_states)
+        # Before its next round a node is what it was after the last one.
+        for node in self._residents.active.values():
+            node.context.round = activation.restore_round
         self.mailbox.open = True
 
     def enter(self, start: StartRound) -> None:
@@ -305,7 +312,9 @@ class HostNodes:
         """The federation's model of this number as it starts."""
         c = self.config
         seed = model_seed(c.seed, number)
-        return FlatModule(build_model(c.model_type, dataset.input_shape, dataset.num_classes, seed), self.layout)
+        return FlatModule(
+            build_model(c.model_type, dataset.input_shape, dataset.num_classes, seed), self.layout, self.device
+        )
 
     def _set_up(self, dataset: Dataset) -> None:
         """Make every node once, in index order, and find out how many can be active at once."""
@@ -315,7 +324,7 @@ class HostNodes:
         if not self._part_of.keys().isdisjoint(self.indices):
             self._parts = configured_partition(self.config, dataset, len(self._part_of))
             self.most_samples = int(self._parts.sizes.max())
-        self._test = tuple(to_tensor(part) for part in dataset.test_part())
+        self._test = tuple(self.device.put(to_tensor(part)) for part in dataset.test_part())
         here = self._setup.activation.assignment
         num_hosts = min(self._setup.activation.num_slots, here.count(here[self.indices[0]]))
         self._admission = Admission(self.config, len(self.indices), num_hosts, self._kept_bytes(), self._notes)
@@ -366,7 +375,7 @@ class HostNodes:
         if self._parts is None or index not in self._part_of:
             return None
         features, labels = self._dataset.train_part(self._parts[self._part_of[index]])
-        return to_tensor(features), to_tensor(labels)
+        return self.device.put(to_tensor(features)), self.device.put(to_tensor(labels))
 
     def _build(self, node: FederatedNode) -> None:
         """Run `build` and `setup` where its class has any: on the initial model, and without sending anything."""

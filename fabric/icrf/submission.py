@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from icrf.criterion import active_by_round
 from icrf.errors import ConfigError, TopologyError
-from icrf.participation import UNIFORM, schedule
+from icrf.participation import UNIFORM, schedule, waves_of
 from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
@@ -35,6 +36,7 @@ from icrf.protocol import (
 from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import WITH_SERVER, in_groups
+from icrf.spec.participation_checks import fewest_participants
 from icrf.topology import (
     STATIC,
     Adapter,
@@ -50,6 +52,7 @@ from icrf.topology import (
     wants_samples,
     weigh,
 )
+from icrf.waves import ALL, WAVES
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
@@ -246,13 +249,24 @@ def _dealt(
 
 
 def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str, ...]:
-    """What the user's own sampler chooses; empty where the mediator draws."""
-    if config.client_sampler == UNIFORM:
+    """What the user's own criterion and sampler choose; empty where the mediator draws."""
+    built_in = config.activation in (ALL, WAVES)
+    if config.client_sampler == UNIFORM and built_in:
         return ()
-    clients = nodes_that("train", nodes)
-    count = sample_size(len(clients), config.client_fraction, config.sampled_clients)
-    ids = [node.id for node in nodes]
-    return schedule(config.client_sampler, ids, clients, count, config.federated_learning_rounds, config.seed)
+    keys, rounds = config.model_dump(), config.federated_learning_rounds
+    active: Sequence[Sequence[int]]
+    if built_in:
+        clients = nodes_that("train", nodes)
+        waves = waves_of(keys)
+        counts = [len(clients) if waves is None else waves.active(number) for number in range(1, rounds + 1)]
+        active = [clients[:count] for count in counts]
+    else:
+        active = active_by_round(config.activation, nodes, lambda: _sample_counts(config, nodes), keys)
+
+    def size(number: int) -> int:
+        return sample_size(number, config.client_fraction, config.sampled_clients)
+
+    return schedule(config.client_sampler, [node.id for node in nodes], active, size, config.seed)
 
 
 def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec, ...]:
@@ -344,13 +358,11 @@ def resolve_vectorize(
     from icrf.learning import Layout, build_model, configured_dataset, resolved_width  # noqa: PLC0415 - as above
 
     dataset = configured_dataset(config)
-    clients = len(nodes_that("train", nodes))
-    turn_sizes = [len(nodes_of(bytes.fromhex(turn))) for turn in turns]
     found = resolved_width(
         config,
         build_model(config.model_type, dataset.input_shape, dataset.num_classes, model_seed(config.seed, 0)),
         dataset,
-        participants=min(turn_sizes or [sample_size(clients, config.client_fraction, config.sampled_clients)]),
+        participants=_fewest_chosen(config, nodes, turns),
         most_samples=int(max(_sample_counts(config, nodes))),
         num_elements=Layout(tuple(layout)).row_size,
     )
@@ -359,12 +371,14 @@ def resolve_vectorize(
 
 def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:
     """How few nodes may contribute to a round."""
-    if config.min_nodes is not None:
-        return config.min_nodes
+    return _fewest_chosen(config, nodes, turns) if config.min_nodes is None else config.min_nodes
+
+
+def _fewest_chosen(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:
+    """How many nodes are chosen for the round that has the fewest."""
     if turns:
         return min(len(nodes_of(bytes.fromhex(turn))) for turn in turns)
-    clients = len(nodes_that("train", nodes))
-    return sample_size(clients, config.client_fraction, config.sampled_clients)
+    return fewest_participants(config.model_dump(), len(nodes_that("train", nodes)))
 
 
 @contextmanager

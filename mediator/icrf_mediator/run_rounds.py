@@ -69,6 +69,10 @@ class RunRounds(RunBase):
         who does not because of being late."""
         self._quorum.decide(number, bytes.fromhex(participants), nodes_of(bytes.fromhex(late)))
 
+    def load_metrics(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Out of the journal, in order: what a round has measured."""
+        self._quorum.note(number, metrics)
+
     def load_members(self, first: int, nodes: str) -> None:
         """Out of the journal: who may take part from a round on, in hexadecimal."""
         self._quorum.change(first, nodes_of(bytes.fromhex(nodes)))

@@ -439,6 +439,7 @@ class RunMachine(RunRounds):
         if (error := self._not_repeated(commit)) is not None:
             return self.fail(effects, now, error)
         self._attempt_floor, self._late = 0, set()
+        self._quorum.note(commit.round, commit.metrics)
         if commit.round > self.info.rounds_done:
             self._recoveries = 0
             target = self.config.get("target_accuracy")

@@ -229,7 +229,7 @@ class MediatorService:
             older.port.disconnect()
         log.info("cluster %s registered from %s", register.cluster, peer)
         clusters = sorted(self._core.clusters(), key=lambda info: info.name != register.cluster)
-        for difference in fingerprint_differences(clusters):
+        for difference in fingerprint_differences(clusters, "cuda"):
             # It may serve, alone or with its like: what a run may mix is for its `determinism` to say.
             log.warning("%s", difference)
         self._carry_out_in_time(effects)

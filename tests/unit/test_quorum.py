@@ -355,6 +355,21 @@ def test_nodes_that_cannot_be_taken_out(core: Any, remove: list[str], config: An
     assert play_round(core) == play_round(core) == (*ON_EU, *ON_US)
 
 
+def test_waves_come_out_of_the_nodes_that_are_in(core: Any) -> None:
+    run = star_run(core, federated_learning_rounds=5, activation="waves", wave_size=1, wave_period=2)
+    change(core, run, remove=["client_0"])
+    assert [play_round(core) for _ in range(3)] == [(1,), (2,), (2, 3)]
+    change(core, run, add=["client_0"])
+    assert play_round(core) == (2, 3)  # was open
+    assert play_round(core) == (1, 2, 3)
+
+
+def test_a_change_that_leaves_too_few_in_the_first_wave_is_refused(core: Any) -> None:
+    run = star_run(core, activation="waves", wave_size=3, min_nodes=2)
+    with pytest.raises(IcrfError, match="1 nodes would take part in a round, 2 must"):
+        change(core, run, remove=["client_0", "client_1", "client_2"])
+
+
 def test_neither_peers_nor_the_server_nor_a_chosen_schedule_can_be_changed(core: Any) -> None:
     core.register("eu", "us", slots=20)
     ring = core.submit(num_nodes=4)
@@ -362,7 +377,7 @@ def test_neither_peers_nor_the_server_nor_a_chosen_schedule_can_be_changed(core:
     star = core.submit(num_nodes=5, flow=CENTRALIZED)
     for run, keys, what in (
         (ring, {"remove": ["client_0"]}, "peers mix"),
-        (chosen, {"remove": ["client_1"]}, "sampler was asked"),
+        (chosen, {"remove": ["client_1"]}, "sampler or criterion was asked"),
         (star, {"add": ["server"]}, "without the role train"),
     ):
         with pytest.raises(IcrfError, match=what):

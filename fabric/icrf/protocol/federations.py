@@ -33,6 +33,8 @@ CENTRALIZED, DECENTRALIZED, HIERARCHICAL = "centralized", "decentralized", "hier
 # How the tensors of several nodes become one: as the aggregation rule or the mixing says (parameters); by the weighted
 # mean (buffers of floats); by the mean rounded to the nearest integer; not at all.
 AGGREGATED, MEAN, ROUNDED, PRIVATE = "aggregated", "mean", "rounded", "private"
+# Stands between the kinds of GPUs in a fingerprint.
+KINDS_APART = "+"
 # Elements of the flat buffer that an integer takes, see ``learning/layout.py``.
 LIMBS = 2
 
@@ -213,7 +215,11 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What decides the bits of float arithmetic; ``strict`` determinism wants it equal on all clusters."""
+    """What decides the bits of float arithmetic; ``strict`` determinism wants it equal on all clusters.
+
+    Attributes:
+        device: ``cpu``, or ``cuda:`` and the kinds of a cluster's GPUs with :data:`KINDS_APART` between them.
+    """
 
     torch_version: str
     cpu_capability: str

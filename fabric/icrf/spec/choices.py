@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from icrf.registry import did_you_mean, is_import_path, registered_names
 from icrf.spec.problems import Problem
+from icrf.waves import ALL, WAVES
 
 TRADITIONAL = "TraditionalFederatedLearning"
 DECENTRALIZED = "DecentralizedFederatedLearning"
@@ -177,9 +178,10 @@ CHOICES: dict[str, Choice] = {
     "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
     "late_updates": Choice(("drop", "weigh")),
     "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
-    "device": Choice(("cpu",), ("cuda", "mps")),
+    "device": Choice(("cpu", "cuda"), ("mps",)),
     "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),
     "first_choice": Choice(("drawn", "loss")),
+    "activation": Choice((ALL, WAVES), kind="criterion", import_path=True),
     "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),
     "determinism": Choice(("strict", "recorded")),
 }
