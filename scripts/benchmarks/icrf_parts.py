@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks import cases
 from icrf import Dataset, FederatedNode
 
-# As many clients as the data sets are for; those beyond the federation's get nothing of it.
-MOST_TINY, MOST_TINY_MANY, _MOST_HEAVY = 1000, 10_000, 100
+# Clients beyond those of the federation get nothing of it.
+_MOST_HEAVY = 100
 
 
 def digits() -> Dataset:
@@ -20,12 +20,12 @@ def digits() -> Dataset:
 
 def tiny() -> Dataset:
     """The synthetic batches of one client after the other."""
-    return _batches(MOST_TINY)
+    return _batches(cases.MOST_TINY)
 
 
 def tiny_many() -> Dataset:
     """The same for more clients, which takes longer to make."""
-    return _batches(MOST_TINY_MANY)
+    return _batches(cases.MOST_TINY_MANY)
 
 
 def _batches(num_clients: int) -> Dataset:

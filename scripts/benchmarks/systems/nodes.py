@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.cases import Case
-from benchmarks.icrf_parts import MOST_TINY
+from benchmarks.cases import MOST_TINY, Case
 from benchmarks.runner import Finished, Rounds, run
 from benchmarks.systems.fabric import fabric
 
