@@ -342,8 +342,14 @@ class RaySubstrate:
             await self._calls.run(_end, shared)
 
 
-# Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated.
-_LASTING: dict[str, Any] = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": 0}
+# Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated. Calls
+# leave no events behind: Ray's head keeps those of the last 100,000, hundreds of megabytes after some thousand rounds.
+_LASTING: dict[str, Any] = {
+    "lifetime": "detached",
+    "max_restarts": -1,
+    "max_task_retries": 0,
+    "enable_task_events": False,
+}
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -88,6 +88,8 @@ class RunBase:
         self._parts: dict[str, Activated] = {}
         self._deadline_s = NEVER
         self._opened_wall_s = 0.0
+        # Since the last round was decided on; for display only.
+        self._mediator_s = 0.0
 
     # ------------------------------------------------------------ what it is
 

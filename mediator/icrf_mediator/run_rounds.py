@@ -334,7 +334,13 @@ class RunRounds(RunBase):
         if not self.submission.profile:
             return result
         working_s = now.monotonic_s - commit.opened_s
-        return replace(result, profile=RoundProfile(working_s, *self.record.preparing.take(), commit.profiles))
+        handled_s, self._mediator_s = self._mediator_s, 0.0
+        profile = RoundProfile(working_s, *self.record.preparing.take(), commit.profiles, handled_s)
+        return replace(result, profile=profile)
+
+    def handled(self, seconds: float) -> None:
+        """The mediator was busy for so long with what a cluster reported of a round."""
+        self._mediator_s += seconds
 
     def commit_took(self, number: int, seconds: float) -> None:
         """The commit of a round took so long to become durable; what was decided with it was told only then."""

@@ -239,7 +239,9 @@ class MediatorService:
         """Something an agent says over its stream."""
         who = self._sessions.get(session)
         if who is not None:
+            began = time.perf_counter()
             self._carry_out_in_time(self._core.report(who.cluster, who.incarnation, report, self._now()), who)
+            self._core.handled(report, time.perf_counter() - began)
 
     async def agent_disconnected(self, session: str) -> None:
         """The stream of an agent ended."""

@@ -2322,9 +2322,11 @@ class RoundProfile(_message.Message):
     PLAN_S_FIELD_NUMBER: _builtins.int
     ACTIVATE_S_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
+    MEDIATOR_S_FIELD_NUMBER: _builtins.int
     working_s: _builtins.float
     plan_s: _builtins.float
     activate_s: _builtins.float
+    mediator_s: _builtins.float
     @_builtins.property
     def clusters(self) -> _containers.MessageMap[_builtins.str, Global___ClusterProfile]: ...
     def __init__(
@@ -2334,10 +2336,11 @@ class RoundProfile(_message.Message):
         plan_s: _builtins.float = ...,
         activate_s: _builtins.float = ...,
         clusters: _abc.Mapping[_builtins.str, Global___ClusterProfile] | None = ...,
+        mediator_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_s", b"activate_s", "clusters", b"clusters", "plan_s", b"plan_s", "working_s", b"working_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_s", b"activate_s", "clusters", b"clusters", "mediator_s", b"mediator_s", "plan_s", b"plan_s", "working_s", b"working_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
