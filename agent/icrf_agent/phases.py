@@ -15,6 +15,7 @@ from icrf.errors import RoutingError
 from icrf.ports import PhaseReport
 from icrf.protocol import StartRound
 from icrf_agent.host_tools import Worked
+from icrf_agent.phase_reports import merge_reports
 from icrf_agent.substrate import Actor, Hosted
 
 
@@ -102,29 +103,3 @@ def _over(start: StartRound) -> RoutingError:
 def _is_alone(run: Hosted) -> bool:
     """Whether nobody outside this cluster posts anything of a run."""
     return len(run.activation.clusters) == 1
-
-
-def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
-    """One report of a cluster from those of its hosts, in host order, which is node order."""
-    sums: dict[str, tuple[int, int]] = {}
-    for report in reports:
-        for name, (numerator, weight) in report.metric_sums.items():
-            old = sums.get(name, (0, 0))
-            sums[name] = (old[0] + numerator, old[1] + weight)
-    return PhaseReport(
-        nodes=tuple(n for r in reports for n in r.nodes),
-        overflow=tuple(sorted({t for r in reports for t in r.overflow})),
-        absmax=elementwise_max([r.absmax for r in reports]),
-        metric_sums=sums,
-        metrics={k: v for r in reports for k, v in r.metrics.items()},
-        node_metrics={k: v for r in reports for k, v in r.node_metrics.items()},
-        model_hash="".join(r.model_hash for r in reports),
-        state_hashes=b"".join(r.state_hashes for r in reports),
-        bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),
-        graph=next((r.graph for r in reports if r.graph), None),
-    )
-
-
-def elementwise_max(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    """The largest value per tensor over those that say any."""
-    return tuple(max(column) for column in zip(*(r for r in rows if r), strict=True))

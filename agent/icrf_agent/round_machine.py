@@ -40,6 +40,8 @@ from icrf.protocol import (
     StartRound,
     bitmap,
 )
+from icrf.update import sum_metrics
+from icrf_agent.phase_reports import by_node, latest_state
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
 INSTALL, ADAPT = "install", "adapt"
@@ -254,26 +256,18 @@ class RoundMachine:
 
     def _finish(self) -> list[Step]:
         self._finished = True
-        sums: dict[str, tuple[int, int]] = {}
-        metrics: dict[str, float] = {}
-        nodes: list[int] = []
-        for phase in self._merged:
-            for name, (numerator, weight) in phase.metric_sums.items():
-                old = sums.get(name, (0, 0))
-                sums[name] = (old[0] + numerator, old[1] + weight)
-            metrics.update(phase.metrics)
-            nodes.extend(phase.nodes)
-        state = _latest_state(self._merged)
+        sums = sum_metrics(phase.metric_sums for phase in self._merged)
+        state = latest_state(self._merged)
         report = RoundReport(
             run_id=self.start.run_id,
             generation=self.start.generation,
             round=self.start.round,
             attempt=self.start.attempt,
-            participants=bitmap(nodes, self.num_nodes),
+            participants=bitmap([node for phase in self._merged for node in phase.nodes], self.num_nodes),
             overflow=self._overflow,
             metric_sums={k: MetricSum(str(n), w) for k, (n, w) in sums.items()},
-            metrics=metrics,
-            node_metrics=_by_node(self._merged),
+            metrics={name: value for phase in self._merged for name, value in phase.metrics.items()},
+            node_metrics=by_node(self._merged),
             bytes_inter_cluster=self._wire_bytes,
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,
@@ -300,24 +294,3 @@ class RoundMachine:
 def _key(kind: str, sender: int, source: int, recipients: Sequence[int]) -> _Expected:
     """What tells one payload of a round from another: partials by whom they are for, all others by their sender."""
     return kind, sender, source, tuple(recipients) if kind == PARTIAL else ()
-
-
-def _by_node(phases: Sequence[PhaseReport]) -> dict[str, dict[str, float]]:
-    """What each node reported in any of the phases."""
-    found: dict[str, dict[str, float]] = {}
-    for phase in phases:
-        for node, values in phase.node_metrics.items():
-            found.setdefault(node, {}).update(values)
-    return found
-
-
-def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:
-    """What the phases say about the new state; a later phase overrides an earlier one where it says something."""
-    found = PhaseReport()
-    for phase in phases:
-        found = PhaseReport(
-            absmax=phase.absmax or found.absmax,
-            model_hash=phase.model_hash or found.model_hash,
-            state_hashes=phase.state_hashes or found.state_hashes,
-        )
-    return found

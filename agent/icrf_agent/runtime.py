@@ -30,9 +30,10 @@ from icrf.protocol import (
     element_type,
     shared_size,
 )
+from icrf.update import elementwise_max
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
-from icrf_agent.phases import Phases, elementwise_max
+from icrf_agent.phases import Phases
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_label
 from icrf_agent.topology_manager import Posting
@@ -147,7 +148,7 @@ class HostedRuntime:
             request.run_id,
             request.generation,
             num_samples=tuple(pair for part in parts for pair in part.num_samples),
-            absmax=elementwise_max([p.absmax for p in parts]),
+            absmax=elementwise_max(p.absmax for p in parts),
             state_hashes=b"".join(p.state_hashes for p in parts),
             model_hash="".join(p.model_hash for p in parts),
         )

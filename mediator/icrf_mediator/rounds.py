@@ -18,7 +18,7 @@ from icrf.protocol import (
     nodes_of,
 )
 from icrf.staleness import late_nodes, scaled
-from icrf.update import choose_grid, merkle_root, metric_mean
+from icrf.update import choose_grid, elementwise_max, merkle_root, metric_mean, sum_metrics
 
 MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
 
@@ -134,7 +134,7 @@ class RoundLedger:
 
     def begin(self, absmax: Sequence[Sequence[float]], head_hash: str, total_weight: int) -> None:
         """Set the state before the first round: initial maxima per cluster, hash, and the sum of sample counts."""
-        self.absmax = _elementwise_max(absmax)
+        self.absmax = elementwise_max(absmax)
         self.head_hash = head_hash
         self.total_weight = total_weight
         self._history.setdefault(0, (head_hash, self.absmax))
@@ -271,7 +271,7 @@ class RoundLedger:
             model_hash, absmax = coordinator.model_hash, coordinator.absmax
         else:
             model_hash = self.root(self.leaves({c: r.state_hashes for c, r in reports.items()}))
-            absmax = _elementwise_max([r.absmax for r in reports.values()])
+            absmax = elementwise_max(r.absmax for r in reports.values())
         commit = Commit(
             round=attempt.start.round,
             attempt=attempt.start.attempt,
@@ -316,10 +316,6 @@ class RoundLedger:
         return [by_node[node] for node in sorted(by_node)]
 
 
-def _elementwise_max(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    return tuple(max(column) for column in zip(*[r for r in rows if r], strict=True))
-
-
 def _union(bitmaps: Sequence[bytes]) -> bytes:
     out = bytearray(max((len(b) for b in bitmaps), default=0))
     for bitmap in bitmaps:
@@ -329,11 +325,7 @@ def _union(bitmaps: Sequence[bytes]) -> bytes:
 
 
 def _metric_means(reports: Sequence[RoundReport]) -> dict[str, float]:
-    totals: dict[str, tuple[int, int]] = {}
-    for report in reports:
-        for name, part in report.metric_sums.items():
-            numerator, weight = totals.get(name, (0, 0))
-            totals[name] = (numerator + int(part.numerator), weight + part.weight)
+    totals = sum_metrics({k: (int(s.numerator), s.weight) for k, s in r.metric_sums.items()} for r in reports)
     return {name: metric_mean(*total) for name, total in sorted(totals.items())}
 
 

@@ -12,6 +12,8 @@ from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
 
+from .runs import completed
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -32,10 +34,7 @@ def outcome(clusters: int, **keys: Any) -> tuple[str, float]:
         }
     )
     with InlineFabric(clusters) as fabric:
-        run_id = fabric.port.submit(build_submission(config)).run_id
-        rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
-        info = fabric.port.get(run_id)
-    assert info.status == "COMPLETED", info.error_json
+        info, rounds = completed(fabric, build_submission(config))
     return info.model_sha256, rounds[-1].metrics["accuracy"]
 
 

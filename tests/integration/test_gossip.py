@@ -18,11 +18,13 @@ from icrf.client import Fabric
 from icrf.federation.node import FederatedNode
 from icrf.learning.models import MODELS
 from icrf.learning.partition import PARTITIONERS
-from icrf.protocol import COMPLETED, IDLE, TERMINAL, MixingReport, RoundResult
+from icrf.protocol import COMPLETED, MixingReport
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
 from icrf.topology import mixing_matrix
+
+from .runs import follow, follow_until
 
 WIDTH = 10
 # What nodes start from, shape (num_nodes, WIDTH); set by a test before it runs nodes in this process.
@@ -95,11 +97,7 @@ class Gossiped:
         with InlineFabric(clusters, templates=templates) as fabric:
             plan = fabric.port.plan(submission)
             run_id = fabric.port.submit(submission).run_id
-            for event in fabric.port.watch(run_id):
-                info = fabric.port.get(run_id)
-                assert info.status not in TERMINAL, info.error_json
-                if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds:
-                    break
+            follow_until(fabric, run_id, rounds)
 
             def ask(method: str) -> list[Any]:
                 nothing = values.encode([[], {}])
@@ -108,8 +106,7 @@ class Gossiped:
 
             pasts, self.num_samples = ask("past"), ask("samples")
             fabric.port.finish(run_id)
-            self.rounds: list[RoundResult] = [e.round for e in fabric.port.watch(run_id) if e.round]
-            info = fabric.port.get(run_id)
+            info, self.rounds = follow(fabric, run_id)
             assert info.status == COMPLETED, info.error_json
             stored = b"".join(fabric.port.fetch(run_id, "model.safetensors"))
         self.consensus = np.concatenate([part.ravel() for _, part in sorted(load(stored).items())])

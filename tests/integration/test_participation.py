@@ -20,6 +20,8 @@ from icrf.testing.inline import InlineFabric, MonotonicClock
 from icrf_agent.core import Action, AgentCore
 from icrf_mediator.mediator import Policy
 
+from .runs import follow
+
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}
 HEADERS = 1.05
@@ -165,8 +167,7 @@ def test_without_a_lost_cluster_the_bits_are_those_of_the_recorded_participants(
         reached.wait()
         fabric.stop_agent("local-2")
         goes_on.set()
-        rounds = [e.round for e in fabric.port.watch(run.run_id) if e.round]
-        info = fabric.port.get(run.run_id)
+        info, rounds = follow(fabric, run.run_id)
     assert (info.status, info.error_json) == (COMPLETED, "")
     assert [r.participant_nodes for r in rounds] == [(1, 2, 3, 4, 5, 6), *[(3, 4, 5, 6)] * 3]
 

@@ -6,7 +6,6 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,15 @@ from typer.testing import CliRunner
 from icrf.cli import Doors, app
 from icrf.federation.node import FederatedNode
 from icrf.profiling import ALL_PARTS, ROUND_PARTS, round_seconds, whole_s
-from icrf.protocol import COMPLETED, HOST_PARTS, RoundResult, Submission
+from icrf.protocol import HOST_PARTS, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
 from icrf_agent import node_host
 from icrf_agent.host_meter import HostMeter
 from icrf_mediator.mediator import Policy
+
+from .runs import completed, fabrics_on_demand
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}
@@ -48,32 +49,16 @@ def submission_of(**keys: Any) -> Submission:
     return build_submission(FederationConfig.from_mapping(data), profile=True)
 
 
-def run_on(fabric: InlineFabric, submission: Submission) -> list[RoundResult]:
-    info = fabric.port.submit(submission)
-    rounds = [event.round for event in fabric.port.watch(info.run_id) if event.round]
-    info = fabric.port.get(info.run_id)
-    assert info.status == COMPLETED, info.error_json
-    return rounds
-
-
 @pytest.fixture(scope="module")
 def fabrics() -> Iterator[Any]:
-    opened: list[InlineFabric] = []
-
-    @cache
-    def open_fabric(clusters: int) -> InlineFabric:
-        opened.append(InlineFabric(clusters))
-        return opened[-1]
-
-    yield open_fabric
-    for fabric in opened:
-        fabric.close()
+    with fabrics_on_demand() as opened:
+        yield opened
 
 
 @pytest.mark.parametrize("clusters", [1, 2])
 @pytest.mark.parametrize("flow", [STAR, RING, GROUPS], ids=["star", "ring", "groups"])
 def test_every_hosts_parts_and_its_idle_time_are_the_round(fabrics: Any, flow: dict[str, Any], clusters: int) -> None:
-    rounds = run_on(fabrics(clusters), submission_of(**flow))
+    rounds = completed(fabrics(clusters), submission_of(**flow))[1]
     assert len(rounds) == 3
     for result in rounds:
         assert result.profile is not None
@@ -92,7 +77,7 @@ def test_every_hosts_parts_and_its_idle_time_are_the_round(fabrics: Any, flow: d
 
 
 def test_only_the_coordinator_evaluates_the_global_model(fabrics: Any) -> None:
-    result = run_on(fabrics(2), submission_of(**STAR))[0]
+    result = completed(fabrics(2), submission_of(**STAR))[1][0]
     evaluated = {host: seconds["evaluate"] > 0.0 for host, seconds in round_seconds(result).items()}
     assert sum(evaluated.values()) == 1
     assert result.profile is not None
@@ -103,8 +88,8 @@ def test_only_the_coordinator_evaluates_the_global_model(fabrics: Any) -> None:
 @pytest.mark.parametrize("flow", [STAR, RING], ids=["star", "ring"])
 def test_no_bit_depends_on_it_and_nothing_is_told_unless_asked(fabrics: Any, flow: dict[str, Any]) -> None:
     submission = submission_of(**flow)
-    with_it = run_on(fabrics(2), submission)
-    without = run_on(fabrics(1), replace(submission, client_request_id=uuid.uuid4().hex, profile=False))
+    with_it = completed(fabrics(2), submission)[1]
+    without = completed(fabrics(1), replace(submission, client_request_id=uuid.uuid4().hex, profile=False))[1]
     assert [r.model_sha256 for r in with_it] == [r.model_sha256 for r in without]
     assert all(r.profile is None for r in without)
 
@@ -188,7 +173,7 @@ def test_the_seconds_are_those_that_nodes_take(monkeypatch: pytest.MonkeyPatch) 
     keys = {**STAR, **names, "number_of_clients": 3, "federated_learning_rounds": 2}
     policy = Policy(lease_ttl_s=1e9)
     with InlineFabric(1, templates={"local:Slow": Slow}, policy=policy, clock=Clock()) as fabric:
-        rounds = run_on(fabric, submission_of(**keys))
+        rounds = completed(fabric, submission_of(**keys))[1]
     nothing = dict.fromkeys(("sum", "exchange", "other"), 0.0)
     for number, result in enumerate(rounds):
         # Journals are written in real time.
@@ -202,5 +187,5 @@ def test_the_seconds_are_those_that_nodes_take(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nodes_that_train_together_take_time_of_training(fabrics: Any) -> None:
-    for result in run_on(fabrics(1), submission_of(**STAR, vectorize=4)):
+    for result in completed(fabrics(1), submission_of(**STAR, vectorize=4))[1]:
         assert all(seconds["train"] > 0.0 for seconds in round_seconds(result).values())

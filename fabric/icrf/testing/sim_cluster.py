@@ -18,6 +18,7 @@ from icrf.testing import sim_hosts
 from icrf.testing.sim_hosts import Phase, References, SimHost, SimRun
 from icrf.testing.sim_tally import Tally, Vector
 from icrf.testing.sim_world import World
+from icrf_agent.phase_reports import merge_reports
 from icrf_agent.topology_manager import HybridTopologyManager
 
 RETRY, RESTORE = "retry", "restore"
@@ -432,7 +433,7 @@ class SimCluster:
 
         def merge(parts: list[Any], error: IcrfError | None) -> None:
             reports = [p for p in parts if p is not None]
-            done(sim_hosts.merged(reports) if reports else None, error)
+            done(merge_reports(reports) if reports else None, error)
 
         self._on_hosts(where(run), takes_s, call, merge)
 

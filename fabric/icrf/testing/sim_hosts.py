@@ -357,26 +357,6 @@ def split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:
     return [tuple(nodes[sum(sizes[:k]) : sum(sizes[: k + 1])]) for k in range(parts)]
 
 
-def merged(reports: Sequence[PhaseReport]) -> PhaseReport:
-    """One report of a cluster from those of its hosts."""
-    sums: dict[str, tuple[int, int]] = {}
-    for report in reports:
-        for name, (numerator, weight) in report.metric_sums.items():
-            old = sums.get(name, (0, 0))
-            sums[name] = (old[0] + numerator, old[1] + weight)
-    rows = [r.absmax for r in reports if r.absmax]
-    return PhaseReport(
-        nodes=tuple(n for r in reports for n in r.nodes),
-        overflow=tuple(sorted({t for r in reports for t in r.overflow})),
-        absmax=tuple(max(column) for column in zip(*rows, strict=True)),
-        metric_sums=sums,
-        metrics={k: v for r in reports for k, v in r.metrics.items()},
-        model_hash="".join(r.model_hash for r in reports),
-        state_hashes=b"".join(r.state_hashes for r in reports),
-        graph=next((r.graph for r in reports if r.graph), None),
-    )
-
-
 def _posting(
     start: StartRound,
     kind: str,
