@@ -216,6 +216,13 @@ class HybridTopologyManager:
         for posting in postings:
             self.publish_many(posting)
 
+    def take_in(
+        self, run_id: str, generation: int, round_number: int, attempt: int, postings: Sequence[Posting]
+    ) -> None:
+        """Open an attempt that has been prepared, with all that was posted in it so far."""
+        self.begin_round(run_id, generation, round_number, attempt)
+        self.publish_all(postings)
+
     def collect(self, run_id: str, round_number: int, attempt: int, kind: str) -> list[Posting]:
         """What was posted (here and by other clusters) in an attempt, ordered by first sender; P003 if it is over."""
         with self._lock:

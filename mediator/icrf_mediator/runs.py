@@ -309,6 +309,7 @@ class RunMachine(RunRounds):
         """After a restart of the mediator: wait for all clusters, which tell what they still hold."""
         self._away = set(self.clusters)
         self._excluded, self._held = set(), set()
+        self._in_vain = self.info.rounds_done + 2
         self.recover(effects, now, "the mediator was restarted", lost_state=False)
 
     # ------------------------------------------------------------ recovery

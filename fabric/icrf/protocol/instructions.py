@@ -88,6 +88,9 @@ class StartRound:
             keeps the models that they started from.
         adapt: decide on the graph of the rounds to come, after this one.
         profile: report where the time went.
+        ahead: what will be asked for after this round if nothing comes in between, without `parent_hash` and `grid`,
+            which follow from its outcome. Whoever makes the global model may begin with it once that is made; its
+            report waits until the same is asked for, and all of it is dropped where something else is.
     """
 
     run_id: str
@@ -104,6 +107,7 @@ class StartRound:
     kept: tuple[int, ...] = ()
     adapt: bool = False
     profile: bool = False
+    ahead: StartRound | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from icrf.errors import IcrfError, error_from_json, make_error
@@ -333,8 +334,8 @@ class SimAgent:
             cluster.send_payload(start.run_id, start, step.transfer, mine)
         else:
             phases = {
-                PUBLISH: cluster.publish_model,
-                TRAIN: cluster.train,
+                PUBLISH: partial(cluster.publish_model, ahead=action.ahead),
+                TRAIN: partial(cluster.train, ahead=action.ahead),
                 AGGREGATE: cluster.aggregate,
                 EVALUATE: cluster.evaluate,
                 INSTALL: cluster.install,
