@@ -288,11 +288,11 @@ class AgentCore:
     def _go_ahead(self, run: _Run, report: RoundReport, now_s: float) -> list[Action]:
         """Begin with what is expected to follow an attempt that has made the global model here."""
         assert run.machine is not None
-        draft = run.machine.start.ahead
-        if draft is None or report.overflow or report.error_json or run.cluster != run.plan.coordinator:
+        ahead = run.machine.start.ahead
+        if ahead is None or report.overflow or report.error_json or run.cluster != run.plan.coordinator:
             return []
-        grid = choose_grid(report.absmax, draft.total_weight)
-        start = replace(draft, parent_hash=report.model_hash, grid=grid)
+        start = run.machine.start.expected(report.model_hash, choose_grid(report.absmax, ahead.total_weight))
+        assert start is not None
         run.ahead = machine = RoundMachine(_plan_of(run, start), run.cluster, start, _num_nodes(run), ahead=True)
         return self._actions(run, machine, machine.begin(now_s), now_s)
 

@@ -366,8 +366,8 @@ class CentralizedFlow:
         self._require_finite_rows(state)
         self._server.stage(start, state)
         self._seen = models
-        if start.ahead is not None:
-            self._post_models(start.ahead, state)
+        if (following := start.expected()) is not None:
+            self._post_models(following, state)
         return PhaseReport(
             absmax=self._rule.expected(self._layout.absmax(models)),
             metrics=self._measure(models) if start.evaluate and not self._private else {},

@@ -14,6 +14,7 @@ from icrf.protocol import (
     RUNNING,
     AbortAttempt,
     Graph,
+    NextRound,
     Relink,
     RoundProfile,
     RoundReport,
@@ -196,7 +197,7 @@ class RunRounds(RunBase):
             return
         start, self._ledger.open = self._ledger.open.start, None
         if start.ahead is not None:
-            self._in_vain = start.ahead.round
+            self._in_vain = start.round + 1
         self._attempt_floor = max(self._attempt_floor, start.attempt)
         for cluster in self.clusters:
             effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
@@ -254,8 +255,9 @@ class RunRounds(RunBase):
             attempt = max(attempt, 2)
         if draft.round == self._in_vain:
             attempt = max(attempt, 2)
-        self._promised = self._expected_after(draft.round) if attempt == 1 else None
-        return replace(draft, attempt=attempt, ahead=self._promised)
+        self._promised = following = self._expected_after(draft.round) if attempt == 1 else None
+        ahead = following and NextRound(following.total_weight, following.evaluate, following.participants)
+        return replace(draft, attempt=attempt, ahead=ahead)
 
     def _expected_after(self, number: int) -> StartRound | None:
         """What will be asked for after a round unless something comes in between; None where that cannot be told, or

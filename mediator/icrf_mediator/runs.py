@@ -364,6 +364,7 @@ class RunMachine(RunRounds):
         self.generation += 1
         self._set_up_generation = self.generation
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
+        self._promised, self._in_vain = None, 0
         effects.writes.append(self.placement.row(self.run_id, self.generation))
         self._held = set(self.clusters)
         self.record.status(effects, now, RESERVING, f"reservations on {', '.join(self.clusters)}")

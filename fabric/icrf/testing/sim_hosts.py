@@ -210,8 +210,8 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
             raise InternalError("X001", f"partials add up to weight {weight}, expected {start.total_weight}")
         model = total([host.state.rebase(start), *map(array_of, partials)])
         host.state.stage(start, model)
-        if start.ahead is not None:
-            _post_model(manager, run, host, start.ahead, model)
+        if (following := start.expected()) is not None:
+            _post_model(manager, run, host, following, model)
         metrics = {"accuracy": start.round / tally.rounds} if start.evaluate else {}
         return PhaseReport(absmax=absmax([model]), metrics=metrics, model_hash=digest(model).hex())
     if 0 in host.nodes and tally.overflows(start.round, start.grid):
