@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from icrf.protocol import (
     HeldRun,
     Instruction,
     Lease,
+    NextRound,
     NodeSpec,
     PeerAddress,
     Reject,
@@ -42,6 +44,7 @@ from icrf.protocol import (
     TensorSpec,
 )
 from icrf.topology.hybrid import HybridAdjacencyMatrix
+from icrf.update import choose_grid
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
 from icrf_agent.round_machine import AGGREGATE, PUBLISH, SEND, TRAIN
 
@@ -307,6 +310,120 @@ def test_runs_do_not_touch_each_other() -> None:
     core.instructed(AbortAttempt("other", 1, 1), 1.0)
     core.instructed(Release("other", 1), 1.0)
     assert len(finish(core, actions)) == 1
+
+
+# ---------------------------------------------------------------- ahead of the commit
+
+ALONE = activation_of(CENTRALIZED, [0, 0])
+MADE = PhaseReport(absmax=(1.0,), model_hash="made")
+
+
+def announced(number: int = 1, attempt: int = 1) -> StartRound:
+    """A start that tells what comes next."""
+    return replace(start_of(number, attempt), ahead=NextRound(20, evaluate=False, participants=b"\2"))
+
+
+def following(**changes: Any) -> StartRound:
+    """What is asked for after round 1 unless something comes in between."""
+    start = announced().expected("made", choose_grid((1.0,), 20))
+    assert start is not None
+    return replace(start, ahead=NextRound(20, evaluate=True), **changes)
+
+
+def gone_ahead(activation: Activate = ALONE) -> tuple[AgentCore, list[Action]]:
+    """A core that has reported round 1, and its first steps of the next."""
+    core = active_core(activation)
+    ahead: list[Action] = []
+    queue = core.instructed(announced(), 0.0)
+    while queue:
+        action = queue.pop(0)
+        if isinstance(action, Advance) and not action.ahead:
+            result = MADE if action.step.kind == AGGREGATE else PhaseReport()
+            queue += core.step_done(action.start, action.step, result, 0.0, 1.0)
+        elif isinstance(action, Advance):
+            ahead.append(action)
+        else:
+            assert isinstance(action, Say) and not ahead
+    return core, ahead
+
+
+def do(core: AgentCore, actions: Sequence[Action], result: PhaseReport = MADE) -> list[Action]:
+    """Carry out steps; what is to be done next."""
+    return [
+        next_action
+        for action in actions
+        if isinstance(action, Advance)
+        for next_action in core.step_done(action.start, action.step, result, 0.0, 2.0)
+    ]
+
+
+def test_the_next_round_is_begun_on_what_was_reported_and_stops_before_it_makes_a_state() -> None:
+    core, publish = gone_ahead()
+    (first,) = publish
+    assert isinstance(first, Advance) and first.start == replace(following(), ahead=None)
+    train = do(core, publish)
+    assert (steps_of(publish), steps_of(train)) == ([PUBLISH], [TRAIN])
+    assert do(core, train) == []
+    # It goes on where it stands when the same is asked for.
+    assert steps_of(core.instructed(following(), 3.0)) == [AGGREGATE]
+
+
+def test_what_was_begun_ahead_goes_on_whenever_it_is_asked_for() -> None:
+    core, publish = gone_ahead()
+    assert core.instructed(following(), 2.0) == []
+    (report,) = finish(core, publish)
+    assert (report.round, report.attempt) == (2, 1)
+
+
+@pytest.mark.parametrize("asked", [following(total_weight=10), following(attempt=2), following(participants=b"\3")])
+def test_what_was_begun_ahead_is_dropped_where_something_else_is_asked_for(asked: StartRound) -> None:
+    core, publish = gone_ahead()
+    actions = core.instructed(asked, 2.0)
+    assert actions[0] == Discard("run", 2, 1) and steps_of(actions) == [PUBLISH]
+    if asked.attempt != 1:
+        assert do(core, publish) == []
+
+
+def test_the_round_before_can_be_repeated_while_the_next_is_under_way() -> None:
+    core, publish = gone_ahead()
+    assert core.instructed(AbortAttempt("run", 1, 1), 2.0) == [Discard("run", 1, 1), Discard("run", 2, 1)]
+    assert do(core, publish) == []
+    actions = core.instructed(start_of(1, 2), 3.0)
+    assert [(r.round, r.attempt) for r in finish(core, actions)] == [(1, 2)]
+
+
+def test_a_failure_ahead_is_told_when_somebody_asks() -> None:
+    core, (step,) = gone_ahead()
+    assert isinstance(step, Advance)
+    error = NodeError("U003", "a host died")
+    assert core.step_failed(step.start, error, "retry") == []
+    (said,) = core.instructed(following(), 2.0)
+    assert isinstance(said, Say) and isinstance(said.report, RoundReport)
+    assert (said.report.round, said.report.error_json, said.report.recovery) == (2, error.to_json(), "retry")
+
+
+def test_only_who_makes_the_model_goes_ahead() -> None:
+    core = active_core(STAR, "c1")
+    core.arrived(payload(start_of(), "model", 0, "c0", "c1"), 0.0)
+    actions = core.instructed(announced(), 1.0)
+    while steps := [a for a in actions if isinstance(a, Advance)]:
+        assert not any(step.ahead for step in steps)
+        actions = do(core, steps, PhaseReport(nodes=(2,)))
+    assert isinstance(actions[0], Say) and len(actions) == 1
+
+
+def test_a_partial_for_what_was_begun_ahead_waits_until_that_is_asked_for() -> None:
+    core = active_core(STAR)
+    queue = core.instructed(announced(), 0.0)
+    queue += core.arrived(payload(announced(), PARTIAL, -1, "c1", "c0"), 0.0)
+    while not any(isinstance(a, Advance) and a.ahead for a in queue):
+        queue = do(core, queue)
+    early = replace(following(), ahead=None)
+    queue = do(core, queue)
+    assert core.arrived(payload(early, PARTIAL, -1, "c1", "c0"), 2.0) == []
+    while queue:
+        queue = do(core, queue)
+    assert steps_of(core.instructed(following(), 3.0)) == [AGGREGATE]
 
 
 def finish(core: AgentCore, actions: Sequence[Action]) -> list[RoundReport]:
