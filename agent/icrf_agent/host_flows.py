@@ -168,9 +168,12 @@ class CentralizedFlow:
     def publish_model(self, start: StartRound) -> None:
         """Aggregator: publish the committed global model, and what its rule sends with it, to all participants."""
         assert self._server is not None
-        row = self._server.rebase(start)[: self._rule.rows.down * self._size]
+        state = self._server.rebase(start)
         self._earlier.enter(start, self._server, self._size)
-        sent = self._earlier.sent(start, row)
+        self._post_models(start, state)
+
+    def _post_models(self, start: StartRound, state: Array) -> None:
+        sent = self._earlier.sent(start, state[: self._rule.rows.down * self._size])
         recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
         self._t.post(start, MODEL, (self._aggregator,), sent, recipients=recipients)
 
@@ -362,6 +365,8 @@ class CentralizedFlow:
         self._require_finite_rows(state)
         self._server.stage(start, state)
         self._seen = models
+        if (following := start.expected()) is not None:
+            self._post_models(following, state)
         return PhaseReport(
             absmax=self._rule.expected(self._layout.absmax(models)),
             metrics=self._measure(models) if start.evaluate and not self._private else {},

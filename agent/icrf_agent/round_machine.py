@@ -78,12 +78,14 @@ class RoundMachine:
         cluster: index of this cluster in the plan.
         start: the attempt.
         num_nodes: nodes of the whole federation, for the participants' bitmap.
+        ahead: whether nobody has asked for the attempt yet: then it stops before it makes a new state.
     """
 
     plan: ExchangePlan
     cluster: int
     start: StartRound
     num_nodes: int
+    ahead: bool = False
     _phase: PhaseReport = field(default_factory=PhaseReport)
     _merged: list[PhaseReport] = field(default_factory=list)
     _expected: set[_Expected] = field(default_factory=set)
@@ -116,6 +118,11 @@ class RoundMachine:
             return [Step(PUBLISH)]
         self._published = True
         return self._train_when_there(now_s)
+
+    def confirmed(self, start: StartRound, now_s: float) -> list[Step]:
+        """What was begun ahead is asked for now."""
+        self.start, self.ahead = start, False
+        return self._go_on(now_s)
 
     def arrived(self, arrival: Arrival, source: int, now_s: float) -> list[Step]:
         """A payload of this attempt came in from cluster `source`."""
@@ -206,7 +213,7 @@ class RoundMachine:
         return self._send(*[CONSENSUS] * self.start.evaluate, *[GATHERED] * self.start.adapt)
 
     def _go_on(self, now_s: float) -> list[Step]:
-        if not self._trained or self._sending:
+        if self.ahead or not self._trained or self._sending:
             return []
         if not self._mixing and self.cluster in self.plan.aggregating:
             awaited = [PARTIAL, UPDATE] + ([] if self.plan.flow == DECENTRALIZED else [CONSENSUS])

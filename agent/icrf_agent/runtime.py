@@ -33,7 +33,7 @@ from icrf.protocol import (
 from icrf.update import elementwise_max
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
-from icrf_agent.phases import Phases
+from icrf_agent.phases import TRAIN, Phases
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_label
 from icrf_agent.topology_manager import Posting
@@ -220,13 +220,13 @@ class HostedRuntime:
                 self._forget(run_id)
             return await self._started(*await self._substrate.rebuild(self._cluster))
 
-    async def publish_model(self, run_id: str, start: StartRound) -> None:
-        await self._phases.publish(self._run(run_id), start)
+    async def publish_model(self, run_id: str, start: StartRound, ahead: bool = False) -> None:
+        await self._phases.publish(self._run(run_id), start, ahead)
 
-    async def train(self, run_id: str, start: StartRound) -> PhaseReport:
+    async def train(self, run_id: str, start: StartRound, ahead: bool = False) -> PhaseReport:
         run = self._run(run_id)
-        await self._phases.begin(run, start)
-        report = await self._phases.on(run, range(len(run.hosts)), "host_train", start)
+        await self._phases.begin(run, start, ahead)
+        report = await self._phases.on(run, range(len(run.hosts)), TRAIN, start, ahead)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
@@ -234,7 +234,7 @@ class HostedRuntime:
         run = self._run(run_id)
         slots = [run.model_slot] if start.merge else run.aggregating_slots
         report = await self._phases.on(run, slots, "host_aggregate", start)
-        await self._phases.settle(run)
+        await self._phases.settle(run, start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 

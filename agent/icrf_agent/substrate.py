@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -78,17 +78,39 @@ class Tray:
 
     Attributes:
         position: its round and attempt; (0, 0) while none is open.
+        begun: whether the topology manager knows that the attempt is open.
         postings: by kind and senders, the first of equal ones, in the order they came.
+        untold: those of them that the topology manager has not been told.
+        ahead: what was posted already for the attempt that is expected next.
         waiting: what the topology manager has been told and has not answered yet.
     """
 
     position: tuple[int, int] = (0, 0)
+    begun: bool = False
     postings: dict[tuple[str, tuple[int, ...]], Posting] = field(default_factory=dict)
+    untold: list[Posting] = field(default_factory=list)
+    ahead: list[Posting] = field(default_factory=list)
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     def open(self, position: tuple[int, int]) -> None:
-        """Another attempt begins, with nothing posted."""
-        self.position, self.postings, self.waiting = position, {}, []
+        """Another attempt begins, with nothing posted but what was posted for it ahead."""
+        ready = [posting for posting in self.ahead if posting.position == position]
+        self.position, self.begun, self.waiting = position, False, []
+        self.postings, self.untold, self.ahead = {}, [], []
+        self.take(ready)
+
+    def take(self, postings: Iterable[Posting]) -> None:
+        """What hosts have made in a phase."""
+        for posting in postings:
+            if posting.position != self.position:
+                self.ahead.append(posting)
+            elif (posting.kind, posting.senders) not in self.postings:
+                self.postings[posting.kind, posting.senders] = posting
+                self.untold.append(posting)
+
+    def has(self, kind: str) -> bool:
+        """Whether anything of a kind was posted."""
+        return any(posting.kind == kind for posting in self.postings.values())
 
     def is_of(self, start: StartRound) -> bool:
         """Whether this attempt is the open one."""

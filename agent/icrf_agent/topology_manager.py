@@ -216,6 +216,13 @@ class HybridTopologyManager:
         for posting in postings:
             self.publish_many(posting)
 
+    def take_in(
+        self, run_id: str, generation: int, round_number: int, attempt: int, postings: Sequence[Posting]
+    ) -> None:
+        """Open an attempt that has been prepared, with all that was posted in it so far."""
+        self.begin_round(run_id, generation, round_number, attempt)
+        self.publish_all(postings)
+
     def collect(self, run_id: str, round_number: int, attempt: int, kind: str) -> list[Posting]:
         """What was posted (here and by other clusters) in an attempt, ordered by first sender; P003 if it is over."""
         with self._lock:
@@ -287,20 +294,9 @@ class HybridTopologyManager:
                 self._require_local(room, header.recipients)
                 room.topology.require_edges(senders, header.recipients)
             self._require_shape(room, header, len(senders))
-            is_new = self._keep(
-                room,
-                Posting(
-                    header.run_id,
-                    header.generation,
-                    header.round,
-                    header.attempt,
-                    header.kind,
-                    senders,
-                    reference,
-                    header.recipients or None,
-                    header.weight,
-                ),
-            )
+            at = (header.run_id, header.generation, header.round, header.attempt)
+            described = (header.recipients or None, header.weight)
+            is_new = self._keep(room, Posting(*at, header.kind, senders, reference, *described))
             if is_new:
                 room.arrived[header] = wire_bytes
             return is_new

@@ -169,55 +169,20 @@ class RoundLedger:
         """Whether a committed round was evaluated."""
         return number in self._evaluated
 
-    def open_round(
-        self,
-        run_id: str,
-        generation: int,
-        evaluate: bool,
-        now_s: float,
-        attempt: int = 1,
-        participants: bytes = b"",
-        without: Collection[str] = (),
-        merge: bool = False,
-        late: tuple[LateUpdates, ...] = (),
-        kept: tuple[int, ...] = (),
-        adapt: bool = False,
-        profile: bool = False,
-    ) -> StartRound:
+    def open_round(self, draft: StartRound, now_s: float, without: Collection[str] = ()) -> StartRound:
         """Open the next round.
 
         Args:
-            attempt: larger than any that clusters have seen of it.
-            participants: bitmap of the nodes that train; empty: all that have the role.
+            draft: what it asks for, without the state that it starts from.
             without: clusters that are not asked.
-            merge: hierarchical: end with one model for all groups.
-            late: what participants bring of earlier rounds.
-            kept: the rounds whose updates are still owed afterwards.
-            adapt: decide on the graph of the rounds to come.
-            profile: whether the clusters tell where the time went.
         """
         self._escalation = [0] * len(self.absmax)
-        weight = self._weight(participants, late)
-        start = StartRound(
-            run_id=run_id,
-            generation=generation,
-            round=self.round + 1,
-            attempt=attempt,
-            parent_hash=self.head_hash,
-            grid=choose_grid(self.absmax, weight, self._escalation),
-            total_weight=weight,
-            evaluate=evaluate,
-            participants=participants,
-            merge=merge,
-            late=late,
-            kept=kept,
-            adapt=adapt,
-            profile=profile,
-        )
+        grid = choose_grid(self.absmax, draft.total_weight, self._escalation)
+        start = replace(draft, parent_hash=self.head_hash, grid=grid)
         self.open = Attempt(start, tuple(c for c in self.clusters if c not in without), now_s)
         return start
 
-    def _weight(self, participants: bytes, late: Sequence[LateUpdates]) -> int:
+    def weight_in(self, participants: bytes, late: Sequence[LateUpdates]) -> int:
         """What the weights of a round add up to: n_k over all participants. Peers all mix, whoever trains."""
         if self.flow != CENTRALIZED or not (participants or late):
             return self.total_weight
@@ -253,7 +218,7 @@ class RoundLedger:
                 return None
         old = self.open.start
         grid = choose_grid(self.absmax, old.total_weight, self._escalation)
-        start = replace(old, attempt=old.attempt + 1, grid=grid)
+        start = replace(old, attempt=old.attempt + 1, grid=grid, ahead=None)
         self.open = Attempt(start, self.open.clusters, now_s)
         return start
 

@@ -310,6 +310,7 @@ class RunMachine(RunRounds):
         """After a restart of the mediator: wait for all clusters, which tell what they still hold."""
         self._away = set(self.clusters)
         self._excluded, self._held = set(), set()
+        self._in_vain = self.info.rounds_done + 2
         self.recover(effects, now, "the mediator was restarted", lost_state=False)
 
     # ------------------------------------------------------------ recovery
@@ -364,6 +365,7 @@ class RunMachine(RunRounds):
         self.generation += 1
         self._set_up_generation = self.generation
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
+        self._promised, self._in_vain = None, 0
         effects.writes.append(self.placement.row(self.run_id, self.generation))
         self._held = set(self.clusters)
         self.record.status(effects, now, RESERVING, f"reservations on {', '.join(self.clusters)}")

@@ -103,7 +103,8 @@ def test_a_late_cluster_is_dropped_from_the_round_and_asked_again_in_the_next(co
     assert (result.participant_nodes, result.bytes_by_cluster) == (ON_EU, {"eu": 100})
     texts = [e.text for e in core.events(run) if e.kind == "warning"]
     assert texts == ["round 1 goes on without us: 2 of 4 nodes take part", "us: round 1 came late and is dropped"]
-    assert starts(core) == [("eu", 2, 1, ()), ("us", 2, 1, ())]
+    # Another attempt than the one that eu may have begun after the first of round 1.
+    assert starts(core) == [("eu", 2, 2, ()), ("us", 2, 2, ())]
 
 
 def test_a_late_coordinator_or_too_few_nodes_end_the_run(new_core: Any) -> None:
@@ -226,7 +227,7 @@ def test_a_restart_of_the_mediator_repeats_the_recorded_participants(core: Any) 
     assert starts(again) == [("eu", 1, 3, ON_EU), ("us", 1, 3, ON_EU)]
     for cluster in ("us", "eu"):
         again.report(cluster, again.round_report(cluster, as_sent(again, 1, 3)))
-    assert starts(again) == [("eu", 2, 1, ()), ("us", 2, 1, ())]
+    assert starts(again) == [("eu", 2, 2, ()), ("us", 2, 2, ())]
 
 
 def test_a_committed_round_is_repeated_with_its_participants_only(core: Any) -> None:
@@ -236,7 +237,7 @@ def test_a_committed_round_is_repeated_with_its_participants_only(core: Any) -> 
     core.report("eu", core.round_report("eu", as_sent(core, 1, 2)))
     core.take(StartRound)
     for cluster in ("us", "eu"):
-        core.report(cluster, core.round_report(cluster, as_sent(core, 2, 1)))
+        core.report(cluster, core.round_report(cluster, as_sent(core, 2, 2)))
     core.take(StartRound)
     dead = make_error("U003", "its process died").to_json()
     core.report("eu", RoundReport(run.run_id, 1, 3, 1, error_json=dead, recovery="restore"))

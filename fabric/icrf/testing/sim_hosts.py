@@ -62,6 +62,7 @@ class SimRun:
     hosts: list[SimHost]
     lives: list[int] = field(default_factory=list)
     position: tuple[int, int] = (0, 0)
+    ahead: tuple[int, int] = (0, 0)
     active: bool = False
 
     def keepers(self, host: SimHost) -> tuple[int, ...]:
@@ -99,9 +100,14 @@ def publish_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, st
         for aggregator, row in zip(run.keepers(host), host.state.rebase(start), strict=True):
             manager.publish_many(_posting(start, MODEL, (aggregator,), row, tally.hierarchy.members[aggregator]))
         return
-    recipients = tuple(i for i in tally.chosen(start.round) if i != tally.aggregator)
     model = host.state.rebase(start)
     host.earlier.enter(start, host.state, len(model))
+    _post_model(manager, run, host, start, model)
+
+
+def _post_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound, model: Vector) -> None:
+    tally = run.tally
+    recipients = tuple(i for i in tally.chosen(start.round) if i != tally.aggregator)
     sent = host.earlier.sent(start, model)
     manager.publish_many(_posting(start, MODEL, (tally.aggregator,), sent, recipients))
 
@@ -202,6 +208,8 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
             raise InternalError("X001", f"partials add up to weight {weight}, expected {start.total_weight}")
         model = total([host.state.rebase(start), *map(array_of, partials)])
         host.state.stage(start, model)
+        if (following := start.expected()) is not None:
+            _post_model(manager, run, host, following, model)
         metrics = {"accuracy": start.round / tally.rounds} if start.evaluate else {}
         return PhaseReport(absmax=absmax([model]), metrics=metrics, model_hash=digest(model).hex())
     if 0 in host.nodes and tally.overflows(start.round, start.grid):

@@ -833,6 +833,7 @@ class StartRound(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     ADAPT_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -855,6 +856,8 @@ class StartRound(_message.Message):
     def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """rounds whose updates are still owed afterwards"""
 
+    @_builtins.property
+    def ahead(self) -> Global___NextRound: ...
     def __init__(
         self,
         *,
@@ -872,14 +875,40 @@ class StartRound(_message.Message):
         kept: _abc.Iterable[_builtins.int] | None = ...,
         adapt: _builtins.bool = ...,
         profile: _builtins.bool = ...,
+        ahead: Global___NextRound | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapt", b"adapt", "attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "profile", b"profile", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapt", b"adapt", "ahead", b"ahead", "attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "profile", b"profile", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartRound: _TypeAlias = StartRound  # noqa: Y015
+
+@_typing.final
+class NextRound(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    EVALUATE_FIELD_NUMBER: _builtins.int
+    PARTICIPANTS_FIELD_NUMBER: _builtins.int
+    total_weight: _builtins.int
+    evaluate: _builtins.bool
+    participants: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        total_weight: _builtins.int = ...,
+        evaluate: _builtins.bool = ...,
+        participants: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "participants", b"participants", "total_weight", b"total_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NextRound: _TypeAlias = NextRound  # noqa: Y015
 
 @_typing.final
 class Relink(_message.Message):
