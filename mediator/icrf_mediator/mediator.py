@@ -46,7 +46,7 @@ from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
-from icrf_mediator.planning import check_submission, make_plan, slot_resources
+from icrf_mediator.planning import check_submission, decisive, make_plan, slot_resources
 from icrf_mediator.run_restore import request_id, restore_run, run_event, run_info
 from icrf_mediator.runs import RunMachine
 
@@ -350,6 +350,11 @@ class FederationMediator:
         if run_id in self._runs:
             self._runs[run_id].commit_took(number, seconds)
 
+    def handled(self, report: Report, seconds: float) -> None:
+        """How long it took to decide on a report, to journal that and to tell it; shown in the profile of a round."""
+        if isinstance(report, RoundReport | Relinked | Checkpointed) and report.run_id in self._runs:
+            self._runs[report.run_id].handled(seconds)
+
     # ------------------------------------------------------------ inside
 
     def _expire(self, effects: Effects, now: Now, keep_stream: str = "") -> None:
@@ -434,7 +439,8 @@ class FederationMediator:
         where = tuple(position[clusters[c].name] for c in assignment.clusters)
         self._members.take(run.run_id, plan.slots)
         resources = {n: slot_resources(run.config, by_name[n], plan.slots[n]) for n in plan.clusters}
-        fingerprints = {n: by_name[n].fingerprint for n in plan.clusters}
+        device = str(run.config.get("device") or "cpu")
+        fingerprints = {n: decisive(by_name[n].fingerprint, device) for n in plan.clusters}
         run.start(effects, now, Placement(plan, where, resources), fingerprints)
 
     def _find(self, run_id: str) -> RunMachine | Archived:

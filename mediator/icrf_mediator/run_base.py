@@ -17,6 +17,7 @@ from icrf.protocol import (
     Release,
     RunEvent,
     RunInfo,
+    StartRound,
     Submission,
     shared_tensors,
 )
@@ -84,10 +85,16 @@ class RunBase:
         self._lost_state = False
         self._recoveries = 0
         self._attempt_floor = 0
+        # What was handed out to follow the open round, and the round that clusters may have begun on what turned out
+        # otherwise.
+        self._promised: StartRound | None = None
+        self._in_vain = 0
         self._restored_round = 0
         self._parts: dict[str, Activated] = {}
         self._deadline_s = NEVER
         self._opened_wall_s = 0.0
+        # Since the last round was decided on; for display only.
+        self._mediator_s = 0.0
 
     # ------------------------------------------------------------ what it is
 

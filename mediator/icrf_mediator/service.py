@@ -242,7 +242,7 @@ class MediatorService:
             older.port.disconnect()
         log.info("cluster %s registered from %s", register.cluster, peer)
         clusters = sorted(self._core.clusters(), key=lambda info: info.name != register.cluster)
-        for difference in fingerprint_differences(clusters):
+        for difference in fingerprint_differences(clusters, "cuda"):
             # It may serve, alone or with its like: what a run may mix is for its `determinism` to say.
             log.warning("%s", difference)
         self._carry_out_in_time(effects)
@@ -254,7 +254,9 @@ class MediatorService:
         if who is not None:
             if isinstance(report, ClusterReset):
                 report = replace(report, address=self._reach(who.cluster, report.address))
+            began = time.perf_counter()
             self._carry_out_in_time(self._core.report(who.cluster, who.incarnation, report, self._now()), who)
+            self._core.handled(report, time.perf_counter() - began)
 
     async def agent_disconnected(self, session: str) -> None:
         """The stream of an agent ended."""

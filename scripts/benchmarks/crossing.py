@@ -203,7 +203,6 @@ def activation(case: Crossing) -> Any:
         layout=(TensorSpec("w", (max(1, case.megabytes * 250_000),), "float32"),),
         clusters=("source", "sink"),
         assignment=(0, *(1 for _ in others)),
-        coordinator=0,
         peers=(),
         num_slots=1,
     )

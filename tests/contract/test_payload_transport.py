@@ -16,6 +16,7 @@ import pytest
 from icrf.errors import InternalError, LocalError, ProtocolError, RoutingError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
+from icrf.testing.waiting import until
 from icrf.wan import WanLine, WanShape
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
@@ -32,14 +33,6 @@ def header_for(array, target="us-east", **changes):
     fields = {"run_id": "r", "generation": 1, "round": 1, "attempt": 1, "kind": "partial", "sender": -1}
     fields |= {"source": "eu-west", "target": target, "dtype": array.dtype.name, "num_elements": array.size}
     return PayloadHeader(**{**fields, **changes})
-
-
-def eventually(condition):
-    """Wait for what no event announces."""
-    deadline, never = time.monotonic() + WAIT_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
-        never.wait(0.005)
 
 
 def free_port():
@@ -358,7 +351,7 @@ def test_closing_ends_a_send_that_waits(way, sending):
     sent = sending.submit(sender.send, header_for(array, target="nowhere"), array, way.nobody(), WAIT_S)
     if isinstance(way, Relayed):
         # The call is under way, not only about to start.
-        eventually(lambda: way.server.relay.stats().waiting)
+        until(lambda: way.server.relay.stats().waiting)
     sender.close()
     with pytest.raises(ProtocolError, match="P030"):
         sent.result(5.0)
@@ -464,14 +457,14 @@ def test_a_stalled_receiver_stalls_the_sender_and_fills_no_memory(relayed, sendi
     second = sending.submit(sender.send, header_for(big, sender=1), big, peer, WAIT_S)
     relay = relayed.server.relay
     # The opening, and what every receiver takes unasked: the credit ends before the relay's queue is full.
-    eventually(lambda: relay.stats().queued_frames == 1 + INITIAL_CREDIT_BYTES // CHUNK_BYTES)
+    until(lambda: relay.stats().queued_frames == 1 + INITIAL_CREDIT_BYTES // CHUNK_BYTES)
     assert relay.stats().transfers == 2
     assert not second.done()
     go.set()
     first.result(WAIT_S)
     second.result(WAIT_S)
     assert relay.stats().peak_queued_frames <= QUEUE_FRAMES <= MAX_QUEUE_FRAMES
-    eventually(lambda: relay.stats().transfers == relay.stats().queued_frames == 0)
+    until(lambda: relay.stats().transfers == relay.stats().queued_frames == 0)
 
 
 def test_a_restarted_relay_is_found_again(relayed, sending):
@@ -584,7 +577,7 @@ def test_an_answer_that_was_lost_is_given_again_and_the_payload_processed_once(k
     cut = threading.Event()
     with over_a_line(kind, receive=receive) as (sender, peer, line, _), ThreadPoolExecutor(1) as pool:
         sent = pool.submit(sender.send, header_for(array), array, peer, WAIT_S)
-        eventually(lambda: came)
+        until(lambda: came)
         line.reset()
         cut.set()
         sent.result(WAIT_S)

@@ -41,7 +41,6 @@ def activation(generation: int) -> Activate:
         layout=(TensorSpec("w", (2,), "float32"),),
         clusters=CLUSTERS,
         assignment=HOME,
-        coordinator=0,
         peers=tuple(PeerAddress(name, "") for name in CLUSTERS),
         num_slots=1,
     )
