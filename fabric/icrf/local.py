@@ -320,7 +320,7 @@ class _AgentProcesses:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Between the processes of this fabric nothing leaves the machine, whatever the user's certificate is for.
+                # Nothing that these processes say leaves the machine, whatever the user's certificate is for.
                 env={**{k: v for k, v in os.environ.items() if k != TLS_ENVIRONMENT}, **_ENVIRONMENT},
                 # Ctrl-C is for this process, which ends its agents in order: a signal of the terminal besides would be
                 # their second one, at which they drop everything, their clusters too.

@@ -60,7 +60,13 @@ def init_authority(folder: Path, hosts: Sequence[str] = (), days: int = LEAF_DAY
 
 
 def issue(
-    folder: Path, identity: Identity, *, out: Path | None = None, hosts: Sequence[str] = (), days: int = LEAF_DAYS
+    folder: Path,
+    identity: Identity,
+    *,
+    out: Path | None = None,
+    hosts: Sequence[str] = (),
+    days: int = LEAF_DAYS,
+    begins: datetime.datetime | None = None,
 ) -> Path:
     """Make a certificate with a key of its own, in place of an earlier one; returns its folder.
 
@@ -70,6 +76,7 @@ def issue(
         out: where to write, a folder of the authority's by default.
         hosts: names and addresses that other programs may dial it by; the fabric itself needs none.
         days: how long it holds.
+        begins: from when on; now, by default.
 
     Raises:
         SecurityError: S005 if the authority cannot be read, or the folder cannot be written.
@@ -77,7 +84,7 @@ def issue(
     authority, authority_key = _load(folder)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name)])
-    builder = _builder(subject, authority.subject, key, days)
+    builder = _builder(subject, authority.subject, key, days, begins)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
@@ -101,9 +108,13 @@ def _default_folder(folder: Path, identity: Identity) -> Path:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    days: int,
+    begins: datetime.datetime | None = None,
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+    now = begins or datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -110,7 +110,7 @@ def refuse_plaintext(host: str, *, place: str = "address") -> None:
             f"refusing plaintext with {host}",
             place=place,
             allowed="127.0.0.0/8, ::1 or localhost",
-            hint="use an address of this machine, or certificates: fabric-mediator certs init, then --tls-dir",
+            hint="use 127.0.0.1, or certificates: fabric-mediator certs init makes them, --tls-dir names them",
         )
 
 

@@ -1,7 +1,7 @@
 """Why two ends do not get along about TLS. gRPC says "socket closed" to most of it; here the handshake is tried again.
 
-A peer that refuses a certificate says so after the client believes that all is well (TLS 1.3), and gRPC drops it. So
-the reason is found by another handshake with the standard library, and only after a call has failed.
+A peer that refuses a certificate does so after the client believes that all is well (TLS 1.3), and gRPC's servers do it
+without a word. So the reason is found by another handshake with the standard library, after a call has failed.
 """
 
 from __future__ import annotations
@@ -9,18 +9,24 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import time
 
-from icrf.errors import SecurityError
+from icrf.errors import IcrfError, SecurityError
 from icrf.wire.addresses import parse_address
 from icrf.wire.identity import Identity
 from icrf.wire.tls import CA_FILE, CERT_FILE, KEY_FILE, TlsFiles
 
 PROBE_S = 2.0
+AGAIN_S = 0.2
 
 _PLAINTEXT = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"})
 
 
-def explain(target: str, tls: TlsFiles | None, peer: Identity, *, what: str = "mediator") -> SecurityError | None:
+class _Ended(Exception):
+    """The peer has shaken hands and hung up: it does not like the certificate, or it is just being stopped."""
+
+
+def explain(target: str, tls: TlsFiles | None, peer: Identity, *, what: str = "mediator") -> IcrfError | None:
     """What is wrong with the certificates between here and `target`; None if it is something else. Blocks for seconds.
 
     Args:
@@ -29,26 +35,49 @@ def explain(target: str, tls: TlsFiles | None, peer: Identity, *, what: str = "m
         peer: whom it was for.
         what: what the target is, for the message.
     """
+    try:
+        return _shake_hands(target, tls, peer, what)
+    except _Ended:
+        # Who was being stopped is gone by then.
+        time.sleep(AGAIN_S)
+    try:
+        return _shake_hands(target, tls, peer, what)
+    except _Ended:
+        return _refused(target, tls, what, "it ended the connection")
+
+
+def _shake_hands(target: str, tls: TlsFiles | None, peer: Identity, what: str) -> IcrfError | None:
     host, port = parse_address(target)
+    ended = False
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     if tls is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         if tls is not None:
+            tls.load()
             context.load_verify_locations(os.path.join(tls.folder, CA_FILE))
             context.load_cert_chain(os.path.join(tls.folder, CERT_FILE), os.path.join(tls.folder, KEY_FILE))
         with (
             socket.create_connection((host, port), PROBE_S) as connection,
             context.wrap_socket(connection, server_hostname=peer.server_name) as encrypted,
         ):
-            # A server that does not like the certificate says so now; a content one begins with its settings.
             if tls is not None:
-                encrypted.recv(1)
+                # A content server begins with its settings.
+                ended = True
+                ended = not encrypted.recv(1)
     except ssl.SSLError as error:
         return _meaning(error, target, tls, what)
-    except OSError:
+    except TimeoutError:
         return None
+    except OSError:
+        if ended:
+            raise _Ended from None
+        return None
+    except IcrfError as error:
+        return error
+    if ended:
+        raise _Ended
     return None if tls is not None else _wants_tls(target, what)
 
 
@@ -65,8 +94,12 @@ def _meaning(error: ssl.SSLError, target: str, tls: TlsFiles | None, what: str) 
         return SecurityError(
             "S003", f"the certificate of the {what} was refused here: {error.verify_message}", place=target, hint=hint
         )
-    reason = (error.reason or str(error)).lower().replace("_", " ")
-    hint = f"is {os.path.join(tls.folder, CERT_FILE)} of the same authority as the {what}'s, and still valid?"
+    return _refused(target, tls, what, (error.reason or str(error)).lower().replace("_", " "))
+
+
+def _refused(target: str, tls: TlsFiles | None, what: str, reason: str) -> SecurityError:
+    place = "" if tls is None else os.path.join(tls.folder, CERT_FILE)
+    hint = f"is {place} of the same authority as the {what}'s, and does it hold by that machine's clock?"
     return SecurityError("S003", f"the {what} refused this certificate: {reason}", place=target, hint=hint)
 
 
