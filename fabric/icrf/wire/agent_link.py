@@ -47,7 +47,7 @@ class GrpcAgentLink:
         address: ``host:port`` of the mediator.
         on_state: called with one sentence whenever the connection is lost, retried or back.
         registration_s: how long the mediator may take to answer a registration.
-        tls: the cluster's certificate, read again for every connection of the control stream; None: plaintext.
+        tls: the cluster's certificate, looked at again for every connection of the control stream; None: plaintext.
 
     Raises:
         LocalError: L003 for a malformed address, L002 for one that is not on this machine, without `tls`.
@@ -63,6 +63,7 @@ class GrpcAgentLink:
     ) -> None:
         self._address, self._target = address, dial_target(address, encrypted=tls is not None)
         self._tls, self._was_connected = tls, False
+        self._stamp: tuple[int, ...] = ()
         self._on_state, self._registration_s = on_state, registration_s
         # Control and bulk have a connection each: an upload must never delay a heartbeat.
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -121,7 +122,9 @@ class GrpcAgentLink:
 
     async def _register_anew(self, register: Callable[[], Report]) -> tuple[Any, Instruction]:
         """Register with the certificate as it is now, and find out why if that fails for reasons of certificates."""
-        if self._tls is not None:
+        stamp = () if self._tls is None else self._tls.stamp()
+        if stamp != self._stamp:
+            self._stamp = stamp
             await self._drop_channels()
         try:
             return await self._register(register)
