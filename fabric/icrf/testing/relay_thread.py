@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import grpc
-
 from icrf.loop_thread import LoopThread
-from icrf.wire.addresses import SERVER_OPTIONS
-from icrf_mediator.relay import RelayServicer
+from icrf_mediator.relay import RelayServer
 
 _STOP_S = 0.2
 
@@ -23,22 +20,12 @@ class RelayThread:
     """
 
     def __init__(self, port: int = 0) -> None:
-        self._thread = LoopThread("icrf-relay")
-        self._server, self.relay, self.address = self._thread.call(self._start(port))
-
-    async def _start(self, port: int) -> tuple[grpc.aio.Server, RelayServicer, str]:
-        server, relay = grpc.aio.server(options=SERVER_OPTIONS), RelayServicer()
-        relay.register(server)
-        address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
-        await server.start()
-        return server, relay, address
+        self._thread, self._server = LoopThread("icrf-relay"), RelayServer()
+        self.address = self._thread.call(self._server.start(port))
+        self.relay = self._server.relay
 
     def stop(self) -> None:
         """End all transfers and the thread; harmless when called twice."""
         if not self._thread.loop.is_closed():
-            self._thread.call(self._stop())
+            self._thread.call(self._server.stop(_STOP_S))
             self._thread.close()
-
-    async def _stop(self) -> None:
-        self.relay.close()
-        await self._server.stop(_STOP_S)
