@@ -179,7 +179,9 @@ def test_a_target_that_does_not_listen_looks_like_that():
 @pytest.mark.parametrize("command", [["demo"], ["run", "fed.yaml", "--clusters", "2"]])
 def test_a_command_puts_the_line_between_its_clusters(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "fed.yaml").write_text("federation_id: f\nschema: StarFederatedLearning\nfederated_learning_topology: star\n")
+    (tmp_path / "fed.yaml").write_text(
+        "federation_id: f\nschema: StarFederatedLearning\nfederated_learning_topology: star\n"
+    )
     asked = []
 
     def local(clusters, state, progress, wan=None):
