@@ -208,7 +208,7 @@ def active(rig: Rig) -> Iterator[tuple[Activate, Activated]]:
 
 def test_a_runtime_says_what_it_found(rig: Rig) -> None:
     capacity = rig.facts.capacity
-    assert (capacity.num_slots, capacity.num_cpus, capacity.num_ray_nodes) == (4, 4.0, 1)
+    assert (capacity.num_slots, capacity.num_cpus, len(capacity.machines)) == (4, 4.0, 1)
     assert rig.facts.fingerprint.num_threads == 1
     assert bool(rig.facts.gateway_address) == rig.is_ray
 

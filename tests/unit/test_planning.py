@@ -19,6 +19,7 @@ from icrf.protocol import (
     Fingerprint,
     LinkBytes,
     NodeSpec,
+    Resources,
     Submission,
     TensorSpec,
 )
@@ -32,7 +33,8 @@ AVX512 = Fingerprint("2.13", "AVX512", "on", 1, "cpu")
 def cluster(
     name: str, slots: int = 2, cpus: float = 2.0, gpus: float = 0.0, ray_nodes: int = 1, like: Fingerprint = AVX2
 ) -> ClusterInfo:
-    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, ray_nodes), like)
+    machines = (Resources(cpus / ray_nodes, gpus / ray_nodes),) * ray_nodes
+    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, machines), like)
 
 
 def submission(topology: str, num_nodes: int, flow: str = DECENTRALIZED, **config: Any) -> Submission:
