@@ -245,8 +245,9 @@ class FederationMediator:
         held = {run.run_id: run for run in request.held}
         owed = {**self._owed.pop(cluster, {}), **{run_id: what.generation for run_id, what in held.items()}}
         for run_id, generation in owed.items():
-            if run_id not in self._runs or self._runs[run_id].holds_nothing_for_long:
-                effects.send(cluster, Release(run_id, generation))
+            known = self._runs.get(run_id)
+            if known is None or known.holds_nothing_for_long:
+                effects.send(cluster, Release(run_id, known.generation if known else generation))
         for run_id, run in list(self._runs.items()):
             if run.placement is not None and cluster in run.clusters and not run.terminal:
                 self._members.take(run_id, {cluster: run.needs(run.placement, run.held_since)[cluster]})

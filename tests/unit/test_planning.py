@@ -161,8 +161,9 @@ def test_without_a_cluster() -> None:
         ),
         (
             {"placement_group_strategy": "STRICT_SPREAD"},
-            [cluster("a", slots=4, cpus=4, ray_nodes=3)],
-            "cluster a: STRICT_SPREAD needs 4 Ray nodes for 4 slots, 3 in total",
+            [cluster("a", slots=4, cpus=6, ray_nodes=3)],
+            "cluster a: STRICT_SPREAD needs 4 slots of 1 CPU on a Ray node each, 3 fit; "
+            "3 Ray nodes in total, the largest has 2 CPU",
         ),
         ({"device": "cuda"}, [cluster("a")], "cluster a: device cuda needs a GPU, 0 GPU in total"),
         ({}, [cluster("a", slots=0)], "cluster a: 1 slot needed, 0 slots in total"),
