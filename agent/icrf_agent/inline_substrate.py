@@ -270,6 +270,7 @@ class InlineSubstrate:
     _head: InlineProcess = field(default_factory=lambda: InlineProcess("head", lambda alive: object()))
     _workers: ThreadPoolExecutor | None = None
     _host_thread: ThreadPoolExecutor | None = None
+    _starved: set[str] = field(default_factory=set)
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         torch.set_num_threads(NUM_THREADS)
@@ -359,6 +360,9 @@ class InlineSubstrate:
         await self.keep_hosts(run_id, ())
         del self._hosts[run_id]
 
+    async def starved(self, lives: Collection[str]) -> frozenset[str]:
+        return frozenset(lives) & self._starved
+
     async def lost(self) -> str:
         await self._head.ended()
         return "its head was killed"
@@ -372,6 +376,8 @@ class InlineSubstrate:
         return await self.start(cluster)
 
     async def close(self) -> None:
+        for run_id in self._slots:
+            self.cpus.give_back((id(self), run_id))
         if self._gateway is not None:
             await asyncio.to_thread(self.kill_gateway)
         workers, self._workers = self._workers, None
@@ -383,9 +389,12 @@ class InlineSubstrate:
 
     # ------------------------------------------------------------ deaths, for tests; from any thread
 
-    def kill_host(self, run_id: str, slot: int) -> None:
-        """Kill the host in a slot."""
-        next(process for place, process in self._hosts[run_id].values() if place == slot).kill()
+    def kill_host(self, run_id: str, slot: int, *, starved: bool = False) -> None:
+        """Kill the host in a slot; `starved`: as the system does when memory runs out."""
+        process = next(process for place, process in self._hosts[run_id].values() if place == slot)
+        if starved:
+            self._starved.add(process.living()[0].life)
+        process.kill()
 
     def kill_manager(self) -> None:
         """Kill the topology manager."""

@@ -46,6 +46,7 @@ from icrf_agent.ray_actors import (
     own_actor_class,
 )
 from icrf_agent.ray_calls import POLL_S, RayCalls
+from icrf_agent.ray_memory import MemoryKills
 from icrf_agent.ray_probe import ClusterWatch, answers, until_gone
 from icrf_agent.substrate import Actor, Shared
 
@@ -80,6 +81,7 @@ class RaySubstrate:
     _watch: ClusterWatch = field(default_factory=ClusterWatch)
     _calls: RayCalls = field(init=False)
     _shared: list[Any] = field(default_factory=list)
+    _kills: MemoryKills = field(default_factory=MemoryKills)
     _resources: dict[str, float] = field(default_factory=dict)
     _nodes: tuple[Resources, ...] = ()
 
@@ -282,6 +284,9 @@ class RaySubstrate:
             # With the cluster gone, nothing of the run is left on it.
             if not self._watch.reason:
                 raise
+
+    async def starved(self, lives: Collection[str]) -> frozenset[str]:
+        return await self._calls.run(self._kills.among, lives)
 
     async def lost(self) -> str:
         """Never returns for a cluster of this process that nobody could renew: it dies with the process."""
