@@ -162,10 +162,9 @@ class Healer:
             "R006",
             f"{run.host_label(slot)} was killed in round {run.position[0]} because memory ran out with {active} of its "
             f"{len(setup.nodes)} nodes active; hosts that are set up from now on keep at most {most} active",
-            place=self._cluster,
             hint="resident_nodes and resident_memory_mb say it beforehand",
         )
-        log.warning("%s", shortage)
+        log.warning("%s: %s", self._cluster, shortage)
         self._warn(run.activation.run_id, str(shortage))
         return True
 
