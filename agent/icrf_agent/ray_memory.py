@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-import ray
-from ray.core.generated.common_pb2 import WorkerExitType
-from ray.core.generated.gcs_pb2 import WorkerTableData
+from ray._private import gcs_utils, state
 
 
 class MemoryKills:
@@ -24,9 +22,9 @@ class MemoryKills:
         """Which of these workers, by Ray's id in hexadecimal, were killed for memory. Blocks."""
         counted, kernel = self._counted, kernel_kills()
         self._counted = kernel
-        reasons = {WorkerExitType.NODE_OUT_OF_MEMORY}
+        reasons = {"NODE_OUT_OF_MEMORY"}
         if kernel > counted:
-            reasons.add(WorkerExitType.SYSTEM_ERROR)
+            reasons.add("SYSTEM_ERROR")
         return frozenset(worker for worker, reason in _ended(workers).items() if reason in reasons)
 
 
@@ -39,14 +37,14 @@ def kernel_kills() -> int:
     return int(counts.get("oom_kill", 0))
 
 
-def _ended(workers: Collection[str]) -> dict[str, int]:
+def _ended(workers: Collection[str]) -> dict[str, str]:
     """Why these workers have ended, of those that Ray still knows."""
     found = {}
     # The public API asks the dashboard, which a cluster need not have; this is the table that it reads.
-    state = ray._private.state.state
-    for row in state._connect_and_get_accessor().get_worker_table():
-        data = WorkerTableData.FromString(row)
+    for row in state.state._connect_and_get_accessor().get_worker_table():
+        data = gcs_utils.WorkerTableData.FromString(row)
         worker = data.worker_address.worker_id.hex()
         if worker in workers and not data.is_alive:
-            found[worker] = data.exit_type
+            reasons = data.DESCRIPTOR.fields_by_name["exit_type"].enum_type
+            found[worker] = reasons.values_by_number[data.exit_type].name
     return found
