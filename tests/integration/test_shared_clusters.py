@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from icrf.console.runs_view import show_runs
+from icrf.console.terminal import Terminal
 from icrf.federation.node import FederatedNode
 from icrf.protocol import COMPLETED, QUEUED, RUNNING, RunEvent, RunInfo, Submission
 from icrf.spec import FederationConfig
@@ -90,13 +92,15 @@ def test_another_programs_share_is_waited_for_and_nothing_is_held_meanwhile() ->
         assert [cpus[name].free for name in NAMES] == [2.0, 2.0]
 
 
-def test_a_second_federation_is_told_who_has_the_room_and_gets_it_in_turn() -> None:
+def test_a_second_federation_is_told_who_has_the_room_and_gets_it_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
     with InlineFabric(NAMES, templates={"local:Node": Held}) as fabric:
         first = fabric.port.submit(submission_of("first", client_template="local:Node"))
         second = fabric.port.submit(submission_of("second"))
         text = until(fabric.port.watch(second.run_id), "waiting").text
         assert text.startswith(f"2 slots on east (0 of 2 free; held by first (run {first.run_id[:8]}) since 2")
         assert fabric.port.get(second.run_id).waiting_for == text
+        show_runs(Terminal(plain=True), fabric.port.list_runs(), second.created_at)
+        assert f"waits for {text}" in capsys.readouterr().out
         Held.may_train.set()
         assert [ended(fabric, run).status for run in (first, second)] == [COMPLETED, COMPLETED]
 
