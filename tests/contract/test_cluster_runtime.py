@@ -427,6 +427,14 @@ def test_a_release_during_the_set_up_leaves_nothing(rig: Rig) -> None:
     assert_gone(rig, activation.run_id)
 
 
+def test_what_was_given_back_can_be_reserved_again_at_once(rig: Rig) -> None:
+    activation = rig.activation()
+    for _ in range(4):
+        rig.call(rig.reserve(activation, num_cpus=1.5))
+        rig.call(rig.runtime.release(activation.run_id))
+    assert_gone(rig, activation.run_id)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("rig", ["ray"], indirect=True)
 def test_a_reservation_that_is_released_while_it_waits_ends(rig: Rig) -> None:
