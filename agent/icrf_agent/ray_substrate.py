@@ -28,7 +28,7 @@ from icrf.federation.node import FederatedNode
 from icrf.gangs import shortages
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts
-from icrf.protocol import Capacity, Reserve, Resources
+from icrf.protocol import KINDS_APART, Capacity, Reserve, Resources
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.cluster_gateway import GatewaySettings
@@ -54,6 +54,8 @@ log = logging.getLogger("icrf.agent")
 
 NUM_THREADS = 1
 NAMESPACE = "icrf"
+# What Ray puts before the kind of a machine's GPUs where it names it as a resource.
+_KIND = "accelerator_type:"
 # An actor that was just killed is back within a few seconds; loading torch takes most of them.
 PROBE_S = 20.0
 REBUILD_DEADLINE_S = 600.0
@@ -175,7 +177,7 @@ class RaySubstrate:
         slots = self.num_slots if self.num_slots is not None else max(1, int(cpus))
         memory = int(self._resources.get("memory", 0))
         capacity = Capacity(slots, cpus, gpus, memory, self._nodes, min(self.quota or 0, slots))
-        return ClusterFacts(capacity, numeric_fingerprint("cpu", NUM_THREADS))
+        return ClusterFacts(capacity, numeric_fingerprint(device_of(self._resources), NUM_THREADS))
 
     async def reserve(self, request: Reserve) -> None:
         bundle = {"CPU": request.resources.num_cpus}
@@ -346,8 +348,14 @@ class RaySubstrate:
             await self._calls.run(_end, shared)
 
 
-# Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated.
-_LASTING: dict[str, Any] = {"lifetime": "detached", "max_restarts": -1, "max_task_retries": 0}
+# Detached, and restarted (empty) by Ray as often as it dies; calls that were in flight fail and are not repeated. Calls
+# leave no events behind: Ray's head keeps those of the last 100,000, hundreds of megabytes after some thousand rounds.
+_LASTING: dict[str, Any] = {
+    "lifetime": "detached",
+    "max_restarts": -1,
+    "max_task_retries": 0,
+    "enable_task_events": False,
+}
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -435,11 +443,23 @@ def _release(run_id: str, group: PlacementGroup | None, watch: ClusterWatch) -> 
         remove_placement_group(group)
 
 
+def device_of(resources: Mapping[str, float]) -> str:
+    """What there is to compute on, for the numeric fingerprint: ``cpu``, or ``cuda:`` and what Ray calls the GPUs.
+
+    Args:
+        resources: of the cluster, as Ray counts them.
+    """
+    if not resources.get("GPU"):
+        return "cpu"
+    kinds = [name.removeprefix(_KIND) for name in sorted(resources) if name.startswith(_KIND)]
+    return f"cuda:{KINDS_APART.join(kinds) or 'unnamed'}"
+
+
 def _template_of(setup: HostSetup) -> type:
     """The class of the host's only node; only its method names matter here."""
-    role = setup.activation.nodes[setup.nodes[0]].role
+    spec = setup.activation.nodes[setup.nodes[0]]
     config = FederationConfig.from_json(setup.activation.config_json)
-    key = "server_template" if "aggregate" in role.split("-") else "client_template"
+    key = "server_template" if "aggregate" in spec.role_parts else "client_template"
     name: str | None = getattr(config, key)
     if not name:
         return FederatedNode

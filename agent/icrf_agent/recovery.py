@@ -53,8 +53,9 @@ class Healer:
                 await manager.call("link", activation)
                 if run.position[0]:
                     await manager.call("begin_round", activation.run_id, activation.generation, *run.position)
-                    # Some of what was posted in it is lost.
-                    await manager.call("abort", activation.run_id, *run.position)
+                    # Some of what was posted in it, and ahead of it, is lost.
+                    for position in sorted({run.position, max(run.position, run.tray.position)}):
+                        await manager.call("abort", activation.run_id, *position)
                     run.tray.open((0, 0))
         if shared.gateway is not None:
             await self.answer(shared.gateway, lambda: self._substrate.open_gateway(address))

@@ -22,7 +22,6 @@ class AgentSettings:
         allow: user code that may run here, ``module:attr`` each; None: whatever is submitted, for a
             fabric whose submitter owns this machine.
         state_dir: the agent's locked folder.
-        namespace: the Ray namespace of what outlives the agent.
         renew: starts the local cluster anew after its head has died, and returns its address; None for a foreign one.
     """
 
@@ -35,5 +34,4 @@ class AgentSettings:
     advertise: str | None
     allow: tuple[str, ...] | None
     state_dir: Path
-    namespace: str
     renew: Callable[[], str] | None = None

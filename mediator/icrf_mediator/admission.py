@@ -17,7 +17,7 @@ from icrf_mediator.effects import Effects, Now
 from icrf_mediator.holdings import Lack, known_as
 from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
-from icrf_mediator.planning import slot_resources
+from icrf_mediator.planning import decisive, slot_resources
 from icrf_mediator.runs import RunMachine
 
 Planner = Callable[[Submission, Sequence[ClusterInfo]], tuple[Plan, Assignment]]
@@ -62,8 +62,9 @@ class Admission:
             lack = self._lack(run, placement, line, now)
             if lack is None:
                 self._members.take(run.run_id, run.needs(placement, now.wall_s))
-                by_name = {cluster.name: cluster.fingerprint for cluster in clusters}
-                run.start(effects, now, placement, {name: by_name[name] for name in placement.clusters})
+                by_name, device = {c.name: c for c in clusters}, str(run.config.get("device") or "cpu")
+                fingerprints = {n: decisive(by_name[n].fingerprint, device) for n in placement.clusters}
+                run.start(effects, now, placement, fingerprints)
                 continue
             run.queued(effects, now, lack.text)
             if not lack.own:

@@ -351,6 +351,11 @@ class FederationMediator:
         if run_id in self._runs:
             self._runs[run_id].commit_took(number, seconds)
 
+    def handled(self, report: Report, seconds: float) -> None:
+        """How long it took to decide on a report, to journal that and to tell it; shown in the profile of a round."""
+        if isinstance(report, RoundReport | Relinked | Checkpointed) and report.run_id in self._runs:
+            self._runs[report.run_id].handled(seconds)
+
     # ------------------------------------------------------------ inside
 
     def _expire(self, effects: Effects, now: Now, keep_stream: str = "") -> None:

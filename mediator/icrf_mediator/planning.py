@@ -23,6 +23,7 @@ from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
     HIERARCHICAL,
+    KINDS_APART,
     STAGES,
     ClusterInfo,
     Fingerprint,
@@ -32,6 +33,7 @@ from icrf.protocol import (
     Submission,
     element_type,
     nodes_of,
+    nodes_that,
     shared_size,
 )
 from icrf.residency import host_budget, resident_nodes
@@ -157,7 +159,9 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     num_parameters = shared_size(submission.layout)
     residents = _residents(exchange, settings, slots, clusters, num_parameters)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
-    links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
+    # Whether and when a condition will hold nobody knows yet: as if it always did.
+    participation = Participation(submission, {**config, "wave_condition": None})
+    links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
     per_round = sum(links.values())
     per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
     problems = _problems(settings, config, clusters, slots)
@@ -205,7 +209,7 @@ def check_submission(submission: Submission) -> None:
         raise ConfigError("C007", "global_every < 1", place="config_json", value=config["global_every"])
     if submission.stage not in STAGES:
         raise ConfigError("C010", f"no such stage: {submission.stage!a}", place="stage", allowed=", ".join(STAGES))
-    if not any("train" in node.role.split("-") for node in submission.nodes):
+    if not nodes_that("train", submission.nodes):
         raise ConfigError("C008", "no node trains", place="nodes")
 
 
@@ -437,7 +441,8 @@ def _problems(
     used = [cluster for cluster in clusters if cluster.name in slots]
     found = [problem for cluster in used for problem in _lacks(settings, config, cluster, slots[cluster.name])]
     if settings.determinism == "strict":
-        found += fingerprint_differences(used)
+        found += fingerprint_differences(used, settings.device)
+        found += [problem for cluster in used for problem in _mixed_gpus(cluster, settings.device)]
     return tuple(found)
 
 
@@ -454,12 +459,30 @@ def _lacks(settings: _Settings, config: Mapping[str, Any], cluster: ClusterInfo,
     return found
 
 
-def fingerprint_differences(used: Sequence[ClusterInfo]) -> list[str]:
-    """What makes the arithmetic of clusters differ from that of the first one, a sentence each."""
+def _mixed_gpus(cluster: ClusterInfo, device: str) -> list[str]:
+    """Hosts of one cluster get whichever of its GPUs are free: these must compute alike."""
+    kinds = cluster.fingerprint.device
+    if device != "cuda" or KINDS_APART not in kinds:
+        return []
+    text = f"cluster {cluster.name}: numeric fingerprint differs within it, device {kinds}"
+    return [f"{text}; determinism strict needs GPUs of one kind"]
+
+
+def decisive(found: Fingerprint, device: str) -> Fingerprint:
+    """What of a fingerprint decides the bits of a federation on this `device`: its GPUs, if any use is made of them."""
+    return found if device == "cuda" else replace(found, device=device)
+
+
+def fingerprint_differences(used: Sequence[ClusterInfo], device: str = "cpu") -> list[str]:
+    """What makes the arithmetic of clusters differ from that of the first one, a sentence each.
+
+    Args:
+        device: that of the federation.
+    """
     found = []
     for other in used[1:]:
         for field in fields(Fingerprint):
-            here, there = (getattr(c.fingerprint, field.name) for c in (used[0], other))
+            here, there = (getattr(decisive(c.fingerprint, device), field.name) for c in (used[0], other))
             if here != there:
                 found.append(
                     f"clusters {used[0].name} and {other.name}: numeric fingerprint differs in {field.name}, "

@@ -18,6 +18,7 @@ from icrf.protocol import (
     Release,
     RunEvent,
     RunInfo,
+    StartRound,
     Submission,
     shared_tensors,
 )
@@ -85,10 +86,16 @@ class RunBase:
         self._lost_state = False
         self._recoveries = 0
         self._attempt_floor = 0
+        # What was handed out to follow the open round, and the round that clusters may have begun on what turned out
+        # otherwise.
+        self._promised: StartRound | None = None
+        self._in_vain = 0
         self._restored_round = 0
         self._parts: dict[str, Activated] = {}
         self._deadline_s = NEVER
         self._opened_wall_s = 0.0
+        # Since the last round was decided on; for display only.
+        self._mediator_s = 0.0
 
     # ------------------------------------------------------------ what it is
 
@@ -114,6 +121,10 @@ class RunBase:
     def holds(self, cluster: str) -> bool:
         """Whether a cluster may still have something of this run."""
         return cluster in self._held
+
+    def released(self, cluster: str) -> None:
+        """A cluster freed what it held."""
+        self._held.discard(cluster)
 
     @property
     def holds_nothing_for_long(self) -> bool:

@@ -101,6 +101,8 @@ def restore_run(
             for c in commits
         ],
     )
+    for commit in commits:
+        run.load_metrics(int(commit.key[1]), commit.row["metrics"])
     for row in _rows(tables, "members", run_id):
         run.load_members(int(row.key[1]), str(row.row["nodes"]))
     for row in _rows(tables, "participants", run_id):

@@ -46,6 +46,7 @@ from icrf.protocol import (
     Reserved,
     RoundReport,
     StoreModel,
+    nodes_that,
 )
 from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
@@ -215,10 +216,6 @@ class RunMachine(RunRounds):
         self.record.change(model_sha256=report.sha256)
         self._end(effects, now, COMPLETED, None)
 
-    def released(self, cluster: str) -> None:
-        """A cluster freed what it held."""
-        self._held.discard(cluster)
-
     def warned(self, effects: Effects, now: Now, text: str) -> None:
         """Pass on what an agent wants the user to see."""
         if not self.terminal:
@@ -313,6 +310,7 @@ class RunMachine(RunRounds):
         """After a restart of the mediator: wait for all clusters, which tell what they still hold."""
         self._away = set(self.clusters)
         self._excluded, self._held = set(), set()
+        self._in_vain = self.info.rounds_done + 2
         self.recover(effects, now, "the mediator was restarted", lost_state=False)
 
     # ------------------------------------------------------------ recovery
@@ -367,6 +365,7 @@ class RunMachine(RunRounds):
         self.generation += 1
         self._set_up_generation = self.generation
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
+        self._promised, self._in_vain = None, 0
         effects.writes.append(self.placement.row(self.run_id, self.generation))
         self._held = set(self.placement.clusters)
         self.record.status(effects, now, RESERVING, f"reservations on {', '.join(sorted(self._held))}")
@@ -394,7 +393,7 @@ class RunMachine(RunRounds):
         ledger = self._ledger
         assert ledger is not None and self.placement is not None
         samples = {node: count for part in self._parts.values() for node, count in part.num_samples}
-        trains = [i for i, n in enumerate(self.submission.nodes) if "train" in n.role.split("-")]
+        trains = nodes_that("train", self.submission.nodes)
         missing = [self.submission.nodes[i].id for i in trains if samples.get(i, 0) < 1]
         if missing:
             return self.fail(effects, now, InternalError("X001", f"no sample count for {', '.join(missing[:5])}"))
@@ -442,6 +441,7 @@ class RunMachine(RunRounds):
         if (error := self._not_repeated(commit)) is not None:
             return self.fail(effects, now, error)
         self._attempt_floor, self._late = 0, set()
+        self._quorum.note(commit.round, commit.metrics)
         if commit.round > self.info.rounds_done:
             self._recoveries = 0
             target = self.config.get("target_accuracy")

@@ -119,7 +119,6 @@ class Rig:
             layout=submission.layout,
             clusters=tuple(clusters),
             assignment=(0, 0, len(clusters) - 1),
-            coordinator=0,
             peers=(PeerAddress(HERE, self.address), PeerAddress(THERE, self.neighbour_address)),
             num_slots=num_slots,
         )

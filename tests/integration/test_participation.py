@@ -16,7 +16,9 @@ from icrf.federation.node import FederatedNode
 from icrf.protocol import COMPLETED, Instruction, Plan, RoundResult, RunInfo, StartRound, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
-from icrf.testing.inline import InlineFabric, MonotonicClock
+from icrf.testing.clocks import MovedClock
+from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import follow
 from icrf_agent.core import Action, AgentCore
 from icrf_mediator.mediator import Policy
 
@@ -116,15 +118,6 @@ def test_weights_are_those_of_the_participants_alone() -> None:
 # ---------------------------------------------------------------- late and lost clusters
 
 
-class MovedClock(MonotonicClock):
-    """The machine's time and what a test has added to it."""
-
-    ahead_s = 0.0
-
-    def monotonic_s(self) -> float:
-        return super().monotonic_s() + self.ahead_s
-
-
 def test_a_late_cluster_is_left_out_of_the_round_and_is_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = MovedClock()
     instructed = AgentCore.instructed
@@ -165,8 +158,7 @@ def test_without_a_lost_cluster_the_bits_are_those_of_the_recorded_participants(
         reached.wait()
         fabric.stop_agent("local-2")
         goes_on.set()
-        rounds = [e.round for e in fabric.port.watch(run.run_id) if e.round]
-        info = fabric.port.get(run.run_id)
+        info, rounds = follow(fabric, run.run_id)
     assert (info.status, info.error_json) == (COMPLETED, "")
     assert [r.participant_nodes for r in rounds] == [(1, 2, 3, 4, 5, 6), *[(3, 4, 5, 6)] * 3]
 

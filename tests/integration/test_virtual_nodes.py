@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -234,6 +234,21 @@ def test_no_more_nodes_are_active_than_may_be(counted: type[Counted]) -> None:
     hashes({**RING, "number_of_clients": 40, "resident_nodes": 4}, 1, counted)
     # One more while the next one is made; two hosts.
     assert counted.most <= 2 * 4 + 1
+
+
+def test_the_least_recently_used_node_makes_room_first() -> None:
+    log: list[tuple[str, int]] = []
+
+    def make(index: int) -> Any:
+        log.append(("in", index))
+        return index
+
+    kept = residents.Residents(make, lambda node: log.append(("out", cast(int, node))))
+    kept.limit = 2
+    for index in (1, 2, 1, 3, 1, 2):
+        kept.get(index)
+    assert log == [("in", 1), ("in", 2), ("out", 2), ("in", 3), ("out", 3), ("in", 2)]
+    assert list(kept.active) == [1, 2]
 
 
 def test_nodes_that_do_not_take_part_are_not_made_active(counted: type[Counted]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from icrf.ports import PayloadHeader
 from icrf.protocol import COMPLETED, Register, RoundReport, StartRound
 from icrf.testing.simulation import FAULTS, SimulationFailed, simulate
+from icrf_agent.core import AgentCore
 from icrf_agent.host_late import EarlierModels
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager
@@ -289,3 +290,21 @@ def test_an_aggregator_that_forgets_what_late_clusters_need_is_caught(monkeypatc
     wrap(monkeypatch, EarlierModels, "__init__", lambda init, self, *models: init(self))
     with pytest.raises(SimulationFailed, match="X001"):
         late_histories("mediator is killed", "cluster dies")
+
+
+# ---------------------------------------------------------------- rounds that are begun ahead
+
+
+def test_rounds_are_begun_ahead_and_dropped_where_something_comes_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirmed: list[int] = []
+    dropped: list[int] = []
+
+    def drop(original: Any, self: AgentCore, run: Any) -> Any:
+        dropped.extend([1] if run.ahead else [])
+        return original(self, run)
+
+    wrap(monkeypatch, AgentCore, "_confirm", lambda original, *args: (confirmed.append(1), original(*args))[1])
+    wrap(monkeypatch, AgentCore, "_drop_ahead", drop)
+    for seed in range(30):
+        simulate(seed, kinds=("mediator is killed",), quorum=True)
+    assert len(confirmed) > 100 and len(dropped) > 3

@@ -377,7 +377,7 @@ def test_after_a_restart_finished_runs_are_there_and_others_go_on(core: Any) -> 
 ACTIONS = ["answer", "answer", "answer", "repeat", "cancel", "finish", "lose", "return", "time", "overflow", "error"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 9)), max_size=40), st.booleans())
 def test_any_schedule_of_faults_keeps_the_invariants(
     new_core: Callable[..., Any], schedule: list[tuple[str, int]], centralized: bool

@@ -182,6 +182,22 @@ def test_what_is_lacking_is_said_with_numbers(
     assert plan.problems == (problem,) and not plan.feasible
 
 
+def test_kinds_of_gpus_matter_to_who_computes_on_them() -> None:
+    def gpus(name: str, kind: str) -> ClusterInfo:
+        found = cluster(name, gpus=1)
+        return replace(found, fingerprint=replace(found.fingerprint, device=kind))
+
+    one, other, two_kinds = gpus("a", "cuda:T4"), gpus("b", "cuda:H100"), gpus("a", "cuda:H100+T4")
+    assert make_plan(submission("ring", 4), [one, other, cluster("c")])[0].feasible
+    plan, _ = make_plan(submission("ring", 4, device="cuda"), [one, other])
+    differs = "numeric fingerprint differs in device, cuda:T4 against cuda:H100"
+    assert plan.problems == (f"clusters a and b: {differs}; determinism strict needs it equal",)
+    plan, _ = make_plan(submission("ring", 4, device="cuda"), [two_kinds])
+    assert "differs within it, device cuda:H100+T4" in plan.problems[0]
+    recorded = submission("ring", 4, device="cuda", determinism="recorded")
+    assert make_plan(recorded, [two_kinds, other])[0].feasible
+
+
 def test_mixed_fingerprints_matter_only_where_nodes_live_and_when_strict() -> None:
     clusters = [cluster("a"), cluster("b", like=AVX512)]
     assert make_plan(submission("ring", 4, determinism="recorded"), clusters)[0].feasible

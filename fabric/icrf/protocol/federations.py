@@ -33,6 +33,8 @@ CENTRALIZED, DECENTRALIZED, HIERARCHICAL = "centralized", "decentralized", "hier
 # How the tensors of several nodes become one: as the aggregation rule or the mixing says (parameters); by the weighted
 # mean (buffers of floats); by the mean rounded to the nearest integer; not at all.
 AGGREGATED, MEAN, ROUNDED, PRIVATE = "aggregated", "mean", "rounded", "private"
+# Stands between the kinds of GPUs in a fingerprint.
+KINDS_APART = "+"
 # Elements of the flat buffer that an integer takes, see ``learning/layout.py``.
 LIMBS = 2
 
@@ -78,6 +80,21 @@ class NodeSpec:
 
     id: str
     role: str
+
+    @property
+    def role_parts(self) -> frozenset[str]:
+        """What it does: ``train``, ``eval``, ``test`` and ``aggregate``, or some of them."""
+        return parts_of(self.role)
+
+
+def parts_of(role: str) -> frozenset[str]:
+    """The parts of a dash-separated role."""
+    return frozenset(role.split("-"))
+
+
+def nodes_that(part: str, nodes: Sequence[NodeSpec]) -> tuple[int, ...]:
+    """The indices of the nodes that do `part`, e.g. ``train``, ascending."""
+    return tuple(i for i, node in enumerate(nodes) if part in node.role_parts)
 
 
 @dataclass(frozen=True)
@@ -215,7 +232,11 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What decides the bits of float arithmetic; ``strict`` determinism wants it equal on all clusters."""
+    """What decides the bits of float arithmetic; ``strict`` determinism wants it equal on all clusters.
+
+    Attributes:
+        device: ``cpu``, or ``cuda:`` and the kinds of a cluster's GPUs with :data:`KINDS_APART` between them.
+    """
 
     torch_version: str
     cpu_capability: str

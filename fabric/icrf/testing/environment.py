@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from icrf.client import Fabric, connect
 from icrf.errors import LocalError
 from icrf.testing.daemons import Daemon, Supervisor
 from icrf.testing.processes import ACTORS, actors, await_end, end_all, programs, send
+from icrf.testing.waiting import until
 from icrf_agent.keeper import STATE_NAME, ray_environment, session_members
 
 MARK = "ICRF_TEST"
@@ -41,7 +41,6 @@ RAY_PROGRAMS = ("gcs_server", "raylet")
 
 _SERVING = re.compile(r"serving on (\S+) ")
 _CONNECTED = re.compile(r"connected to the mediator")
-_POLL_S = 0.05
 
 
 class FabricEnvironment:
@@ -132,11 +131,12 @@ class FabricEnvironment:
 
     def await_fired(self, name: str, timeout_s: float = 60.0) -> None:
         """Wait until a fail-point has fired; L008 if it does not."""
-        deadline = time.monotonic() + timeout_s
-        while name not in self.fired():
-            if time.monotonic() > deadline:
-                raise LocalError("L008", f"fail-point {name} did not fire within {timeout_s:.0f} s", hint=self.tails())
-            time.sleep(_POLL_S / 5)
+        try:
+            until(lambda: name in self.fired(), timeout_s)
+        except TimeoutError:
+            raise LocalError(
+                "L008", f"fail-point {name} did not fire within {timeout_s:.0f} s", hint=self.tails()
+            ) from None
 
     def release(self, name: str) -> None:
         """Let a process go on that a fail-point with ``!hold`` has stopped."""
@@ -160,12 +160,12 @@ class FabricEnvironment:
         Raises:
             LocalError: L008 if there is none within `timeout_s`.
         """
-        deadline = time.monotonic() + timeout_s
-        while len(found := self.actor_pids(cluster, what)) <= index:
-            if time.monotonic() > deadline:
-                raise LocalError("L008", f"no {what} {index} on cluster {cluster}", value=found, hint=self.tails())
-            time.sleep(_POLL_S)
-        return found[index]
+        try:
+            return until(lambda: self.actor_pids(cluster, what)[index:], timeout_s)[0]
+        except TimeoutError:
+            found = self.actor_pids(cluster, what)
+            message = f"no {what} {index} on cluster {cluster}"
+            raise LocalError("L008", message, value=found, hint=self.tails()) from None
 
     def kill_actor(self, cluster: str, what: str, index: int = 0) -> int:
         """SIGKILL for one worker; returns its process id once it is gone."""

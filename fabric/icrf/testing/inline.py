@@ -7,11 +7,11 @@ federation of ten nodes over three clusters runs in a second, with the bits it h
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+from icrf.daemon import MonotonicClock
 from icrf.loop_thread import LoopThread
 from icrf.ports import Clock, MediatorPort
 from icrf.protocol import Capacity, Warned
@@ -24,16 +24,6 @@ from icrf_mediator.inprocess import InProcessLink, InProcessMediator
 from icrf_mediator.mediator import Policy
 from icrf_mediator.service import MediatorService
 from icrf_mediator.store import MemoryStore
-
-
-class MonotonicClock:
-    """The time of this machine."""
-
-    def monotonic_s(self) -> float:
-        return time.monotonic()
-
-    def wall_s(self) -> float:
-        return time.time()
 
 
 class InlineFabric:
