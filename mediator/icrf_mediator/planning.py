@@ -17,6 +17,7 @@ import numpy as np
 
 from icrf.errors import ConfigError
 from icrf.exchange import ExchangePlan, compile_exchange
+from icrf.gangs import RAY_UNITS, cpu_share, shortages
 from icrf.participation import Participation
 from icrf.protocol import (
     CENTRALIZED,
@@ -44,9 +45,6 @@ from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, re
 _CLUSTERED = "ClusterFederatedLearning"
 # A host with torch imported and one optimizer step made (measured), before any model.
 HOST_BYTES = 360 * 1_000_000
-
-# Ray counts resources in units of 1/10,000; more digits would round up and no longer fit.
-_RAY_UNITS = 10_000
 
 _FLOAT32, _FLOAT64 = 4, 8
 
@@ -76,6 +74,7 @@ class _Settings:
     assignment_strategy: str
     placement: Mapping[str, str | Mapping[str, str]]
     placement_group_strategy: str
+    max_slots: int | None
     mixing: str
     adaptation: str
     adaptation_period: int
@@ -97,6 +96,7 @@ class _Settings:
             assignment_strategy=config.get("assignment_strategy") or "locality",
             placement=config.get("placement") or {},
             placement_group_strategy=config.get("placement_group_strategy") or "PACK",
+            max_slots=config.get("max_slots_per_cluster"),
             mixing=config.get("mixing") or "metropolis_hastings",
             adaptation=config.get("topology_adaptation_strategy") or STATIC,
             adaptation_period=config.get("adaptation_period", 1),
@@ -155,7 +155,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
     owners = assignment.clusters or (0,) * adjacency.num_nodes
     exchange = compile_exchange(submission.flow, adjacency, [n.role for n in submission.nodes], owners, submission.rows)
-    slots = _slots(assignment, clusters)
+    slots = _slots(assignment, clusters, settings.max_slots)
     num_parameters = shared_size(submission.layout)
     residents = _residents(exchange, settings, slots, clusters, num_parameters)
     per_evaluation = exchange.evaluation_bytes(num_parameters)
@@ -236,8 +236,9 @@ class PlanMemo:
 def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: int) -> Resources:
     """What one of `num_slots` slots takes on this cluster.
 
-    ``resources: uniform`` shares the cluster: at most one CPU a slot and, with ``device: cuda``, an equal part of one
-    GPU, small enough that whole slots fit on each GPU. Otherwise the configured numbers are taken as they are.
+    ``resources: uniform`` shares the cluster among all slots that its agent offers: at most one CPU a slot and, with
+    ``device: cuda``, an equal part of one GPU, small enough that whole slots fit on each GPU. Otherwise the configured
+    numbers are taken as they are.
 
     Args:
         config: the resolved configuration; its keys ``resources`` and ``device`` are read.
@@ -245,13 +246,16 @@ def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: i
     wanted: Any = config.get("resources") or "uniform"
     if isinstance(wanted, Mapping):
         return Resources(float(wanted.get("num_cpus", 1.0)), float(wanted.get("num_gpus", 0.0)))
-    slots = max(1, num_slots)
-    num_gpus = 0.0
-    if config.get("device") == "cuda" and cluster.capacity.num_gpus > 0:
+    # A slot is a part of the cluster, not of the run: what the others may use stays free for them.
+    capacity = cluster.capacity
+    slots = max(1, num_slots, capacity.num_slots)
+    machines, num_gpus = capacity.machines, 0.0
+    if config.get("device") == "cuda" and capacity.num_gpus > 0:
         # Three GPUs among four slots are two slots a GPU: 3/4 of a GPU each would leave the fourth slot without.
-        slots_per_gpu = math.ceil(slots / cluster.capacity.num_gpus)
-        num_gpus = _ray_floor(min(1.0 / slots_per_gpu, cluster.capacity.num_gpus / slots))
-    return Resources(_ray_floor(min(1.0, cluster.capacity.num_cpus / slots)), num_gpus)
+        slots_per_gpu = math.ceil(slots / capacity.num_gpus)
+        num_gpus = _ray_floor(min(1.0 / slots_per_gpu, capacity.num_gpus / slots))
+        machines = tuple(machine for machine in machines if machine.num_gpus)
+    return Resources(cpu_share(machines, slots), num_gpus)
 
 
 # ---------------------------------------------------------------- parts of the plan
@@ -343,10 +347,13 @@ def _itemsize(submission: Submission) -> int:
     return np.dtype(element_type(submission.layout)).itemsize if submission.layout else _FLOAT32
 
 
-def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str, int]:
-    """Slots per cluster that hosts a node: as many as it allows, no more than it has nodes, at least one."""
+def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo], most: int | None) -> dict[str, int]:
+    """Slots per cluster that hosts a node: as many as it and the federation allow, no more than nodes, at least one."""
     counts = Counter(assignment.clusters)
-    return {clusters[c].name: max(1, min(clusters[c].capacity.num_slots, counts[c])) for c in sorted(counts)}
+    return {
+        clusters[c].name: max(1, min(clusters[c].capacity.most_slots, counts[c], most or counts[c]))
+        for c in sorted(counts)
+    }
 
 
 def _kept_bytes(exchange: ExchangePlan, num_parameters: int) -> int:
@@ -419,7 +426,7 @@ def _peak_memory_bytes(
 
 
 def _ray_floor(amount: float) -> float:
-    return math.floor(amount * _RAY_UNITS + 1e-6) / _RAY_UNITS
+    return math.floor(amount * RAY_UNITS + 1e-6) / RAY_UNITS
 
 
 # ---------------------------------------------------------------- feasibility
@@ -445,20 +452,10 @@ def _lacks(settings: _Settings, config: Mapping[str, Any], cluster: ClusterInfo,
     found = []
     if capacity.num_slots < 1:
         found.append(f"cluster {name}: 1 slot needed, 0 slots in total")
-    for per_slot, total, unit in ((each.num_cpus, capacity.num_cpus, "CPU"), (each.num_gpus, capacity.num_gpus, "GPU")):
-        needed = num_slots * per_slot
-        if needed > total + 1e-9:
-            found.append(
-                f"cluster {name}: {num_slots} slots x {per_slot:g} {unit} = {needed:g} {unit} needed, "
-                f"{total:g} {unit} in total"
-            )
+    strategy = settings.placement_group_strategy
+    found += [f"cluster {name}: {text}" for text in shortages(num_slots, each, capacity.machines, strategy)]
     if settings.device == "cuda" and capacity.num_gpus <= 0:
         found.append(f"cluster {name}: device cuda needs a GPU, 0 GPU in total")
-    if settings.placement_group_strategy == "STRICT_SPREAD" and num_slots > capacity.num_ray_nodes:
-        found.append(
-            f"cluster {name}: STRICT_SPREAD needs {num_slots} Ray nodes for {num_slots} slots, "
-            f"{capacity.num_ray_nodes} in total"
-        )
     return found
 
 

@@ -85,7 +85,7 @@ def restore_run(
     if goals:
         run.load_goal(goals[-1].row)
     if not assignments:
-        run.record.status(effects, now, QUEUED)
+        run.rejoin_queue(effects, now)
         return run
     run.load_placement(int(assignments[-1].key[1]), Placement.from_row(assignments[-1].row))
     run.load_progress(
@@ -114,7 +114,7 @@ def restore_run(
         {int(row.key[1]): int(row.row["round"]) for row in activations},
         {int(row.key[1]): int(row.row["round"]) for row in _rows(tables, "relinks", run_id)},
     )
-    run.rejoin(effects, now)
+    (run.rejoin_queue if info.status == QUEUED else run.rejoin)(effects, now)
     return run
 
 

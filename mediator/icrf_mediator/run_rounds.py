@@ -33,10 +33,10 @@ from icrf_mediator.effects import Effects, Now
 from icrf_mediator.graphs import graph_differs, graph_row
 from icrf_mediator.placement import Placement
 from icrf_mediator.rounds import Commit, differs
-from icrf_mediator.run_base import RunBase
+from icrf_mediator.run_queue import RunQueue
 
 
-class RunRounds(RunBase):
+class RunRounds(RunQueue):
     """What a run asks of its clusters once their nodes are live."""
 
     # ------------------------------------------------------------ out of the journal

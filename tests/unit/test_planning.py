@@ -19,6 +19,7 @@ from icrf.protocol import (
     Fingerprint,
     LinkBytes,
     NodeSpec,
+    Resources,
     Submission,
     TensorSpec,
 )
@@ -32,7 +33,8 @@ AVX512 = Fingerprint("2.13", "AVX512", "on", 1, "cpu")
 def cluster(
     name: str, slots: int = 2, cpus: float = 2.0, gpus: float = 0.0, ray_nodes: int = 1, like: Fingerprint = AVX2
 ) -> ClusterInfo:
-    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, ray_nodes), like)
+    machines = (Resources(cpus / ray_nodes, gpus / ray_nodes),) * ray_nodes
+    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, machines), like)
 
 
 def submission(topology: str, num_nodes: int, flow: str = DECENTRALIZED, **config: Any) -> Submission:
@@ -159,8 +161,9 @@ def test_without_a_cluster() -> None:
         ),
         (
             {"placement_group_strategy": "STRICT_SPREAD"},
-            [cluster("a", slots=4, cpus=4, ray_nodes=3)],
-            "cluster a: STRICT_SPREAD needs 4 Ray nodes for 4 slots, 3 in total",
+            [cluster("a", slots=4, cpus=6, ray_nodes=3)],
+            "cluster a: STRICT_SPREAD needs 4 slots of 1 CPU on a Ray node each, 3 fit; "
+            "3 Ray nodes in total, the largest has 2 CPU",
         ),
         ({"device": "cuda"}, [cluster("a")], "cluster a: device cuda needs a GPU, 0 GPU in total"),
         ({}, [cluster("a", slots=0)], "cluster a: 1 slot needed, 0 slots in total"),

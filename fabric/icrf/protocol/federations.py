@@ -204,13 +204,30 @@ class Resources:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster offers. `num_slots` is how many hosts the agent allows at once."""
+    """What a cluster offers.
+
+    Attributes:
+        num_slots: how many hosts the agent allows at once.
+        ray_nodes: what each of its Ray nodes has; empty: one has all of it.
+        quota: how many slots one federation may hold at once, all of its runs together; 0: all of them.
+    """
 
     num_slots: int
     num_cpus: float
     num_gpus: float
     memory_bytes: int
-    num_ray_nodes: int = 1
+    ray_nodes: tuple[Resources, ...] = ()
+    quota: int = 0
+
+    @property
+    def machines(self) -> tuple[Resources, ...]:
+        """What each Ray node has, at least one."""
+        return self.ray_nodes or (Resources(self.num_cpus, self.num_gpus),)
+
+    @property
+    def most_slots(self) -> int:
+        """How many slots one federation gets at most."""
+        return min(self.num_slots, self.quota) if self.quota else self.num_slots
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,12 @@ class FederationConfig(BaseModel):
     """How Ray spreads a cluster's slots over its machines: ``PACK``, ``SPREAD``, ``STRICT_PACK``, ``STRICT_SPREAD``."""
     resources: SlotShare = "uniform"
     """What one slot takes: ``uniform`` (an equal share), or ``{num_cpus, num_gpus}``."""
+    max_slots_per_cluster: Count | None = None
+    """Most slots that the federation takes on one cluster, which leaves the rest to others; null: as many as the
+    cluster's agent lets one federation have, but no more than it has nodes there."""
+    queue_deadline_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
+    """Seconds that a run may wait for room, in line or because another program holds what it needs, before it fails
+    with who has it; null: as long as it takes."""
     resident_nodes: Nodes | None = None
     """Most nodes of one host that are active at once, the least recently used making room first; what is kept of the
     others lies on the host's disk. null: as many as ``resident_memory_mb`` allows."""

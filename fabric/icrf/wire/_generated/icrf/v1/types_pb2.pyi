@@ -242,12 +242,15 @@ class Capacity(_message.Message):
     NUM_CPUS_FIELD_NUMBER: _builtins.int
     NUM_GPUS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
-    NUM_RAY_NODES_FIELD_NUMBER: _builtins.int
+    RAY_NODES_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     num_cpus: _builtins.float
     num_gpus: _builtins.float
     memory_bytes: _builtins.int
-    num_ray_nodes: _builtins.int
+    quota: _builtins.int
+    @_builtins.property
+    def ray_nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resources]: ...
     def __init__(
         self,
         *,
@@ -255,11 +258,12 @@ class Capacity(_message.Message):
         num_cpus: _builtins.float = ...,
         num_gpus: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
-        num_ray_nodes: _builtins.int = ...,
+        ray_nodes: _abc.Iterable[Global___Resources] | None = ...,
+        quota: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "num_cpus", b"num_cpus", "num_gpus", b"num_gpus", "num_ray_nodes", b"num_ray_nodes", "num_slots", b"num_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "num_cpus", b"num_cpus", "num_gpus", b"num_gpus", "num_slots", b"num_slots", "quota", b"quota", "ray_nodes", b"ray_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
