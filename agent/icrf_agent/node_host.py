@@ -212,7 +212,8 @@ class NodeHost:
 
     def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:
         """Stage the nodes' own states after a phase."""
-        states = self._ready()[0].states
+        nodes = self._ready()[0]
+        states, report = nodes.states, replace(report, mail=nodes.mailbox.used)
         if not states.used:
             return report
         states.stage(start)
