@@ -1,0 +1,56 @@
+"""One way of dividing a graph alone, by name: what ``locality`` takes the best of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from icrf.protocol import ClusterInfo
+from icrf.topology import HybridAdjacencyMatrix
+from icrf_mediator.assignment.base import (
+    ASSIGNMENTS,
+    Assignment,
+    Hints,
+    Pins,
+    cluster_slots,
+    fair_shares,
+    place_pinned,
+)
+from icrf_mediator.assignment.crossing import Crossing
+from icrf_mediator.assignment.explain import explain
+from icrf_mediator.assignment.refine import mend
+from icrf_mediator.assignment.starts import community_order, contiguous, metis
+
+
+@ASSIGNMENTS.register("metis")
+class MetisAssignment:
+    """Balanced k-way partitioning by METIS; graphs too small for it are divided in the order of their indices."""
+
+    def assign(
+        self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins, hints: Hints = Hints()
+    ) -> Assignment:
+        """See :class:`icrf_mediator.assignment.base.AssignmentStrategy`."""
+        slots = cluster_slots(clusters)
+        pinned, counts = place_pinned(pins, adj.num_nodes, slots)
+        shares = fair_shares(adj.num_nodes, slots, counts)
+        crossing = Crossing(adj)
+        found = contiguous(pinned, shares, range(adj.num_nodes))
+        for parts in metis(crossing, shares, 1):
+            placed = [c if own < 0 else own for c, own in zip(parts, pinned, strict=True)]
+            fixed = {node: (cluster,) for node, cluster in enumerate(pinned) if cluster >= 0}
+            found = mend(crossing.neighbours(), placed, shares.low, shares.high, fixed)
+        return Assignment(tuple(found), explain(adj, found, [cluster.name for cluster in clusters], pins))
+
+
+@ASSIGNMENTS.register("louvain")
+class LouvainAssignment:
+    """Communities by modularity (Blondel et al. 2008), packed onto the shares one after the other."""
+
+    def assign(
+        self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins, hints: Hints = Hints()
+    ) -> Assignment:
+        """See :class:`icrf_mediator.assignment.base.AssignmentStrategy`."""
+        slots = cluster_slots(clusters)
+        pinned, counts = place_pinned(pins, adj.num_nodes, slots)
+        shares = fair_shares(adj.num_nodes, slots, counts)
+        found = contiguous(pinned, shares, community_order(adj))
+        return Assignment(tuple(found), explain(adj, found, [cluster.name for cluster in clusters], pins))
