@@ -29,8 +29,10 @@ from icrf_mediator.assignment.refine import MAX_PASSES, mend, refine
 from icrf_mediator.assignment.starts import community_order, contiguous, grow, metis
 
 # What all starts of a kind together may cost, in directed edges looked at; it keeps an assignment within seconds.
-_GROWN_EDGES, _METIS_EDGES, _REFINED_EDGES = 600_000, 1_600_000, 1_600_000
+_GROWN_EDGES, _METIS_EDGES, _REFINED_EDGES = 600_000, 800_000, 600_000
 _MAX_METIS = 8
+# Larger graphs are left as METIS refines them.
+_MAX_REFINED_EDGES = 1_500_000
 # Up to here a start is refined until nothing improves.
 _REFINE_FULLY_EDGES, _FEW_PASSES = 200_000, 3
 # Communities by modularity cost more than everything else together on large graphs.
@@ -86,29 +88,31 @@ class _Search:
         """The best of all starts after refinement; of equal ones `first`, then the lexicographically smallest."""
         starts = [(self._crossing.cost(start), number, start) for number, start in enumerate(self._starts(first))]
         starts.sort(key=lambda entry: entry[:2])
-        edges = max(1, self._adj.num_edges)
+        edges = self._adj.num_edges
         passes = MAX_PASSES if edges <= _REFINE_FULLY_EDGES else _FEW_PASSES
-        found = [first, *(start for _, _, start in starts)]
-        for cost, _, start in starts[: _REFINED_EDGES // (2 * edges) or int(edges <= _REFINED_EDGES)]:
-            if self._graph.num_nodes > _SMALL_NODES and cost > _HOPELESS * starts[0][0]:
+        low, high = self._shares.low, self._shares.high
+        found = [first]
+        for number, (cost, _, start) in enumerate(starts[: max(1, _REFINED_EDGES // edges)]):
+            if self._graph.num_nodes > _SMALL_NODES and number and cost > _HOPELESS * starts[0][0]:
                 break
-            low, high = self._shares.low, self._shares.high
-            found.append(refine(self._graph, start, low, high, self._pins, passes, self._costs))
+            found.append(self._fitted(start))
+            if edges <= _MAX_REFINED_EDGES:
+                found.append(refine(self._graph, found[-1], low, high, self._pins, passes, self._costs))
         costs = [self._crossing.cost(each) for each in found]
         least = [each for each, cost in zip(found, costs, strict=True) if cost == min(costs)]
         least = [each for number, each in enumerate(least) if each not in least[:number]]
         return min(least, key=lambda each: (self._crossing.pairs(each), each is not first, each))
 
     def _starts(self, first: list[int]) -> Iterator[list[int]]:
-        """All starts, with sizes within their bounds and pins kept."""
+        """All starts; METIS may miss the shares by a little, and pins."""
         edges = self._adj.num_edges
         yield first
-        for seed in self._seeds()[: _GROWN_EDGES // edges or int(edges <= 2 * _GROWN_EDGES)]:
+        for seed in self._seeds()[: _GROWN_EDGES // edges or int(edges <= _MAX_REFINED_EDGES)]:
             yield self._mapped(grow(self._graph, self._pinned, self._shares, seed))
         if self._adj.num_nodes <= _SMALL_NODES and edges <= _MAX_COMMUNITY_EDGES:
             yield self._mapped(contiguous(self._pinned, self._shares, community_order(self._adj)))
-        for parts in metis(self._crossing, self._shares, min(_MAX_METIS, _METIS_EDGES // edges or 1)):
-            yield self._fitted(self._mapped(parts))
+        for parts in metis(self._crossing, self._shares, max(1, min(_MAX_METIS, _METIS_EDGES // edges))):
+            yield self._mapped(parts)
 
     def _seeds(self) -> list[int]:
         """Where regions begin: the node with fewest neighbours, the first node, and spread over the indices."""

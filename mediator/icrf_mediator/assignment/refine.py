@@ -69,6 +69,9 @@ def mend(
         low, high: fewest and most nodes per cluster, which sum to at most and at least the number of nodes.
         pins: node -> allowed clusters.
     """
+    sizes = np.bincount(clusters, minlength=len(low)).tolist()
+    if all(least <= size <= most for least, size, most in zip(low, sizes, high, strict=True)):
+        return clusters
     one = _Mending(graph, clusters, low, high, pins, costs)
     one.run()
     return one.best()
