@@ -31,8 +31,8 @@ from icrf_mediator.assignment.starts import community_order, contiguous, grow, m
 # What all starts of a kind together may cost, in directed edges looked at; it keeps an assignment within seconds.
 _GROWN_EDGES, _METIS_EDGES, _REFINED_EDGES = 600_000, 800_000, 600_000
 _MAX_METIS = 8
-# Larger graphs are left as METIS refines them.
-_MAX_REFINED_EDGES = 1_500_000
+# Larger graphs are left as METIS refines them, and so are those of which each move is chosen among too many clusters.
+_MAX_REFINED_EDGES, _MAX_MOVE_CHOICES = 1_500_000, 10_000_000
 # Up to here a start is refined until nothing improves.
 _REFINE_FULLY_EDGES, _FEW_PASSES = 200_000, 3
 # Communities by modularity cost more than everything else together on large graphs.
@@ -89,14 +89,16 @@ class _Search:
         starts = [(self._crossing.cost(start), number, start) for number, start in enumerate(self._starts(first))]
         starts.sort(key=lambda entry: entry[:2])
         edges = self._adj.num_edges
+        # A move is chosen among all pairs of clusters.
+        choices = self._graph.num_nodes * len(self._shares.target) ** 2
         passes = MAX_PASSES if edges <= _REFINE_FULLY_EDGES else _FEW_PASSES
         low, high = self._shares.low, self._shares.high
         found = [first]
-        for number, (cost, _, start) in enumerate(starts[: max(1, _REFINED_EDGES // edges)]):
+        for number, (cost, _, start) in enumerate(starts[: max(1, _REFINED_EDGES // (edges + choices // 2))]):
             if self._graph.num_nodes > _SMALL_NODES and number and cost > _HOPELESS * starts[0][0]:
                 break
             found.append(self._fitted(start))
-            if edges <= _MAX_REFINED_EDGES:
+            if edges <= _MAX_REFINED_EDGES and choices <= _MAX_MOVE_CHOICES:
                 found.append(refine(self._graph, found[-1], low, high, self._pins, passes, self._costs))
         costs = [self._crossing.cost(each) for each in found]
         least = [each for each, cost in zip(found, costs, strict=True) if cost == min(costs)]
@@ -111,7 +113,7 @@ class _Search:
             yield self._mapped(grow(self._graph, self._pinned, self._shares, seed))
         if self._adj.num_nodes <= _SMALL_NODES and edges <= _MAX_COMMUNITY_EDGES:
             yield self._mapped(contiguous(self._pinned, self._shares, community_order(self._adj)))
-        for parts in metis(self._crossing, self._shares, max(1, min(_MAX_METIS, _METIS_EDGES // edges))):
+        for parts in metis(self._crossing, self._shares, max(2, min(_MAX_METIS, _METIS_EDGES // edges))):
             yield self._mapped(parts)
 
     def _seeds(self) -> list[int]:

@@ -132,13 +132,13 @@ def _begin(
 
 
 def metis(crossing: Crossing, shares: Shares, count: int) -> Iterator[list[int]]:
-    """Partitions by METIS (Karypis and Kumar 1998), by k-way refinement and by recursive bisection.
+    """Partitions by METIS (Karypis and Kumar 1998): by k-way refinement, as METIS is by default, then with other seeds.
 
     Sizes are near the shares and may miss them by a little; pins are not looked at. The seeds are fixed and METIS keeps
     the interpreter's lock, so that equal arguments give equal partitions.
 
     Args:
-        count: how many, at most 16.
+        count: how many.
     """
     parts = [c for c, target in enumerate(shares.target) if target > 0]
     sizes = [shares.target[c] for c in parts]
@@ -147,8 +147,9 @@ def metis(crossing: Crossing, shares: Shares, count: int) -> Iterator[list[int]]
     graph = pymetis.CSRAdjacency(crossing.both.indptr, crossing.both.indices)
     weights = None if max(sizes) - min(sizes) <= 1 else [size / sum(sizes) for size in sizes]
     for number in range(count):
-        options = pymetis.Options(seed=number // 2, niter=_METIS_ITERATIONS, ufactor=_METIS_UFACTOR)
-        found = pymetis.part_graph(
-            len(parts), graph, tpwgts=weights, recursive=bool(number % 2), options=options
-        ).vertex_part
-        yield np.array(parts)[np.asarray(found)].tolist()
+        options = pymetis.Options()
+        if number != 1:
+            options = pymetis.Options(seed=number, niter=_METIS_ITERATIONS, ufactor=_METIS_UFACTOR)
+        recursive = None if number == 1 else bool(number % 2)
+        found = pymetis.part_graph(len(parts), graph, tpwgts=weights, recursive=recursive, options=options)
+        yield np.array(parts)[np.asarray(found.vertex_part)].tolist()
