@@ -44,9 +44,10 @@ from icrf.protocol import (
 )
 from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.feasibility import slot_resources
 from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
-from icrf_mediator.planning import check_submission, make_plan, slot_resources
+from icrf_mediator.planning import check_submission, make_plan
 from icrf_mediator.run_restore import request_id, restore_run, run_event, run_info
 from icrf_mediator.runs import RunMachine
 

@@ -361,7 +361,6 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "dataset_type: text",
         "optimizer: LBFGS",
         "aggregation_strategy: FedBuff",
-        "assignment_strategy: metis",
         "topology_adaptation_strategy: random",
         "clustering_period: 2",
         "do_cluster: true",

@@ -284,6 +284,8 @@ class Plan:
             on the graph is said of the one that the run starts with.
         adaptation_period: rounds from one decision on the graph to the next; 0 where it stays as it is.
         bytes_inter_cluster_per_adaptation: payload bytes that such a decision adds.
+        memory: cluster name -> peak memory that it needs, an estimate; `peak_memory_bytes` is the largest of these.
+        lacking: cluster name -> what it lacks, in a sentence or more; those that are not named have what it takes.
     """
 
     federation: str
@@ -316,6 +318,8 @@ class Plan:
     adaptation_period: int = 0
     bytes_inter_cluster_per_adaptation: int = 0
     residents: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

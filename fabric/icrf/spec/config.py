@@ -223,7 +223,9 @@ class FederationConfig(BaseModel):
 
     # ---- where it runs
     assignment_strategy: Text = "locality"
-    """How nodes are spread over clusters: ``locality`` keeps neighbours together, ``round_robin`` deals them out."""
+    """How nodes are spread over clusters, in shares that follow their slots: ``locality`` cuts as few edges as it can,
+    ``metis`` and ``louvain`` divide the graph in one way alone, ``capacity`` keeps the order of the nodes,
+    ``round_robin`` deals them out, ``random`` draws by the seed. See docs/assignment.md."""
     placement: Placement = Field(default_factory=dict)
     """Nodes that must be somewhere: node id -> cluster name, or node id -> {label: value} that its cluster carries."""
     placement_group_strategy: Text = "PACK"

@@ -136,7 +136,7 @@ class _Pass:
         return result
 
     def _cost(self, node: int, cluster: int) -> int:
-        """What the edges of a node cost if it lives on `cluster`, but for a number that is the same for all clusters."""
+        """What the edges of a node cost if it lives on `cluster`, but for a summand that is the same for all."""
         base = node * self._k
         if self._costs is None:
             return -self._connections[base + cluster]
