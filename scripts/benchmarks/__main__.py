@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import one_cluster
+from benchmarks import assignment, one_cluster
 
 
 def main() -> int:
@@ -15,6 +15,9 @@ def main() -> int:
     command = commands.add_parser("one-cluster", help="rounds on one machine: ICRF, a plain loop, and peers")
     one_cluster.add_arguments(command)
     command.set_defaults(run=one_cluster.main)
+    command = commands.add_parser("assignment", help="graphs divided over clusters: ICRF, METIS and Louvain")
+    assignment.add_arguments(command)
+    command.set_defaults(run=assignment.main)
     arguments = parser.parse_args()
     try:
         return int(arguments.run(arguments))

@@ -445,16 +445,6 @@ def test_plan_shows_placement_and_bytes_and_starts_nothing(fabric: Command) -> N
     assert fabric("plan", "fed.yaml", "--mediator", "a:1", "--clusters", "2").exit_code == 2
 
 
-@pytest.mark.parametrize("where", [(), ("--mediator", "a:1")])
-def test_plans_are_compared(fabric: Command, where: tuple[str, ...]) -> None:
-    result = fabric("plan", "fed.yaml", "--compare", "--json", *where)
-    assert result.exit_code == 0, result.output
-    compared = last_json(result)["alternatives"]
-    assert compared.keys() >= {"locality", "metis", "louvain", "capacity", "round_robin", "random"}
-    assert all(each.keys() >= {"cut_edges", "bytes_inter_cluster_total", "feasible"} for each in compared.values())
-    assert "placed by" in result.stderr and "round_robin" in result.stderr
-
-
 def test_validate_tells_where_each_value_comes_from(fabric: Command) -> None:
     result = fabric("validate", "fed.yaml", "-o", "seed=5")
     assert result.exit_code == 0, result.output
