@@ -190,7 +190,8 @@ def check_submission(submission: Submission) -> None:
     """Refuse what no mediator can run, before anything is kept of it.
 
     Raises:
-        ConfigError: C001, C006, C016, C010 about the configuration or the stage; C008 no node trains.
+        ConfigError: C001, C006, C016, C010 about the configuration or the stage; C008 no node trains, or communities of
+            other nodes.
     """
     config = _parse(submission.config_json)
     for key, kinds in {**_NEEDED, **(_NEEDED_OF_GROUPS if submission.flow == HIERARCHICAL else {})}.items():
@@ -202,6 +203,9 @@ def check_submission(submission: Submission) -> None:
         raise ConfigError("C007", "global_every < 1", place="config_json", value=config["global_every"])
     if submission.stage not in STAGES:
         raise ConfigError("C010", f"no such stage: {submission.stage!a}", place="stage", allowed=", ".join(STAGES))
+    if submission.communities and len(submission.communities) != len(submission.nodes):
+        found, nodes = len(submission.communities), len(submission.nodes)
+        raise ConfigError("C008", f"communities of {found} nodes for {nodes}", place="communities")
     if not any("train" in node.role.split("-") for node in submission.nodes):
         raise ConfigError("C008", "no node trains", place="nodes")
 
@@ -243,6 +247,7 @@ def _hints(
         seed=settings.seed,
         previous=tuple(index.get(previous.get(node.id, ""), -1) for node in submission.nodes) if previous else (),
         costs=link_costs(names, measured, payload),
+        communities=submission.communities,
     )
 
 

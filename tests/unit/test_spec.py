@@ -363,7 +363,6 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "aggregation_strategy: FedBuff",
         "topology_adaptation_strategy: random",
         "clustering_period: 2",
-        "do_cluster: true",
         "store_node_models: true",
         "device: cuda",
         "on_cluster_loss: reassign",

@@ -161,6 +161,8 @@ class Submission:
         schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
             mediator draws the participants.
         profile: tell with each round where its time went; changes nothing else.
+        communities: community per node by what its data look like, for placement, -1 for a node in none; empty where
+            placement does not look at data.
     """
 
     client_request_id: str
@@ -175,6 +177,7 @@ class Submission:
     rows: Rows = field(default_factory=Rows)
     schedule: tuple[str, ...] = ()
     profile: bool = False
+    communities: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

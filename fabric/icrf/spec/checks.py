@@ -78,9 +78,8 @@ def _unusable_names(values: Values) -> Iterator[Problem]:
 def _only_today(values: Values) -> Iterator[Problem]:
     if values.get("clustering_period", 0) != 0:
         yield not_built("clustering_period", values["clustering_period"], "0")
-    for key, wanted in (("do_cluster", False), ("store_node_models", False)):
-        if values.get(key, wanted) is not wanted:
-            yield not_built(key, not wanted, str(wanted).lower())
+    if values.get("store_node_models", False) is not False:
+        yield not_built("store_node_models", True, "false")
     if values.get("device") == "cuda":
         yield not_built("device", "cuda", "cpu")
 
@@ -96,6 +95,17 @@ def _sampled_clients(values: Values) -> Iterator[Problem]:
             f"sampled_clients {number} contradicts client_fraction {values['client_fraction']}",
             allowed="one of the two",
         )
+
+
+def _communities(values: Values) -> Iterator[Problem]:
+    if not values["do_cluster"]:
+        return
+    strategy, schema = values["assignment_strategy"], values["federated_learning_schema"]
+    other = f"assignment_strategy '{strategy}', which does not look at data" if strategy != "locality" else ""
+    if in_groups(schema, values["federated_learning_topology"]):
+        other = f"federated_learning_schema {schema}, whose groups are kept whole; group_by labels looks at data"
+    if other:
+        yield Problem("C008", ("do_cluster",), f"do_cluster contradicts {other}", allowed="false")
 
 
 def _min_nodes(values: Values) -> Iterator[Problem]:
@@ -465,6 +475,7 @@ CHECKS: tuple[Check, ...] = (
     _models,
     _byzantine,
     _sampled_clients,
+    _communities,
     _min_nodes,
     _cluster_loss,
     _late_updates,

@@ -248,7 +248,9 @@ class FederationConfig(BaseModel):
     clustering_period: CountOrZero = 0
     """Re-plan the assignment every so many rounds; 0: never."""
     do_cluster: bool = False
-    """Place nodes by the similarity of their label distributions."""
+    """Place nodes by the similarity of their label distributions: communities come first, cut edges second."""
+    label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Scale of the Laplace noise on each count of the histograms that ``do_cluster`` compares; drawn by the seed."""
 
     # ---- policy of a round
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S

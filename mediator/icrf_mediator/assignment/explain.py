@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,25 @@ def explain(
             moved = f"moved from {names[previous[node]]}" if previous[node] >= 0 else "moved: its cluster is gone"
             reason = f"stays: {reason}" if previous[node] == cluster else f"{moved}; {reason}"
         sentences.append(reason)
+    return tuple(sentences)
+
+
+def explain_communities(
+    clusters: Sequence[int], names: Sequence[str], pins: Pins, communities: Sequence[int]
+) -> tuple[str, ...]:
+    """One sentence per node of an assignment that keeps communities by data together."""
+    sizes = Counter(communities)
+    here = Counter(zip(communities, clusters, strict=True))
+    sentences = []
+    for node, (community, cluster) in enumerate(zip(communities, clusters, strict=True)):
+        name = names[cluster]
+        if node in pins:
+            sentences.append(f"pinned to {name}" if len(pins[node]) == 1 else f"{name} matches its placement labels")
+        elif community < 0:
+            sentences.append(f"balance: {name} had a share left")
+        else:
+            told = f"{here[community, cluster]} of the {sizes[community]} nodes with labels like its own"
+            sentences.append(f"community {community}: {told} are on {name}")
     return tuple(sentences)
 
 

@@ -22,8 +22,9 @@ from icrf_mediator.assignment.base import (
     place_pinned,
 )
 from icrf_mediator.assignment.crossing import Costs, Crossing, Neighbours
-from icrf_mediator.assignment.explain import explain
+from icrf_mediator.assignment.explain import explain, explain_communities
 from icrf_mediator.assignment.mapping import map_parts
+from icrf_mediator.assignment.packing import pack
 from icrf_mediator.assignment.reassign import keep_most
 from icrf_mediator.assignment.refine import MAX_PASSES, mend, refine
 from icrf_mediator.assignment.starts import community_order, contiguous, grow, metis
@@ -50,7 +51,8 @@ class LocalityAwareAssignment:
     Every cluster takes a share of the nodes in proportion to its slots; pins may exceed the share. Starts: contiguous
     by index, regions grown from several seeds, communities (Blondel et al. 2008) packed onto the shares, and METIS. The
     best are refined by moves and swaps. Where links are known to differ, a cut edge counts as much as its link costs.
-    With an assignment before, as few nodes as possible move, and those where it costs least.
+    With an assignment before, as few nodes as possible move, and those where it costs least. Communities by data, where
+    there are any, come before the cut: they are kept whole as far as shares allow.
     """
 
     def assign(
@@ -64,6 +66,10 @@ class LocalityAwareAssignment:
         if hints.previous:
             kept = keep_most(Crossing(adj, hints.costs).neighbours(), hints.previous, pinned, shares, pins, hints.costs)
             return Assignment(tuple(kept), explain(adj, kept, names, pins, hints.previous))
+        if hints.communities:
+            graph = Crossing(adj, hints.costs).neighbours()
+            packed = pack(graph, hints.communities, pinned, shares, pins, hints.costs)
+            return Assignment(tuple(packed), explain_communities(packed, names, pins, hints.communities))
         best = contiguous(pinned, shares, range(adj.num_nodes))
         # In a complete graph every assignment of these sizes cuts the same.
         complete = adj.num_edges == adj.num_nodes * (adj.num_nodes - 1) and hints.costs is None

@@ -169,6 +169,7 @@ class Submission(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    COMMUNITIES_FIELD_NUMBER: _builtins.int
     client_request_id: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
@@ -188,6 +189,8 @@ class Submission(_message.Message):
     def schedule(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """hexadecimal bitmaps"""
 
+    @_builtins.property
+    def communities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -203,10 +206,11 @@ class Submission(_message.Message):
         rows: Global___Rows | None = ...,
         schedule: _abc.Iterable[_builtins.str] | None = ...,
         profile: _builtins.bool = ...,
+        communities: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "profile", b"profile", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "communities", b"communities", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "profile", b"profile", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
