@@ -135,7 +135,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
         facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_adaptation)} more per change of the graph"))
     facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"))
     if mixing := consensus_text(plan):
-        facts += [("mixing", mixing), ("", limit_text(plan))]
+        facts += [("mixing", mixing), ("", f"spectral gap {1 - plan.slem:.6f}"), ("", limit_text(plan))]
     if plan.adaptation:
         facts.append(("graph", adaptation_text(plan)))
     facts.append(("peak memory", f"{format_bytes(plan.peak_memory_bytes)} on the busiest cluster"))

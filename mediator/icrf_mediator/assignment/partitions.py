@@ -33,11 +33,18 @@ class MetisAssignment:
         pinned, counts = place_pinned(pins, adj.num_nodes, slots)
         shares = fair_shares(adj.num_nodes, slots, counts)
         crossing = Crossing(adj)
-        found = contiguous(pinned, shares, range(adj.num_nodes))
-        for parts in metis(crossing, shares, 1):
-            placed = [c if own < 0 else own for c, own in zip(parts, pinned, strict=True)]
-            fixed = {node: (cluster,) for node, cluster in enumerate(pinned) if cluster >= 0}
-            found = mend(crossing.neighbours(), placed, shares.low, shares.high, fixed)
+        fixed = {node: (cluster,) for node, cluster in enumerate(pinned) if cluster >= 0}
+        tried = [
+            mend(
+                crossing.neighbours(),
+                [c if own < 0 else own for c, own in zip(parts, pinned, strict=True)],
+                shares.low,
+                shares.high,
+                fixed,
+            )
+            for parts in metis(crossing, shares, 2)
+        ]
+        found = min(tried, key=crossing.cost) if tried else contiguous(pinned, shares, range(adj.num_nodes))
         return Assignment(tuple(found), explain(adj, found, [cluster.name for cluster in clusters], pins))
 
 
