@@ -29,15 +29,15 @@ from icrf_mediator.assignment.reassign import keep_most
 from icrf_mediator.assignment.refine import MAX_PASSES, mend, refine
 from icrf_mediator.assignment.starts import community_order, contiguous, grow, metis
 
-# What all starts of a kind together may cost, in directed edges looked at; it keeps an assignment within seconds.
-_GROWN_EDGES, _METIS_EDGES, _REFINED_EDGES = 600_000, 800_000, 600_000
+# What all starts of a kind together may cost, in nodes and directed edges; it keeps an assignment within seconds.
+_GROWN, _METIS, _REFINED = 600_000, 800_000, 600_000
 _MAX_METIS = 8
 # Larger graphs are left as METIS refines them, and so are those of which each move is chosen among too many clusters.
-_MAX_REFINED_EDGES, _MAX_MOVE_CHOICES = 1_500_000, 10_000_000
+_MAX_REFINED, _MAX_MOVE_CHOICES = 1_500_000, 10_000_000
 # Up to here a start is refined until nothing improves.
-_REFINE_FULLY_EDGES, _FEW_PASSES = 200_000, 3
+_REFINE_FULLY, _FEW_PASSES = 200_000, 3
 # Communities by modularity cost more than everything else together on large graphs.
-_SMALL_NODES, _MAX_COMMUNITY_EDGES = 2_000, 50_000
+_SMALL_NODES, _SMALL_SIZE = 2_000, 50_000
 # A start that costs so many times the best one is not worth the refinement on a large graph.
 _HOPELESS = 1.5
 # Larger graphs keep the order of their indices.
@@ -86,6 +86,7 @@ class _Search:
     ) -> None:
         self._adj, self._shares, self._pins, self._pinned, self._costs = adj, shares, pins, pinned, costs
         self._crossing = Crossing(adj, costs)
+        self._size = adj.num_edges + adj.num_nodes
         self._graph: Neighbours = self._crossing.neighbours()
         # Where a pinned node has a choice, it is made already while sizes are mended.
         self._fixed = {node: (cluster,) for node, cluster in enumerate(pinned) if cluster >= 0}
@@ -94,17 +95,17 @@ class _Search:
         """The best of all starts after refinement; of equal ones `first`, then the lexicographically smallest."""
         starts = [(self._crossing.cost(start), number, start) for number, start in enumerate(self._starts(first))]
         starts.sort(key=lambda entry: entry[:2])
-        edges = self._adj.num_edges
+        size = self._size
         # A move is chosen among all pairs of clusters.
         choices = self._graph.num_nodes * len(self._shares.target) ** 2
-        passes = MAX_PASSES if edges <= _REFINE_FULLY_EDGES else _FEW_PASSES
+        passes = MAX_PASSES if size <= _REFINE_FULLY else _FEW_PASSES
         low, high = self._shares.low, self._shares.high
         found = [first]
-        for number, (cost, _, start) in enumerate(starts[: max(1, _REFINED_EDGES // (edges + choices // 2))]):
+        for number, (cost, _, start) in enumerate(starts[: max(1, _REFINED // (size + choices // 2))]):
             if self._graph.num_nodes > _SMALL_NODES and number and cost > _HOPELESS * starts[0][0]:
                 break
             found.append(self._fitted(start))
-            if edges <= _MAX_REFINED_EDGES and choices <= _MAX_MOVE_CHOICES:
+            if size <= _MAX_REFINED and choices <= _MAX_MOVE_CHOICES:
                 found.append(refine(self._graph, found[-1], low, high, self._pins, passes, self._costs))
         costs = [self._crossing.cost(each) for each in found]
         least = [each for each, cost in zip(found, costs, strict=True) if cost == min(costs)]
@@ -113,13 +114,13 @@ class _Search:
 
     def _starts(self, first: list[int]) -> Iterator[list[int]]:
         """All starts; METIS may miss the shares by a little, and pins."""
-        edges = self._adj.num_edges
+        size = self._size
         yield first
-        for seed in self._seeds()[: _GROWN_EDGES // edges or int(edges <= _MAX_REFINED_EDGES)]:
+        for seed in self._seeds()[: _GROWN // size or int(size <= _MAX_REFINED)]:
             yield self._mapped(grow(self._graph, self._pinned, self._shares, seed))
-        if self._adj.num_nodes <= _SMALL_NODES and edges <= _MAX_COMMUNITY_EDGES:
+        if self._adj.num_nodes <= _SMALL_NODES and size <= _SMALL_SIZE:
             yield self._mapped(contiguous(self._pinned, self._shares, community_order(self._adj)))
-        for parts in metis(self._crossing, self._shares, max(2, min(_MAX_METIS, _METIS_EDGES // edges))):
+        for parts in metis(self._crossing, self._shares, max(2, min(_MAX_METIS, _METIS // size))):
             yield self._mapped(parts)
 
     def _seeds(self) -> list[int]:

@@ -219,6 +219,8 @@ class _Pass:
 class _Mending(_Pass):
     """Moves that bring sizes within their bounds, and no others."""
 
+    _next = 0
+
     def run(self) -> int:
         """Make the moves; returns how many there were."""
         while self._outside:
@@ -240,12 +242,16 @@ class _Mending(_Pass):
         return source != target and gives and takes
 
     def _unconnected(self) -> tuple[int, int, int] | None:
-        """The first node that may move, where none has a neighbour where it is wanted."""
-        for node, source in enumerate(self._clusters):
+        """The next node that may move, where none has a neighbour where it is wanted."""
+        n = self._graph.num_nodes
+        # From where the last one was found, and around: what was passed over may have to move after all.
+        for step in range(n):
+            node = (self._next + step) % n
             if self._locked[node]:
                 continue
-            allowed = self._pins.get(node, self._all)
+            source, allowed = self._clusters[node], self._pins.get(node, self._all)
             targets = [target for target in self._all if target in allowed and self._fits(source, target)]
             if targets:
+                self._next = node
                 return 0, node, min(targets, key=lambda target: (self._cost(node, target), target))
         return None
