@@ -17,8 +17,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from benchmarks.document import read_part, table, write_part
+from icrf.testing.processes import marked
 
 MARK = "ICRF_TEST_SESSION"
 PROCESS_GRACE_S = 20.0
@@ -33,12 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test module imports torch or Ray; they read it when they are loaded."""
+    # Examples take as long as they take: a busy machine is no reason to fail.
+    settings.register_profile("without a deadline", deadline=None)
+    settings.load_profile("without a deadline")
     # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Short on purpose: sockets lie below it, and a Unix socket's path has at most 107 bytes.
     state = tempfile.mkdtemp(prefix="icrf-")
-    settings = {
+    environment = {
         MARK: uuid.uuid4().hex,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -46,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "XDG_STATE_HOME": state,
     }
     patch = pytest.MonkeyPatch()
-    for name, value in settings.items():
+    for name, value in environment.items():
         patch.setenv(name, value)
     # A mediator that happens to run on this machine is none of the tests' business.
     patch.delenv("ICRF_MEDIATOR", raising=False)
@@ -95,13 +100,11 @@ def _command_line(process: psutil.Process) -> str:
 
 def _marked(mark: str) -> Iterator[psutil.Process]:
     """Processes that carry the mark in the environment they were started with, wherever they hang in the tree."""
-    needle = f"{MARK}={mark}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+    for pid in marked(MARK, mark):
         try:
-            if needle in environ.read_bytes().split(b"\0"):
-                yield psutil.Process(int(environ.parent.name))
-        except (OSError, psutil.NoSuchProcess):
-            continue  # it ended meanwhile, or it is another user's
+            yield psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            continue  # it ended meanwhile
 
 
 def _leaked_processes(mark: str) -> list[psutil.Process]:

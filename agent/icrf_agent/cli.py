@@ -42,7 +42,9 @@ class Flags:
     mediator: str
     ray_address: str
     slots: int | None
+    quota: int | None
     cpus: int | None
+    gpus: int | None
     labels: dict[str, str]
     advertise: str | None
     allow: tuple[str, ...]
@@ -103,7 +105,7 @@ async def run_agent(flags: Flags, stop: asyncio.Event) -> int:
 
 
 def _refuse_with_remote(flags: Flags) -> None:
-    for flag, value in (("--cpus", flags.cpus), ("--object-store-mb", flags.object_store_mb)):
+    for flag, value in (("--cpus", flags.cpus), ("--gpus", flags.gpus), ("--object-store-mb", flags.object_store_mb)):
         if value is not None:
             raise LocalError(
                 "L009",
@@ -130,7 +132,9 @@ async def _local_cluster(flags: Flags, state: StateFolder, ray: LocalRay) -> str
 def _ensure(flags: Flags, state: StateFolder, ray: LocalRay) -> str:
     num_cpus = flags.cpus or os.cpu_count() or 1
     num_bytes = DEFAULT_OBJECT_STORE_BYTES if flags.object_store_mb is None else flags.object_store_mb << 20
-    return ray.ensure(state.path, num_cpus, lock_file=state.lock_file, object_store_bytes=num_bytes)
+    return ray.ensure(
+        state.path, num_cpus, lock_file=state.lock_file, num_gpus=flags.gpus or 0, object_store_bytes=num_bytes
+    )
 
 
 def _renewed(flags: Flags, state: StateFolder, ray: LocalRay) -> str:
@@ -156,11 +160,11 @@ async def _serve(
         mediator=flags.mediator,
         ray_address=ray_address,
         num_slots=flags.slots,
+        quota=flags.quota,
         labels=flags.labels,
         advertise=flags.advertise,
         allow=None if flags.trust_submitter else flags.allow,
         state_dir=state.path,
-        namespace=f"icrf-{flags.cluster}",
         renew=renew,
     )
     return await serve_agent(settings, stop)
@@ -176,7 +180,11 @@ def agent(
         str, typer.Option(help="HOST:PORT of a Ray cluster, or 'local' for one that lives with this agent.")
     ] = LOCAL,
     slots: Annotated[int | None, typer.Option(min=1, help="Most hosts at once.", show_default="by CPUs")] = None,
+    quota: Annotated[
+        int | None, typer.Option(min=1, help="Most slots that one federation may hold at once.", show_default="all")
+    ] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs of a local cluster.", show_default="all")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a local cluster.", show_default="0")] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For placement; repeatable.")] = None,
     advertise: Annotated[
         str | None, typer.Option(help="HOST:PORT where other clusters can dial the gateway.", show_default="relayed")
@@ -208,7 +216,9 @@ def agent(
         mediator=mediator,
         ray_address=ray_address,
         slots=slots,
+        quota=quota,
         cpus=cpus,
+        gpus=gpus,
         labels=parse_labels(label or ()),
         advertise=advertise,
         allow=check_allow(allow or ()),

@@ -6,7 +6,7 @@ belong to, and drops everything that is stale. The shell (``service.py``) carrie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError
 from icrf.exchange import ExchangePlan, compile_exchange
@@ -39,6 +39,7 @@ from icrf.protocol import (
     nodes_of,
 )
 from icrf.topology.hybrid import HybridAdjacencyMatrix
+from icrf.update import choose_grid
 from icrf_agent.round_machine import REPORT, RoundMachine, Step
 
 
@@ -58,10 +59,15 @@ class Perform:
 
 @dataclass(frozen=True)
 class Advance:
-    """Carry out one step of an attempt and feed its outcome back with :meth:`AgentCore.step_done`."""
+    """Carry out one step of an attempt and feed its outcome back with :meth:`AgentCore.step_done`.
+
+    Attributes:
+        ahead: whether nobody has asked for the attempt yet: the one before is not over then.
+    """
 
     start: StartRound
     step: Step
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,23 @@ class _Run:
     early: list[Arrival] = field(default_factory=list)
     floor: tuple[int, int] = (0, 0)
     aborted: bool = False
+    # What is expected to be asked for next, and what it has come to if that is known already.
+    ahead: RoundMachine | None = None
+    found_ahead: RoundReport | None = None
 
     @property
     def position(self) -> tuple[int, int]:
-        """(round, attempt) that was begun last, by this agent or the one before it."""
-        start = self.machine.start if self.machine else None
-        return (start.round, start.attempt) if start else self.floor
+        """(round, attempt) that was asked for last, of this agent or the one before it."""
+        return position_of(self.machine.start) if self.machine else self.floor
 
-    @property
-    def is_open(self) -> bool:
-        """Whether there is an attempt that waits for its report."""
-        return self.machine is not None and self.report is None and not self.aborted
+    def open_machine(self, start: StartRound) -> RoundMachine | None:
+        """What drives an attempt that has no report yet."""
+        wanted = (start.generation, *position_of(start))
+        if self.ahead is not None and (self.ahead.start.generation, *position_of(self.ahead.start)) == wanted:
+            return None if self.found_ahead else self.ahead
+        machine = None if self.report or self.aborted else self.machine
+        found = machine is not None and (machine.start.generation, *position_of(machine.start)) == wanted
+        return machine if found else None
 
 
 class AgentCore:
@@ -148,35 +160,35 @@ class AgentCore:
         if header.source not in run.activation.clusters:
             return []
         source = run.activation.clusters.index(header.source)
-        return self._actions(run, run.machine.arrived(arrival, source, now_s))
+        return self._actions(run, run.machine, run.machine.arrived(arrival, source, now_s), now_s)
 
     def step_done(
         self, start: StartRound, step: Step, result: PhaseReport | None, took_s: float, now_s: float
     ) -> list[Action]:
         """A step was carried out; outcomes of attempts that are no longer open are dropped."""
-        run = self._open(start)
-        if run is None or run.machine is None:
+        run = self._runs.get(start.run_id)
+        machine = run.open_machine(start) if run else None
+        if run is None or machine is None:
             return []
-        return self._actions(run, run.machine.done(step, result, took_s, now_s))
+        return self._actions(run, machine, machine.done(step, result, took_s, now_s), now_s)
 
     def is_open(self, start: StartRound) -> bool:
-        """Whether an attempt is still the one that runs here and has not been reported."""
-        return self._open(start) is not None
+        """Whether an attempt is still one that runs here and has no report."""
+        run = self._runs.get(start.run_id)
+        return run is not None and run.open_machine(start) is not None
 
     def step_failed(self, start: StartRound, error: IcrfError, recovery: str = "") -> list[Action]:
         """A step failed: the attempt is over here, and the mediator decides; `recovery` is what it would take."""
-        run = self._open(start)
-        if run is None:
+        run = self._runs.get(start.run_id)
+        machine = run.open_machine(start) if run else None
+        if run is None or machine is None:
             return []
-        run.report = RoundReport(
-            start.run_id,
-            start.generation,
-            start.round,
-            start.attempt,
-            error_json=error.to_json(),
-            recovery=recovery,
+        text = error.to_json()
+        return self._reported(
+            run,
+            machine,
+            RoundReport(start.run_id, start.generation, *position_of(start), error_json=text, recovery=recovery),
         )
-        return [Say(run.report)]
 
     def reserved(self, order: Reserve) -> list[Action]:
         """A reservation was made; it is given back at once if the run was released while it was being made."""
@@ -249,45 +261,88 @@ class AgentCore:
         run = self._runs.get(start.run_id)
         if run is None or start.generation != run.activation.generation:
             return []
-        position = (start.round, start.attempt)
+        position = position_of(start)
         if position == run.position:
             return [Say(run.report)] if run.report else []
         if position < run.position:
             return []
-        plan = run.plan.merged() if start.merge else run.plan
-        if start.participants:
-            plan = plan.of_round(nodes_of(start.participants))
-        run.machine = RoundMachine(plan, run.cluster, start, run.activation.graph.num_nodes)
-        run.report, run.aborted = None, False
-        actions = self._actions(run, run.machine.begin(now_s))
+        if run.ahead is not None and replace(start, ahead=None) == run.ahead.start:
+            actions = self._confirm(run, run.ahead, start, now_s)
+        else:
+            actions = self._drop_ahead(run)
+            run.machine = machine = RoundMachine(_plan_of(run, start), run.cluster, start, _num_nodes(run))
+            run.report, run.aborted = None, False
+            actions += self._actions(run, machine, machine.begin(now_s), now_s)
         early, run.early = run.early, []
         for arrival in early:
             actions += self.arrived(arrival, now_s)
         return actions
 
+    def _confirm(self, run: _Run, machine: RoundMachine, start: StartRound, now_s: float) -> list[Action]:
+        """What was begun ahead is what is asked for."""
+        report, run.ahead, run.found_ahead = run.found_ahead, None, None
+        run.machine, run.report, run.aborted = machine, None, False
+        steps = machine.confirmed(start, now_s)
+        return self._reported(run, machine, report) if report else self._actions(run, machine, steps, now_s)
+
+    def _go_ahead(self, run: _Run, report: RoundReport, now_s: float) -> list[Action]:
+        """Begin with what is expected to follow an attempt that has made the global model here."""
+        assert run.machine is not None
+        ahead = run.machine.start.ahead
+        if ahead is None or report.overflow or report.error_json or run.cluster != run.plan.coordinator:
+            return []
+        start = run.machine.start.expected(report.model_hash, choose_grid(report.absmax, ahead.total_weight))
+        assert start is not None
+        run.ahead = machine = RoundMachine(_plan_of(run, start), run.cluster, start, _num_nodes(run), ahead=True)
+        return self._actions(run, machine, machine.begin(now_s), now_s)
+
+    def _drop_ahead(self, run: _Run) -> list[Action]:
+        """What was begun ahead is not what comes next."""
+        machine, run.ahead, run.found_ahead = run.ahead, None, None
+        return [Discard(machine.start.run_id, *position_of(machine.start))] if machine else []
+
     def _abort(self, abort: AbortAttempt) -> list[Action]:
         run = self._runs.get(abort.run_id)
+        actions: list[Action] = [Discard(abort.run_id, abort.round, abort.attempt)]
         if run and run.position == (abort.round, abort.attempt):
             # Its report, if there is one, is void: an attempt that was dropped here must never be committed.
             run.aborted, run.report = True, None
-        return [Discard(abort.run_id, abort.round, abort.attempt)]
+            actions += self._drop_ahead(run)
+        return actions
 
-    def _open(self, start: StartRound) -> _Run | None:
-        run = self._runs.get(start.run_id)
-        if run is None or run.machine is None or not run.is_open:
-            return None
-        return run if run.machine.start == start else None
-
-    def _actions(self, run: _Run, steps: list[Step]) -> list[Action]:
-        assert run.machine is not None
+    def _actions(self, run: _Run, machine: RoundMachine, steps: list[Step], now_s: float) -> list[Action]:
         actions: list[Action] = []
         for step in steps:
             if step.kind == REPORT and step.report is not None:
-                run.report = step.report
-                actions.append(Say(step.report))
+                actions += self._reported(run, machine, step.report)
+                if machine is run.machine:
+                    actions += self._go_ahead(run, step.report, now_s)
             else:
-                actions.append(Advance(run.machine.start, step))
+                actions.append(Advance(machine.start, step, machine.ahead))
         return actions
+
+    def _reported(self, run: _Run, machine: RoundMachine, report: RoundReport) -> list[Action]:
+        """An attempt has come to its report, which waits until somebody asks for it."""
+        if machine is run.ahead:
+            run.found_ahead = report
+            return []
+        run.report = report
+        return [Say(report)]
+
+
+def position_of(start: StartRound) -> tuple[int, int]:
+    """Round and attempt."""
+    return start.round, start.attempt
+
+
+def _plan_of(run: _Run, start: StartRound) -> ExchangePlan:
+    """The exchange of one round."""
+    plan = run.plan.merged() if start.merge else run.plan
+    return plan.of_round(nodes_of(start.participants)) if start.participants else plan
+
+
+def _num_nodes(run: _Run) -> int:
+    return run.activation.graph.num_nodes
 
 
 def failure(instruction: Instruction, error: IcrfError) -> Report | None:

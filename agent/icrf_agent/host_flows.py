@@ -30,7 +30,7 @@ from icrf.learning.rng import derive_seed, global_randomness, stable_random_stat
 from icrf.learning.training import LocalTerms
 from icrf.learning.vectorized import Job, Outcome
 from icrf.ports import PhaseReport
-from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound
+from icrf.protocol import AGGREGATED, MEAN, ROUNDED, Activated, StartRound, nodes_that
 from icrf.staleness import WEIGH, late_nodes, scaled
 from icrf.update import ExactSum
 from icrf_agent.checkpoint import SERVER, model_of, pack_rows, unpack_models, unpack_rows
@@ -81,9 +81,8 @@ class CentralizedFlow:
 
     def __init__(self, tools: HostTools, restored: bytes = b"") -> None:
         self._t = t = tools
-        roles = [n.role.split("-") for n in t.activation.nodes]
-        self._aggregator = next(i for i, words in enumerate(roles) if "aggregate" in words)
-        self._all_participants = tuple(i for i, words in enumerate(roles) if "train" in words)
+        self._aggregator = nodes_that("aggregate", t.activation.nodes)[0]
+        self._all_participants = nodes_that("train", t.activation.nodes)
         training = frozenset(self._all_participants)
         self._participants = tuple(i for i in t.nodes.indices if i in training)
         # Where a participant's rows are among those that this host keeps.
@@ -169,9 +168,12 @@ class CentralizedFlow:
     def publish_model(self, start: StartRound) -> None:
         """Aggregator: publish the committed global model, and what its rule sends with it, to all participants."""
         assert self._server is not None
-        row = self._server.rebase(start)[: self._rule.rows.down * self._size]
+        state = self._server.rebase(start)
         self._earlier.enter(start, self._server, self._size)
-        sent = self._earlier.sent(start, row)
+        self._post_models(start, state)
+
+    def _post_models(self, start: StartRound, state: Array) -> None:
+        sent = self._earlier.sent(start, state[: self._rule.rows.down * self._size])
         recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
         self._t.post(start, MODEL, (self._aggregator,), sent, recipients=recipients)
 
@@ -363,6 +365,8 @@ class CentralizedFlow:
         self._require_finite_rows(state)
         self._server.stage(start, state)
         self._seen = models
+        if (following := start.expected()) is not None:
+            self._post_models(following, state)
         return PhaseReport(
             absmax=self._rule.expected(self._layout.absmax(models)),
             metrics=self._measure(models) if start.evaluate and not self._private else {},

@@ -19,6 +19,7 @@ from icrf import errors
 from icrf.errors import AgentError, ConfigError, IcrfError, NodeError, WeightsError, make_error
 from icrf.federation.node import FederatedNode, NodeContext
 from icrf.learning.datasets import Dataset, configured_dataset
+from icrf.learning.devices import Device, prepare
 from icrf.learning.flat_module import FlatModule
 from icrf.learning.layout import FlatArray, Layout
 from icrf.learning.metrics import METRICS
@@ -26,7 +27,17 @@ from icrf.learning.models import MODELS, build_model
 from icrf.learning.partition import configured_partition
 from icrf.learning.rng import derive_seed, global_randomness, model_seed
 from icrf.learning.training import LocalTrainer, to_tensor
-from icrf.protocol import DECENTRALIZED, EVALUATING, OTHER, SUMMING, TRAINING, Activate, NodeSpec, StartRound
+from icrf.protocol import (
+    DECENTRALIZED,
+    EVALUATING,
+    OTHER,
+    SUMMING,
+    TRAINING,
+    Activate,
+    NodeSpec,
+    StartRound,
+    nodes_that,
+)
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.host_mailbox import HostMailbox
@@ -70,6 +81,7 @@ class HostSetup:
         notes: where the host notes what it is about to run, see :class:`icrf_agent.host_notes.HostNotes`.
         state: this host's part of the state of ``activation.restore_round``, see ``checkpoint.py``; empty: the initial.
         node_states: the durable states of its nodes after that round, see ``node_state.py``.
+        most_active: how many of its nodes may be active at once, since a host of the run died for want of memory.
     """
 
     activation: Activate
@@ -80,6 +92,7 @@ class HostSetup:
     notes: str = ""
     state: bytes = b""
     node_states: ByNode = field(default_factory=dict)
+    most_active: int | None = None
 
 
 class HostNodes:
@@ -87,6 +100,7 @@ class HostNodes:
 
     Attributes:
         most_samples: of any node of the federation, as dealt; 0 on a host that trains none.
+        device: where models and data lie while nodes compute.
 
     Args:
         setup: which nodes and where.
@@ -123,11 +137,13 @@ class HostNodes:
         named = [MODELS.get(self.config.model_type), *map(METRICS.get, self.config.metrics)]
         self._own_code = not all(map(is_ours, named))
         self.layout = Layout(activation.layout)
+        self.device = Device.of(self.config.device)
+        prepare(self.device)
         self.model = self._fresh_model(dataset)
         self.initial = self.model.snapshot()
         self.trainer = LocalTrainer()
         self.most_samples = 0
-        self._entered = (0, 0)
+        self._entered = (activation.restore_round, 0)
         self._residents = Residents(self._bring_in, self._passivate)
         self._left: dict[int, _Left] = {}
         self._kinds: dict[int, type[FederatedNode]] = {}
@@ -137,6 +153,9 @@ class HostNodes:
         )
         self._set_up(dataset)
         self.states.begin(activation.restore_round, setup.node_states)
+        # Before its next round a node is what it was after the last one.
+        for node in self._residents.active.values():
+            node.context.round = activation.restore_round
         self.mailbox.open = True
 
     def enter(self, start: StartRound) -> None:
@@ -295,26 +314,30 @@ class HostNodes:
         """The federation's model of this number as it starts."""
         c = self.config
         seed = model_seed(c.seed, number)
-        return FlatModule(build_model(c.model_type, dataset.input_shape, dataset.num_classes, seed), self.layout)
+        return FlatModule(
+            build_model(c.model_type, dataset.input_shape, dataset.num_classes, seed), self.layout, self.device
+        )
 
     def _set_up(self, dataset: Dataset) -> None:
         """Make every node once, in index order, and find out how many can be active at once."""
-        trains = [i for i, spec in enumerate(self._specs) if "train" in spec.role.split("-")]
-        self._part_of = {index: k for k, index in enumerate(trains)}
+        self._part_of = {index: k for k, index in enumerate(nodes_that("train", self._specs))}
         self._dataset, self._parts = dataset, None
         # Every host makes the same split and takes out what is its nodes' own.
         if not self._part_of.keys().isdisjoint(self.indices):
-            self._parts = configured_partition(self.config, dataset, len(trains))
+            self._parts = configured_partition(self.config, dataset, len(self._part_of))
             self.most_samples = int(self._parts.sizes.max())
-        self._test = tuple(to_tensor(part) for part in dataset.test_part())
+        self._test = tuple(self.device.put(to_tensor(part)) for part in dataset.test_part())
         here = self._setup.activation.assignment
         num_hosts = min(self._setup.activation.num_slots, here.count(here[self.indices[0]]))
-        self._admission = Admission(self.config, len(self.indices), num_hosts, self._kept_bytes(), self._notes)
+        self._admission = Admission(
+            self.config, len(self.indices), num_hosts, self._kept_bytes(), self._notes, self._setup.most_active
+        )
         for number, index in enumerate(self.indices, start=1):
             node = self.get(index)
             if node.is_train_node:
                 self._num_samples[index] = node.num_samples
-            if number % _NOTED_EVERY == 0:
+            # Few nodes may be large ones.
+            if number < _NOTED_EVERY or number % _NOTED_EVERY == 0:
                 self._admission.note(len(self._residents.active))
             if self._residents.limit is None and (limit := self._admission.limit(number)) is not None:
                 self._residents.limit = limit
@@ -357,7 +380,7 @@ class HostNodes:
         if self._parts is None or index not in self._part_of:
             return None
         features, labels = self._dataset.train_part(self._parts[self._part_of[index]])
-        return to_tensor(features), to_tensor(labels)
+        return self.device.put(to_tensor(features)), self.device.put(to_tensor(labels))
 
     def _build(self, node: FederatedNode) -> None:
         """Run `build` and `setup` where its class has any: on the initial model, and without sending anything."""
@@ -409,7 +432,7 @@ class HostNodes:
 
     def _make(self, spec: NodeSpec) -> FederatedNode:
         """A node of the class that the configuration names for its role."""
-        key = "server_template" if "aggregate" in spec.role.split("-") else "client_template"
+        key = "server_template" if "aggregate" in spec.role_parts else "client_template"
         name: str | None = getattr(self.config, key)
         template: Callable[..., Any] = FederatedNode
         if name:

@@ -18,7 +18,7 @@ from icrf.learning.layout import Layout
 from icrf.learning.vectorized import Outcome
 from icrf.ports import PhaseReport
 from icrf.protocol import EXCHANGING, SUMMING, Activate, StartRound, nodes_of
-from icrf.update import ExactSum, exact_metric
+from icrf.update import ExactSum, elementwise_max, exact_metric
 from icrf_agent.host_late import FinishedWork
 from icrf_agent.host_nodes import HostNodes
 from icrf_agent.host_vector import Together
@@ -291,8 +291,7 @@ class HostTools:
 
     def absmax(self, state: Array) -> tuple[float, ...]:
         """Largest absolute value per tensor over several models, shape (num_models, num_parameters)."""
-        rows = [self.layout.absmax(row) for row in state]
-        return tuple(max(column) for column in zip(*rows, strict=True))
+        return elementwise_max(self.layout.absmax(row) for row in state)
 
     def last_word(self, index: int, state: Array) -> None:
         """Settle a node's new state, and let its own `aggregate` change it, where its class has one; in place."""

@@ -13,6 +13,7 @@ from icrf.errors import ConfigError, IcrfError
 from icrf.federation.node import FederatedNode
 from icrf.learning.rng import torch_generator
 from icrf.learning.training import LocalTerms, to_tensor
+from icrf.learning.vectorizable import require_equal_lanes
 from icrf.learning.vectorized import Job, Outcome, Recipe, VectorTrainer
 from icrf.protocol import TRAINING
 from icrf_agent.host_nodes import HostNodes
@@ -21,13 +22,16 @@ Array = np.ndarray[Any, Any]
 
 # What a class of nodes may not have of its own where nodes train together.
 _BUILT_IN = ("train", "loss")
+# On so many samples of a node it is tried whether all lanes of a device come to the same bits.
+_SAMPLES = 3
 
 
 class Together:
     """Training of a host's nodes in groups, where ``vectorize`` of the configuration has a width.
 
     Raises:
-        ConfigError: C008 for nodes whose class has its own `train` or `loss`.
+        ConfigError: C008 for nodes whose class has its own `train` or `loss`, or for a device on which it
+            shows in the bits which lane a node trains in.
     """
 
     def __init__(self, nodes: HostNodes) -> None:
@@ -38,7 +42,10 @@ class Together:
                 self._require_built_in(nodes.kind(index))
             # A class of the user's may give its nodes other data than they were dealt.
             most = None if config.client_template else nodes.most_samples
-            self._trainer = VectorTrainer(nodes.model, config.vectorize, Recipe.of(config, most), config.device)
+            self._trainer = VectorTrainer(nodes.model, config.vectorize, Recipe.of(config, most))
+            if nodes.device.apart:
+                # Whoever submitted has tried it on a CPU.
+                self._require_equal_lanes(self._trainer)
 
     def _require_built_in(self, kind: type[FederatedNode]) -> None:
         for method in _BUILT_IN:
@@ -52,6 +59,13 @@ class Together:
                     allowed="off",
                     hint="nodes train together only as the built-in class does",
                 )
+
+    def _require_equal_lanes(self, trainer: VectorTrainer) -> None:
+        index = self._nodes.sample_counts()[0][0]
+        x, y = (to_tensor(part[:_SAMPLES]) for part in self._nodes.get(index).train_data)
+        start = self._nodes.model.row.copy()
+        job = Job(start, x.to(self._nodes.model.dtype), y, torch.Generator)
+        require_equal_lanes(trainer, self._nodes.config.model_type, job)
 
     @property
     def on(self) -> bool:

@@ -77,15 +77,22 @@ def death_of(name: str, what: str, error: BaseException) -> NodeError:
     )
 
 
+# Ray sends an argument of up to 100 KiB along with the call; a put and a get of the same cost a call each.
+_ALONG_BYTES = 88 << 10
+
+
 class RayReferences:
-    """The object store of the Ray cluster; references are ObjectRefs, possibly in lists so that Ray lets them be."""
+    """The object store of the Ray cluster; references are ObjectRefs, possibly in lists so that Ray lets them be, or
+    small arrays themselves."""
 
     def put(self, array: np.ndarray[Any, Any]) -> Any:
-        return ray.put(array)
+        return array.copy() if array.nbytes <= _ALONG_BYTES else ray.put(array)
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]:
         while isinstance(reference, list):
             reference = reference[0]
+        if isinstance(reference, np.ndarray):
+            return reference
         try:
             found: np.ndarray[Any, Any] = ray.get(reference)
         except DEATHS as error:
@@ -183,7 +190,9 @@ class HostActor:
         self._about = (slot, actor_id(manager))
         recorder = HostNotes(notes)
         recorder.record_faults()
-        self._host = NodeHost(Remote(manager), RayReferences(), recorder)  # type: ignore[arg-type]
+        # Ray's own name of this process, by which it also knows why it ended.
+        life = ray.get_runtime_context().get_worker_id()
+        self._host = NodeHost(Remote(manager), RayReferences(), recorder, life)  # type: ignore[arg-type]
 
     def invoke(self, method: str, *arguments: Any) -> Outcome:
         return outcome_of(lambda: getattr(self._host, method)(*arguments))

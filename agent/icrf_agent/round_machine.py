@@ -40,6 +40,8 @@ from icrf.protocol import (
     StartRound,
     bitmap,
 )
+from icrf.update import sum_metrics
+from icrf_agent.phase_reports import by_node, latest_state
 
 PUBLISH, TRAIN, AGGREGATE, EVALUATE, SEND, REPORT = "publish", "train", "aggregate", "evaluate", "send", "report"
 INSTALL, ADAPT = "install", "adapt"
@@ -64,7 +66,6 @@ class _Seconds:
     train: float = 0.0
     exchange_from: float = -1.0
     exchange: float = 0.0
-    aggregate: float = 0.0
     phases: list[PhaseSpan] = field(default_factory=list)
 
 
@@ -77,12 +78,14 @@ class RoundMachine:
         cluster: index of this cluster in the plan.
         start: the attempt.
         num_nodes: nodes of the whole federation, for the participants' bitmap.
+        ahead: whether nobody has asked for the attempt yet: then it stops before it makes a new state.
     """
 
     plan: ExchangePlan
     cluster: int
     start: StartRound
     num_nodes: int
+    ahead: bool = False
     _phase: PhaseReport = field(default_factory=PhaseReport)
     _merged: list[PhaseReport] = field(default_factory=list)
     _expected: set[_Expected] = field(default_factory=set)
@@ -115,6 +118,11 @@ class RoundMachine:
             return [Step(PUBLISH)]
         self._published = True
         return self._train_when_there(now_s)
+
+    def confirmed(self, start: StartRound, now_s: float) -> list[Step]:
+        """What was begun ahead is asked for now."""
+        self.start, self.ahead = start, False
+        return self._go_on(now_s)
 
     def arrived(self, arrival: Arrival, source: int, now_s: float) -> list[Step]:
         """A payload of this attempt came in from cluster `source`."""
@@ -156,7 +164,6 @@ class RoundMachine:
             self._seconds.train = took_s
             self._exchanges(now_s)
             return self._send_after_training() + self._go_on(now_s)
-        self._seconds.aggregate += took_s
         if step.kind == AGGREGATE:
             self._mixed = True
             self._exchanges(now_s)
@@ -206,7 +213,7 @@ class RoundMachine:
         return self._send(*[CONSENSUS] * self.start.evaluate, *[GATHERED] * self.start.adapt)
 
     def _go_on(self, now_s: float) -> list[Step]:
-        if not self._trained or self._sending:
+        if self.ahead or not self._trained or self._sending:
             return []
         if not self._mixing and self.cluster in self.plan.aggregating:
             awaited = [PARTIAL, UPDATE] + ([] if self.plan.flow == DECENTRALIZED else [CONSENSUS])
@@ -254,31 +261,22 @@ class RoundMachine:
 
     def _finish(self) -> list[Step]:
         self._finished = True
-        sums: dict[str, tuple[int, int]] = {}
-        metrics: dict[str, float] = {}
-        nodes: list[int] = []
-        for phase in self._merged:
-            for name, (numerator, weight) in phase.metric_sums.items():
-                old = sums.get(name, (0, 0))
-                sums[name] = (old[0] + numerator, old[1] + weight)
-            metrics.update(phase.metrics)
-            nodes.extend(phase.nodes)
-        state = _latest_state(self._merged)
+        sums = sum_metrics(phase.metric_sums for phase in self._merged)
+        state = latest_state(self._merged)
         report = RoundReport(
             run_id=self.start.run_id,
             generation=self.start.generation,
             round=self.start.round,
             attempt=self.start.attempt,
-            participants=bitmap(nodes, self.num_nodes),
+            participants=bitmap([node for phase in self._merged for node in phase.nodes], self.num_nodes),
             overflow=self._overflow,
             metric_sums={k: MetricSum(str(n), w) for k, (n, w) in sums.items()},
-            metrics=metrics,
-            node_metrics=_by_node(self._merged),
+            metrics={name: value for phase in self._merged for name, value in phase.metrics.items()},
+            node_metrics=by_node(self._merged),
             bytes_inter_cluster=self._wire_bytes,
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,
             exchange_s=self._seconds.exchange,
-            aggregate_s=self._seconds.aggregate,
             absmax=state.absmax,
             model_hash=state.model_hash,
             state_hashes=state.state_hashes,
@@ -300,24 +298,3 @@ class RoundMachine:
 def _key(kind: str, sender: int, source: int, recipients: Sequence[int]) -> _Expected:
     """What tells one payload of a round from another: partials by whom they are for, all others by their sender."""
     return kind, sender, source, tuple(recipients) if kind == PARTIAL else ()
-
-
-def _by_node(phases: Sequence[PhaseReport]) -> dict[str, dict[str, float]]:
-    """What each node reported in any of the phases."""
-    found: dict[str, dict[str, float]] = {}
-    for phase in phases:
-        for node, values in phase.node_metrics.items():
-            found.setdefault(node, {}).update(values)
-    return found
-
-
-def _latest_state(phases: Sequence[PhaseReport]) -> PhaseReport:
-    """What the phases say about the new state; a later phase overrides an earlier one where it says something."""
-    found = PhaseReport()
-    for phase in phases:
-        found = PhaseReport(
-            absmax=phase.absmax or found.absmax,
-            model_hash=phase.model_hash or found.model_hash,
-            state_hashes=phase.state_hashes or found.state_hashes,
-        )
-    return found

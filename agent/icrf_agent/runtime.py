@@ -30,9 +30,10 @@ from icrf.protocol import (
     element_type,
     shared_size,
 )
+from icrf.update import elementwise_max
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
-from icrf_agent.phases import Phases, elementwise_max
+from icrf_agent.phases import TRAIN, Phases
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_label
 from icrf_agent.topology_manager import Posting
@@ -118,6 +119,8 @@ class HostedRuntime:
         run_id = request.run_id
         setups = self._setups(request)
         run = Hosted(request, [s.nodes for s in setups], setups)
+        if run_id in self._runs:
+            run.allow_active(self._runs[run_id].most_active)
         loaded = await asyncio.to_thread(run.setups_from, checkpoint)
         async with self._healing:
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
@@ -147,7 +150,7 @@ class HostedRuntime:
             request.run_id,
             request.generation,
             num_samples=tuple(pair for part in parts for pair in part.num_samples),
-            absmax=elementwise_max([p.absmax for p in parts]),
+            absmax=elementwise_max(p.absmax for p in parts),
             state_hashes=b"".join(p.state_hashes for p in parts),
             model_hash="".join(p.model_hash for p in parts),
         )
@@ -219,13 +222,13 @@ class HostedRuntime:
                 self._forget(run_id)
             return await self._started(*await self._substrate.rebuild(self._cluster))
 
-    async def publish_model(self, run_id: str, start: StartRound) -> None:
-        await self._phases.publish(self._run(run_id), start)
+    async def publish_model(self, run_id: str, start: StartRound, ahead: bool = False) -> None:
+        await self._phases.publish(self._run(run_id), start, ahead)
 
-    async def train(self, run_id: str, start: StartRound) -> PhaseReport:
+    async def train(self, run_id: str, start: StartRound, ahead: bool = False) -> PhaseReport:
         run = self._run(run_id)
-        await self._phases.begin(run, start)
-        report = await self._phases.on(run, range(len(run.hosts)), "host_train", start)
+        await self._phases.begin(run, start, ahead)
+        report = await self._phases.on(run, range(len(run.hosts)), TRAIN, start, ahead)
         await self._send_letters(run, start.round, start.attempt)
         return report
 
@@ -233,7 +236,7 @@ class HostedRuntime:
         run = self._run(run_id)
         slots = [run.model_slot] if start.merge else run.aggregating_slots
         report = await self._phases.on(run, slots, "host_aggregate", start)
-        await self._phases.settle(run)
+        await self._phases.settle(run, start)
         await self._send_letters(run, start.round, start.attempt)
         return report
 

@@ -270,7 +270,7 @@ class AgentService:
         start, step, runtime = action.start, action.step, self._runtime
         failpoints.reached(_PHASE_OF[step.kind], start.round)
         if step.kind == TRAIN:
-            return await runtime.train(start.run_id, start)
+            return await runtime.train(start.run_id, start, action.ahead)
         if step.kind == AGGREGATE:
             return await runtime.aggregate(start.run_id, start)
         if step.kind == EVALUATE:
@@ -280,7 +280,7 @@ class AgentService:
         if step.kind == ADAPT:
             return await runtime.adapt(start.run_id, start)
         if step.kind == PUBLISH:
-            await runtime.publish_model(start.run_id, start)
+            await runtime.publish_model(start.run_id, start, action.ahead)
         elif step.kind == SEND and step.transfer is not None:
             await runtime.send_payload(start.run_id, start, step.transfer)
         return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve, StartRound
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve, StartRound, nodes_that
 from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.node_state import merge, unwrap, wrap
@@ -59,6 +59,9 @@ class Substrate(Protocol):
     async def revive(self, actor: Actor, hung: bool) -> None:
         """Help an actor that does not answer to come back; one that is `hung` is killed first."""
 
+    async def starved(self, lives: Collection[str]) -> frozenset[str]:
+        """Which of these lives of hosts, all of them over, were ended because memory ran out, as far as it is known."""
+
     async def release(self, run_id: str) -> None:
         """Kill the run's hosts and give its slots back; harmless when nothing is there."""
 
@@ -78,17 +81,39 @@ class Tray:
 
     Attributes:
         position: its round and attempt; (0, 0) while none is open.
+        begun: whether the topology manager knows that the attempt is open.
         postings: by kind and senders, the first of equal ones, in the order they came.
+        untold: those of them that the topology manager has not been told.
+        ahead: what was posted already for the attempt that is expected next.
         waiting: what the topology manager has been told and has not answered yet.
     """
 
     position: tuple[int, int] = (0, 0)
+    begun: bool = False
     postings: dict[tuple[str, tuple[int, ...]], Posting] = field(default_factory=dict)
+    untold: list[Posting] = field(default_factory=list)
+    ahead: list[Posting] = field(default_factory=list)
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     def open(self, position: tuple[int, int]) -> None:
-        """Another attempt begins, with nothing posted."""
-        self.position, self.postings, self.waiting = position, {}, []
+        """Another attempt begins, with nothing posted but what was posted for it ahead."""
+        ready = [posting for posting in self.ahead if posting.position == position]
+        self.position, self.begun, self.waiting = position, False, []
+        self.postings, self.untold, self.ahead = {}, [], []
+        self.take(ready)
+
+    def take(self, postings: Iterable[Posting]) -> None:
+        """What hosts have made in a phase."""
+        for posting in postings:
+            if posting.position != self.position:
+                self.ahead.append(posting)
+            elif (posting.kind, posting.senders) not in self.postings:
+                self.postings[posting.kind, posting.senders] = posting
+                self.untold.append(posting)
+
+    def has(self, kind: str) -> bool:
+        """Whether anything of a kind was posted."""
+        return any(posting.kind == kind for posting in self.postings.values())
 
     def is_of(self, start: StartRound) -> bool:
         """Whether this attempt is the open one."""
@@ -122,6 +147,16 @@ class Hosted:
     quarantine: NodeError | None = None
     setting_up: asyncio.Future[Activated] | None = None
     tray: Tray = field(default_factory=Tray)
+
+    def allow_active(self, most: int | None) -> None:
+        """From now on, hosts that are set up keep no more of their nodes active at once; None changes nothing."""
+        if most is not None:
+            self.setups = [replace(setup, most_active=most) for setup in self.setups]
+
+    @property
+    def most_active(self) -> int | None:
+        """How many nodes a host may keep active at once, since memory ran out; None: nothing of that kind happened."""
+        return self.setups[0].most_active if self.setups else None
 
     def relink(self, order: Relink) -> None:
         """From now on the run has this graph under this generation; P003 if a later one is in force."""
@@ -166,7 +201,7 @@ class Hosted:
         """The nodes that make models for others, ascending; none among peers."""
         if self.activation.flow == DECENTRALIZED:
             return ()
-        return tuple(i for i, node in enumerate(self.activation.nodes) if "aggregate" in node.role.split("-"))
+        return nodes_that("aggregate", self.activation.nodes)
 
     @property
     def model_slot(self) -> int:
@@ -193,8 +228,8 @@ class Hosted:
         nodes, flow = self.nodes[slot], self.activation.flow
         if flow != CENTRALIZED:
             return [str(node) for node in nodes if flow == DECENTRALIZED or node in self.aggregators]
-        trains = {i for i in nodes if "train" in self.activation.nodes[i].role.split("-")}
-        clients = sorted(trains) if self.activation.rows.clients_keep else []
+        trains = [i for i in sorted(nodes) if "train" in self.activation.nodes[i].role_parts]
+        clients = trains if self.activation.rows.clients_keep else []
         return [*([SERVER] if self.aggregators[0] in nodes else []), *(str(node) for node in clients)]
 
     def states_from(self, checkpoint: bytes) -> list[bytes]:

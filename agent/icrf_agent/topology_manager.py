@@ -19,7 +19,7 @@ from icrf.errors import ProtocolError, RoutingError, RunError, WeightsError
 from icrf.exchange import EXACT, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
-from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, shared_size
+from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, nodes_that, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.object_store import GlobalObjectStore, object_key
 from icrf_agent.room import Letter, TopologyManager, decode_letters
@@ -79,12 +79,12 @@ class _Room:
     arrived: dict[PayloadHeader, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        roles = [node.role.split("-") for node in self.activation.nodes]
+        training = frozenset(nodes_that("train", self.activation.nodes))
         owned: dict[int, list[int]] = {}
         for node, cluster in enumerate(self.activation.assignment):
             owned.setdefault(cluster, []).append(node)
         self.members = {cluster: tuple(nodes) for cluster, nodes in owned.items()}
-        self.participants = {c: tuple(n for n in nodes if "train" in roles[n]) for c, nodes in owned.items()}
+        self.participants = {c: tuple(n for n in nodes if n in training) for c, nodes in owned.items()}
         self.num_parameters = shared_size(self.activation.layout)
 
     def local(self, nodes: Collection[int]) -> list[int]:
@@ -216,6 +216,13 @@ class HybridTopologyManager:
         for posting in postings:
             self.publish_many(posting)
 
+    def take_in(
+        self, run_id: str, generation: int, round_number: int, attempt: int, postings: Sequence[Posting]
+    ) -> None:
+        """Open an attempt that has been prepared, with all that was posted in it so far."""
+        self.begin_round(run_id, generation, round_number, attempt)
+        self.publish_all(postings)
+
     def collect(self, run_id: str, round_number: int, attempt: int, kind: str) -> list[Posting]:
         """What was posted (here and by other clusters) in an attempt, ordered by first sender; P003 if it is over."""
         with self._lock:
@@ -287,20 +294,9 @@ class HybridTopologyManager:
                 self._require_local(room, header.recipients)
                 room.topology.require_edges(senders, header.recipients)
             self._require_shape(room, header, len(senders))
-            is_new = self._keep(
-                room,
-                Posting(
-                    header.run_id,
-                    header.generation,
-                    header.round,
-                    header.attempt,
-                    header.kind,
-                    senders,
-                    reference,
-                    header.recipients or None,
-                    header.weight,
-                ),
-            )
+            at = (header.run_id, header.generation, header.round, header.attempt)
+            described = (header.recipients or None, header.weight)
+            is_new = self._keep(room, Posting(*at, header.kind, senders, reference, *described))
             if is_new:
                 room.arrived[header] = wire_bytes
             return is_new

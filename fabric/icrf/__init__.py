@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icrf.client import Fabric, Result, Run
+    from icrf.criterion import register_criterion
     from icrf.errors import IcrfError
     from icrf.federation.base import FederatedBase
     from icrf.federation.contribution import contributions
@@ -70,6 +71,7 @@ __all__ = [
     "get_resources_split",
     "register",
     "register_aggregator",
+    "register_criterion",
     "register_grouping",
     "register_mixing",
     "register_model",
@@ -105,6 +107,7 @@ _HOME = {
     "Dataset": "icrf.learning",
     "register_aggregator": "icrf.learning",
     "register_model": "icrf.learning",
+    "register_criterion": "icrf.criterion",
     "register_sampler": "icrf.participation",
 }
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from icrf.errors import ConfigError, RoutingError
-from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Rows
+from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, Rows, parts_of
 from icrf.topology.hierarchy import Hierarchy
 from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 
@@ -79,7 +79,6 @@ class ExchangePlan:
     """
 
     flow: str
-    num_clusters: int
     assignment: tuple[int, ...]
     coordinator: int
     participants: tuple[int, ...]
@@ -236,7 +235,7 @@ def compile_exchange(
             place="nodes",
         )
     clusters = np.array(assignment, dtype=np.int64)
-    words = [frozenset(role.split("-")) for role in roles]
+    words = [parts_of(role) for role in roles]
     participants = np.array([i for i, role in enumerate(words) if "train" in role], dtype=np.int64)
     aggregators: tuple[int, ...] = ()
     evaluation: tuple[Transfer, ...] = ()
@@ -257,7 +256,6 @@ def compile_exchange(
         raise ConfigError("C010", f"unknown flow {flow!r}", place="flow", allowed=allowed)
     return ExchangePlan(
         flow=flow,
-        num_clusters=int(clusters.max()) + 1 if len(clusters) else 0,
         assignment=tuple(clusters.tolist()),
         coordinator=int(clusters[aggregators[0] if aggregators else 0]) if len(clusters) else 0,
         participants=tuple(participants.tolist()),

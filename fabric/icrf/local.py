@@ -60,13 +60,21 @@ def cpus_per_cluster(clusters: int) -> int:
     return max(1, (os.cpu_count() or 1) // clusters)
 
 
+def machine_gpus() -> int:
+    """GPUs of this machine that processes may use; clusters on one machine share them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return sum(part.strip() not in ("", "-1") for part in visible.split(","))
+    return sum(1 for _ in Path("/proc/driver/nvidia/gpus").glob("*"))
+
+
 def plan_local(submission: Submission, clusters: int) -> Plan:
     """A dry run over `clusters` local clusters; starts nothing."""
     cpus = cpus_per_cluster(clusters)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // clusters
     same = Fingerprint("", "", "", 1, "cpu")
     infos = [
-        ClusterInfo(name, "", Capacity(cpus, float(cpus), 0.0, memory), same, free_slots=cpus)
+        ClusterInfo(name, "", Capacity(cpus, float(cpus), float(machine_gpus()), memory), same, free_slots=cpus)
         for name in cluster_names(clusters)
     ]
     return make_plan(submission, infos)[0]
@@ -272,7 +280,8 @@ class _AgentProcesses:
 
     def _spawn(self, name: str, mediator: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "icrf_agent.cli", "--cluster", name, "--mediator", mediator]
-        command += ["--ray-address", "local", "--cpus", str(self._cpus), "--advertise", "127.0.0.1:0"]
+        command += ["--ray-address", "local", "--cpus", str(self._cpus), "--gpus", str(machine_gpus())]
+        command += ["--advertise", "127.0.0.1:0"]
         command += ["--state", str(self._state_of(name)), "--die-with-parent", "--trust-submitter"]
         with self._log(name).open("wb") as log:
             return subprocess.Popen(

@@ -244,11 +244,15 @@ class ClusterRuntime(Protocol):
     async def rebuild(self) -> ClusterFacts:
         """After `lost`: connect to a new (or revived) cluster and start what `start` starts; all runs are gone."""
 
-    async def publish_model(self, run_id: str, start: StartRound) -> None:
-        """Every aggregator here publishes the committed model to its participants (edges are checked)."""
+    async def publish_model(self, run_id: str, start: StartRound, ahead: bool = False) -> None:
+        """Every aggregator here publishes the model of the round before to its participants (edges are checked).
 
-    async def train(self, run_id: str, start: StartRound) -> PhaseReport:
-        """Every host trains its nodes from the committed state and publishes what they send."""
+        Args:
+            ahead: nobody has asked for the attempt yet: the round before may still be repeated.
+        """
+
+    async def train(self, run_id: str, start: StartRound, ahead: bool = False) -> PhaseReport:
+        """Every host trains its nodes from the state of the round before and publishes what they send."""
 
     async def send_payload(self, run_id: str, start: StartRound, transfer: Transfer) -> None:
         """Send a published model, update or partial to the gateway of another cluster; returns when accepted."""

@@ -71,7 +71,8 @@ def profile_line(result: RoundResult, profile: RoundProfile) -> dict[str, Any]:
     """A line of ``profile.jsonl``; seconds, to the microsecond.
 
     Under ``hosts`` a row per host with the parts of :data:`ROUND_PARTS`, which add up to ``whole_s``; under ``phases``
-    each cluster's phases as name, beginning and end since the cluster was asked.
+    each cluster's phases as name, beginning and end since the cluster was asked. What the mediator took is in a
+    host's ``commit`` and ``idle`` already.
     """
     whole = round(whole_s(result, profile), _DIGITS)
     hosts = []
@@ -85,6 +86,7 @@ def profile_line(result: RoundResult, profile: RoundProfile) -> dict[str, Any]:
         "whole_s": whole,
         "plan_s": round(profile.plan_s, _DIGITS),
         "activate_s": round(profile.activate_s, _DIGITS),
+        "mediator_s": round(profile.mediator_s, _DIGITS),
         "hosts": hosts,
         "phases": {
             cluster: [[span.name, round(span.began_s, _DIGITS), round(span.ended_s, _DIGITS)] for span in found.phases]

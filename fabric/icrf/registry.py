@@ -34,6 +34,7 @@ KINDS = (
     "metric",
     "schema",
     "sampler",
+    "criterion",
     "sink",
 )
 
@@ -50,6 +51,7 @@ _KEYS = {
     "metric": "metrics",
     "schema": "schema",
     "sampler": "client_sampler",
+    "criterion": "activation",
     "assignment": "assignment_strategy",
     "sink": "--log",
 }

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from icrf.criterion import active_by_round
 from icrf.errors import ConfigError, TopologyError
-from icrf.participation import UNIFORM, schedule
+from icrf.participation import UNIFORM, schedule, waves_of
 from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
@@ -28,12 +29,14 @@ from icrf.protocol import (
     Submission,
     TensorSpec,
     nodes_of,
+    nodes_that,
     sample_size,
     shared_size,
 )
 from icrf.seeds import model_seed
 from icrf.spec import FederationConfig
 from icrf.spec.choices import WITH_SERVER, in_groups
+from icrf.spec.participation_checks import fewest_participants
 from icrf.topology import (
     STATIC,
     Adapter,
@@ -50,6 +53,7 @@ from icrf.topology import (
     wants_samples,
     weigh,
 )
+from icrf.waves import ALL, WAVES
 
 SERVER_ID = "server"
 SERVER_ROLE = "aggregate-test"
@@ -90,7 +94,7 @@ def build_submission(
     chosen = tuple(nodes) if nodes is not None else default_nodes(config, flow)
     check_roles(chosen, flow)
     with on_path(code_path):
-        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in chosen))
+        layout = resolve_layout(config, len(nodes_that("train", chosen)))
         graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
         rows = resolve_rows(config, chosen, layout, turns := _schedule(config, chosen))
         config = resolve_vectorize(config, chosen, layout, turns)
@@ -148,7 +152,7 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
                 value=node.role,
                 allowed="dash-separated parts of " + ", ".join(sorted(ROLE_PARTS)),
             )
-    aggregating = [n.id for n in nodes if "aggregate" in n.role.split("-")]
+    aggregating = [nodes[i].id for i in nodes_that("aggregate", nodes)]
     if flow == CENTRALIZED and len(aggregating) != 1:
         raise ConfigError(
             "C008",
@@ -156,7 +160,7 @@ def check_roles(nodes: Sequence[NodeSpec], flow: str) -> None:
             place="nodes",
             value=", ".join(aggregating[:5]) or None,
         )
-    if not any("train" in n.role.split("-") for n in nodes):
+    if not nodes_that("train", nodes):
         raise ConfigError(
             "C008", "no node trains", place="nodes", hint="give at least one node a role such as train-eval"
         )
@@ -173,7 +177,7 @@ def check_configuration(config: FederationConfig, *, code_path: str = "") -> Non
     check_roles(nodes, flow)
     with on_path(code_path):
         matrix = _graph(config, nodes, None)
-        layout = resolve_layout(config, sum("train" in node.role.split("-") for node in nodes))
+        layout = resolve_layout(config, len(nodes_that("train", nodes)))
         _weighted(config, nodes, matrix, flow)
         resolve_rows(config, nodes, layout, turns := _schedule(config, nodes))
         resolve_vectorize(config, nodes, layout, turns)
@@ -203,7 +207,7 @@ def _graph(
 
 def _groups(config: FederationConfig, nodes: Sequence[NodeSpec], parameters: Mapping[str, Any]) -> tuple[int, ...]:
     """The group of each client, from the configuration and, where the grouping looks at it, the data."""
-    clients = [node.id for node in nodes if "train" in node.role.split("-")]
+    clients = [nodes[i].id for i in nodes_that("train", nodes)]
     more: dict[str, Any] = {"client_ids": tuple(clients)}
     if wants_labels(config.group_by):
         more["label_counts"] = _label_counts(config, len(clients))
@@ -244,10 +248,10 @@ def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: Hybri
 
 def _sample_counts(config: FederationConfig, nodes: Sequence[NodeSpec]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Training samples per node, as the hosts deal them; 0 for a node that does not train."""
-    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    trains = nodes_that("train", nodes)
     _, parts = _dealt(config, len(trains))
     counts = np.zeros(len(nodes), dtype=np.int64)
-    counts[trains] = [len(part) for part in parts]
+    counts[list(trains)] = [len(part) for part in parts]
     return counts
 
 
@@ -263,13 +267,24 @@ def _dealt(
 
 
 def _schedule(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[str, ...]:
-    """What the user's own sampler chooses; empty where the mediator draws."""
-    if config.client_sampler == UNIFORM:
+    """What the user's own criterion and sampler choose; empty where the mediator draws."""
+    built_in = config.activation in (ALL, WAVES)
+    if config.client_sampler == UNIFORM and built_in:
         return ()
-    clients = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
-    count = sample_size(len(clients), config.client_fraction, config.sampled_clients)
-    ids = [node.id for node in nodes]
-    return schedule(config.client_sampler, ids, clients, count, config.federated_learning_rounds, config.seed)
+    keys, rounds = config.model_dump(), config.federated_learning_rounds
+    active: Sequence[Sequence[int]]
+    if built_in:
+        clients = nodes_that("train", nodes)
+        waves = waves_of(keys)
+        counts = [len(clients) if waves is None else waves.active(number) for number in range(1, rounds + 1)]
+        active = [clients[:count] for count in counts]
+    else:
+        active = active_by_round(config.activation, nodes, lambda: _sample_counts(config, nodes), keys)
+
+    def size(number: int) -> int:
+        return sample_size(number, config.client_fraction, config.sampled_clients)
+
+    return schedule(config.client_sampler, [node.id for node in nodes], active, size, config.seed)
 
 
 def resolve_layout(config: FederationConfig, num_parts: int) -> tuple[TensorSpec, ...]:
@@ -361,13 +376,11 @@ def resolve_vectorize(
     from icrf.learning import Layout, build_model, configured_dataset, resolved_width  # noqa: PLC0415 - as above
 
     dataset = configured_dataset(config)
-    clients = sum("train" in node.role.split("-") for node in nodes)
-    turn_sizes = [len(nodes_of(bytes.fromhex(turn))) for turn in turns]
     found = resolved_width(
         config,
         build_model(config.model_type, dataset.input_shape, dataset.num_classes, model_seed(config.seed, 0)),
         dataset,
-        participants=min(turn_sizes or [sample_size(clients, config.client_fraction, config.sampled_clients)]),
+        participants=_fewest_chosen(config, nodes, turns),
         most_samples=int(max(_sample_counts(config, nodes))),
         num_elements=Layout(tuple(layout)).row_size,
     )
@@ -376,12 +389,14 @@ def resolve_vectorize(
 
 def _fewest_participants(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:
     """How few nodes may contribute to a round."""
-    if config.min_nodes is not None:
-        return config.min_nodes
+    return _fewest_chosen(config, nodes, turns) if config.min_nodes is None else config.min_nodes
+
+
+def _fewest_chosen(config: FederationConfig, nodes: Sequence[NodeSpec], turns: Sequence[str]) -> int:
+    """How many nodes are chosen for the round that has the fewest."""
     if turns:
         return min(len(nodes_of(bytes.fromhex(turn))) for turn in turns)
-    clients = sum("train" in node.role.split("-") for node in nodes)
-    return sample_size(clients, config.client_fraction, config.sampled_clients)
+    return fewest_participants(config.model_dump(), len(nodes_that("train", nodes)))
 
 
 @contextmanager

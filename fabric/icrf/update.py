@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -376,6 +376,21 @@ def metric_mean(numerator: int, weight: int) -> float:
     if weight < 1:
         raise WeightsError("W030", "mean of no contribution", value=weight)
     return numerator / (weight << METRIC_UNIT_BITS)
+
+
+def sum_metrics(parts: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """name -> (numerator, weight), each summed over the parts that have one; exact in any grouping."""
+    sums: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        for name, (numerator, weight) in part.items():
+            old = sums.get(name, (0, 0))
+            sums[name] = (old[0] + numerator, old[1] + weight)
+    return sums
+
+
+def elementwise_max(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """The largest value per tensor, over those that say any."""
+    return tuple(max(column) for column in zip(*(row for row in rows if row), strict=True))
 
 
 # ---------------------------------------------------------------- peer averaging

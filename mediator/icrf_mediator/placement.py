@@ -19,6 +19,7 @@ from icrf.protocol import (
     Reserve,
     Resources,
     Submission,
+    nodes_that,
 )
 
 
@@ -59,16 +60,13 @@ class Placement:
         members = self.members()
         if submission.flow == DECENTRALIZED:
             return members
-        roles = [spec.role.split("-") for spec in submission.nodes]
-        return {c: tuple(i for i in nodes if "aggregate" in roles[i]) for c, nodes in members.items()}
+        aggregate = frozenset(nodes_that("aggregate", submission.nodes))
+        return {c: tuple(i for i in nodes if i in aggregate) for c, nodes in members.items()}
 
     def coordinator(self, submission: Submission) -> int:
         """Index of the cluster that makes the global or consensus model."""
-        if submission.flow != DECENTRALIZED:
-            for node, spec in enumerate(submission.nodes):
-                if "aggregate" in spec.role.split("-"):
-                    return self.assignment[node]
-        return self.assignment[0]
+        aggregating = () if submission.flow == DECENTRALIZED else nodes_that("aggregate", submission.nodes)
+        return self.assignment[aggregating[0] if aggregating else 0]
 
     def stateful(self, submission: Submission) -> tuple[str, ...]:
         """The clusters that hold committed state: those of the aggregators; all where every node keeps some, or may."""
@@ -111,7 +109,6 @@ class Placement:
                 rows=submission.rows,
                 clusters=self.clusters,
                 assignment=self.assignment,
-                coordinator=self.coordinator(submission),
                 peers=tuple(peers),
                 num_slots=self.slots[cluster],
                 code_path=submission.code_path,

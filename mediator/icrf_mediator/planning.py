@@ -28,6 +28,7 @@ from icrf.protocol import (
     Submission,
     element_type,
     nodes_of,
+    nodes_that,
     shared_size,
 )
 from icrf.residency import host_budget, resident_nodes
@@ -78,6 +79,7 @@ class _Settings:
     assignment_strategy: str
     placement: Mapping[str, str | Mapping[str, str]]
     seed: int
+    max_slots: int | None
     mixing: str
     adaptation: str
     adaptation_period: int
@@ -97,6 +99,7 @@ class _Settings:
             assignment_strategy=config.get("assignment_strategy") or "locality",
             placement=config.get("placement") or {},
             seed=config.get("seed") or 0,
+            max_slots=config.get("max_slots_per_cluster"),
             mixing=config.get("mixing") or "metropolis_hastings",
             adaptation=config.get("topology_adaptation_strategy") or STATIC,
             adaptation_period=config.get("adaptation_period", 1),
@@ -206,7 +209,7 @@ def check_submission(submission: Submission) -> None:
     if submission.communities and len(submission.communities) != len(submission.nodes):
         found, nodes = len(submission.communities), len(submission.nodes)
         raise ConfigError("C008", f"communities of {found} nodes for {nodes}", place="communities")
-    if not any("train" in node.role.split("-") for node in submission.nodes):
+    if not nodes_that("train", submission.nodes):
         raise ConfigError("C008", "no node trains", place="nodes")
 
 
@@ -278,7 +281,9 @@ def _crossed(
 ) -> dict[str, Any]:
     """What a plan says about the bytes between clusters."""
     num_parameters = shared_size(submission.layout)
-    links = _links(exchange, Participation(submission, config), settings, num_parameters, _itemsize(submission))
+    # Whether and when a condition will hold nobody knows yet: as if it always did.
+    participation = Participation(submission, {**config, "wave_condition": None})
+    links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
     per_round, per_evaluation = sum(links.values()), exchange.evaluation_bytes(num_parameters)
     return {
         "links": tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
@@ -297,7 +302,7 @@ def _room(
     num_parameters: int,
 ) -> dict[str, Any]:
     """What a plan says about slots, memory and whether it fits."""
-    slots = _slots(assignment, clusters)
+    slots = _slots(assignment, clusters, settings.max_slots)
     residents = _residents(exchange, settings, slots, clusters, num_parameters)
     memory = _peak_memory(exchange, slots, clusters, num_parameters, residents, settings.width)
     lacks = lacking(config, clusters, slots)
@@ -382,10 +387,13 @@ def _itemsize(submission: Submission) -> int:
     return np.dtype(element_type(submission.layout)).itemsize if submission.layout else _FLOAT32
 
 
-def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str, int]:
-    """Slots per cluster that hosts a node: as many as it allows, no more than it has nodes, at least one."""
+def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo], most: int | None) -> dict[str, int]:
+    """Slots per cluster that hosts a node: as many as it and the federation allow, no more than nodes, at least one."""
     counts = Counter(assignment.clusters)
-    return {clusters[c].name: max(1, min(clusters[c].capacity.num_slots, counts[c])) for c in sorted(counts)}
+    return {
+        clusters[c].name: max(1, min(clusters[c].capacity.most_slots, counts[c], most or counts[c]))
+        for c in sorted(counts)
+    }
 
 
 def _kept_bytes(exchange: ExchangePlan, num_parameters: int) -> int:

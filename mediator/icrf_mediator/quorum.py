@@ -63,6 +63,10 @@ class Quorum:
         nodes = sorted(set(self.nodes(drawn)).difference(busy).union(*owed.values()))
         return b"" if tuple(nodes) == self._rule.clients else bitmap(nodes, self._num_nodes)
 
+    def note(self, number: int, metrics: Mapping[str, float]) -> None:
+        """A round was committed with these metrics: who is active next may depend on them."""
+        self._rule.note(number, metrics)
+
     def members(self, number: int) -> tuple[int, ...]:
         """The nodes out of which the participants of a round are chosen."""
         since = max((first for first in self._members if first <= number), default=0)
@@ -80,11 +84,11 @@ class Quorum:
         elif self._flow != CENTRALIZED:
             problem = "peers mix with all of their neighbours"
         elif not self._rule.draws:
-            problem = "its sampler was asked for the nodes that it was submitted with"
+            problem = "its sampler or criterion was asked for the nodes that it was submitted with"
         elif not set(nodes) <= set(self._rule.clients):
             problem = "a node without the role train cannot take part"
-        elif self._rule.size(nodes) < (self._least or 1):
-            problem = f"{self._rule.size(nodes)} nodes would take part in a round, {self._least or 1} must"
+        elif self._rule.fewest(nodes) < (self._least or 1):
+            problem = f"{self._rule.fewest(nodes)} nodes would take part in a round, {self._least or 1} must"
         if problem:
             raise RunError("F005", f"the nodes cannot be changed: {problem}", place="nodes")
 

@@ -18,7 +18,7 @@ from icrf.protocol import (
     nodes_of,
 )
 from icrf.staleness import late_nodes, scaled
-from icrf.update import choose_grid, merkle_root, metric_mean
+from icrf.update import choose_grid, elementwise_max, merkle_root, metric_mean, sum_metrics
 
 MAX_ESCALATION = 12  # 8 bits each: beyond it the values left float32
 
@@ -134,7 +134,7 @@ class RoundLedger:
 
     def begin(self, absmax: Sequence[Sequence[float]], head_hash: str, total_weight: int) -> None:
         """Set the state before the first round: initial maxima per cluster, hash, and the sum of sample counts."""
-        self.absmax = _elementwise_max(absmax)
+        self.absmax = elementwise_max(absmax)
         self.head_hash = head_hash
         self.total_weight = total_weight
         self._history.setdefault(0, (head_hash, self.absmax))
@@ -169,55 +169,20 @@ class RoundLedger:
         """Whether a committed round was evaluated."""
         return number in self._evaluated
 
-    def open_round(
-        self,
-        run_id: str,
-        generation: int,
-        evaluate: bool,
-        now_s: float,
-        attempt: int = 1,
-        participants: bytes = b"",
-        without: Collection[str] = (),
-        merge: bool = False,
-        late: tuple[LateUpdates, ...] = (),
-        kept: tuple[int, ...] = (),
-        adapt: bool = False,
-        profile: bool = False,
-    ) -> StartRound:
+    def open_round(self, draft: StartRound, now_s: float, without: Collection[str] = ()) -> StartRound:
         """Open the next round.
 
         Args:
-            attempt: larger than any that clusters have seen of it.
-            participants: bitmap of the nodes that train; empty: all that have the role.
+            draft: what it asks for, without the state that it starts from.
             without: clusters that are not asked.
-            merge: hierarchical: end with one model for all groups.
-            late: what participants bring of earlier rounds.
-            kept: the rounds whose updates are still owed afterwards.
-            adapt: decide on the graph of the rounds to come.
-            profile: whether the clusters tell where the time went.
         """
         self._escalation = [0] * len(self.absmax)
-        weight = self._weight(participants, late)
-        start = StartRound(
-            run_id=run_id,
-            generation=generation,
-            round=self.round + 1,
-            attempt=attempt,
-            parent_hash=self.head_hash,
-            grid=choose_grid(self.absmax, weight, self._escalation),
-            total_weight=weight,
-            evaluate=evaluate,
-            participants=participants,
-            merge=merge,
-            late=late,
-            kept=kept,
-            adapt=adapt,
-            profile=profile,
-        )
+        grid = choose_grid(self.absmax, draft.total_weight, self._escalation)
+        start = replace(draft, parent_hash=self.head_hash, grid=grid)
         self.open = Attempt(start, tuple(c for c in self.clusters if c not in without), now_s)
         return start
 
-    def _weight(self, participants: bytes, late: Sequence[LateUpdates]) -> int:
+    def weight_in(self, participants: bytes, late: Sequence[LateUpdates]) -> int:
         """What the weights of a round add up to: n_k over all participants. Peers all mix, whoever trains."""
         if self.flow != CENTRALIZED or not (participants or late):
             return self.total_weight
@@ -253,7 +218,7 @@ class RoundLedger:
                 return None
         old = self.open.start
         grid = choose_grid(self.absmax, old.total_weight, self._escalation)
-        start = replace(old, attempt=old.attempt + 1, grid=grid)
+        start = replace(old, attempt=old.attempt + 1, grid=grid, ahead=None)
         self.open = Attempt(start, self.open.clusters, now_s)
         return start
 
@@ -271,7 +236,7 @@ class RoundLedger:
             model_hash, absmax = coordinator.model_hash, coordinator.absmax
         else:
             model_hash = self.root(self.leaves({c: r.state_hashes for c, r in reports.items()}))
-            absmax = _elementwise_max([r.absmax for r in reports.values()])
+            absmax = elementwise_max(r.absmax for r in reports.values())
         commit = Commit(
             round=attempt.start.round,
             attempt=attempt.start.attempt,
@@ -316,10 +281,6 @@ class RoundLedger:
         return [by_node[node] for node in sorted(by_node)]
 
 
-def _elementwise_max(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    return tuple(max(column) for column in zip(*[r for r in rows if r], strict=True))
-
-
 def _union(bitmaps: Sequence[bytes]) -> bytes:
     out = bytearray(max((len(b) for b in bitmaps), default=0))
     for bitmap in bitmaps:
@@ -329,11 +290,7 @@ def _union(bitmaps: Sequence[bytes]) -> bytes:
 
 
 def _metric_means(reports: Sequence[RoundReport]) -> dict[str, float]:
-    totals: dict[str, tuple[int, int]] = {}
-    for report in reports:
-        for name, part in report.metric_sums.items():
-            numerator, weight = totals.get(name, (0, 0))
-            totals[name] = (numerator + int(part.numerator), weight + part.weight)
+    totals = sum_metrics({k: (int(s.numerator), s.weight) for k, s in r.metric_sums.items()} for r in reports)
     return {name: metric_mean(*total) for name, total in sorted(totals.items())}
 
 

@@ -9,6 +9,7 @@ from icrf.errors import IcrfError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
     IDLE,
+    QUEUED,
     READY,
     RUNNING,
     AbortAttempt,
@@ -17,6 +18,7 @@ from icrf.protocol import (
     Release,
     RunEvent,
     RunInfo,
+    StartRound,
     Submission,
     shared_tensors,
 )
@@ -84,10 +86,16 @@ class RunBase:
         self._lost_state = False
         self._recoveries = 0
         self._attempt_floor = 0
+        # What was handed out to follow the open round, and the round that clusters may have begun on what turned out
+        # otherwise.
+        self._promised: StartRound | None = None
+        self._in_vain = 0
         self._restored_round = 0
         self._parts: dict[str, Activated] = {}
         self._deadline_s = NEVER
         self._opened_wall_s = 0.0
+        # Since the last round was decided on; for display only.
+        self._mediator_s = 0.0
 
     # ------------------------------------------------------------ what it is
 
@@ -114,6 +122,15 @@ class RunBase:
         """Whether a cluster may still have something of this run."""
         return cluster in self._held
 
+    def released(self, cluster: str) -> None:
+        """A cluster freed what it held."""
+        self._held.discard(cluster)
+
+    @property
+    def holds_nothing_for_long(self) -> bool:
+        """Whether clusters have to release what they still have of it: it is over, or back in line."""
+        return self.terminal or self.info.status == QUEUED
+
     @property
     def is_activated(self) -> bool:
         """Whether its nodes are live on their hosts."""
@@ -122,7 +139,7 @@ class RunBase:
     @property
     def clusters(self) -> tuple[str, ...]:
         """The clusters it is placed on; none while it is queued."""
-        return self.placement.clusters if self.placement else ()
+        return self.placement.clusters if self.placement and self.info.status != QUEUED else ()
 
     def may_leave(self, cluster: str) -> bool:
         """Whether nothing of this run is lost when `cluster` goes now."""
@@ -186,7 +203,7 @@ class RunBase:
     def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
         open_attempt = self._ledger.open if self._ledger else None
         # Clusters that are away are told when they come back: they may hold a reservation that they do not know of.
-        self._held = set(self.clusters) if self.generation else set()
+        self._held |= set(self.clusters) if self.generation else set()
         for cluster in sorted(self._held):
             if open_attempt:
                 start = open_attempt.start

@@ -84,7 +84,7 @@ class RunRecord:
 
     def committed(self, effects: Effects, now: Now, commit: Commit, result: RoundResult, reached: bool) -> None:
         """Journal a round's one commit row, and show it."""
-        row = {**asdict(result), "absmax": list(commit.absmax), "evaluated": commit.evaluated}
+        row = {**vars(result), "absmax": list(commit.absmax), "evaluated": commit.evaluated}
         del row["node_metrics"], row["profile"]  # what decides nothing is in the event
         if self._fingerprints:
             row["fingerprints"] = self._fingerprints
@@ -141,4 +141,13 @@ class RunRecord:
         event = RunEvent(run_id, len(self.events) + 1, now.wall_s, kind, text, status, round_result)
         self.events.append(event)
         effects.events.append(event)
-        effects.writes.append(Write("events", (run_id, event.seq), asdict(event)))
+        effects.writes.append(Write("events", (run_id, event.seq), _event_row(event)))
+
+
+def _event_row(event: RunEvent) -> dict[str, Any]:
+    """The row of an event. Frozen values are not copied: this is done in every round, and copying takes long."""
+    result = event.round
+    if result is None:
+        return dict(vars(event))
+    profile = asdict(result.profile) if result.profile else None
+    return {**vars(event), "round": {**vars(result), "profile": profile}}

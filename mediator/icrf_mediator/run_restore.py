@@ -86,7 +86,7 @@ def restore_run(
     if goals:
         run.load_goal(goals[-1].row)
     if not assignments:
-        run.record.status(effects, now, QUEUED)
+        run.rejoin_queue(effects, now)
         return run
     run.load_placement(int(assignments[-1].key[1]), Placement.from_row(assignments[-1].row))
     run.load_progress(
@@ -102,6 +102,8 @@ def restore_run(
             for c in commits
         ],
     )
+    for commit in commits:
+        run.load_metrics(int(commit.key[1]), commit.row["metrics"])
     for row in _rows(tables, "members", run_id):
         run.load_members(int(row.key[1]), str(row.row["nodes"]))
     for row in _rows(tables, "participants", run_id):
@@ -113,7 +115,7 @@ def restore_run(
         {int(row.key[1]): int(row.row["round"]) for row in activations},
         {int(row.key[1]): int(row.row["round"]) for row in _rows(tables, "relinks", run_id)},
     )
-    run.rejoin(effects, now)
+    (run.rejoin_queue if info.status == QUEUED else run.rejoin)(effects, now)
     return run
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from icrf.errors import IcrfError, RunError
 from icrf.ports import Write
 from icrf.protocol import (
+    CENTRALIZED,
     HIERARCHICAL,
     RUNNING,
     AbortAttempt,
     Graph,
+    NextRound,
     Relink,
     RoundProfile,
     RoundReport,
@@ -31,10 +33,10 @@ from icrf_mediator.effects import Effects, Now
 from icrf_mediator.graphs import graph_differs, graph_row
 from icrf_mediator.placement import Placement
 from icrf_mediator.rounds import Commit, differs
-from icrf_mediator.run_base import RunBase
+from icrf_mediator.run_queue import RunQueue
 
 
-class RunRounds(RunBase):
+class RunRounds(RunQueue):
     """What a run asks of its clusters once their nodes are live."""
 
     # ------------------------------------------------------------ out of the journal
@@ -68,6 +70,10 @@ class RunRounds(RunBase):
         """Out of the journal, in hexadecimal, where it was not the rule that decided: who takes part in a round, and
         who does not because of being late."""
         self._quorum.decide(number, bytes.fromhex(participants), nodes_of(bytes.fromhex(late)))
+
+    def load_metrics(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Out of the journal, in order: what a round has measured."""
+        self._quorum.note(number, metrics)
 
     def load_members(self, first: int, nodes: str) -> None:
         """Out of the journal: who may take part from a round on, in hexadecimal."""
@@ -194,6 +200,8 @@ class RunRounds(RunBase):
         if self._ledger is None or self._ledger.open is None:
             return
         start, self._ledger.open = self._ledger.open.start, None
+        if start.ahead is not None:
+            self._in_vain = start.round + 1
         self._attempt_floor = max(self._attempt_floor, start.attempt)
         for cluster in self.clusters:
             effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
@@ -212,25 +220,62 @@ class RunRounds(RunBase):
         if self.graphs.is_due(number - 1):
             self._relink(effects, now, number - 1)
             return True
-        attempt = self._attempt_floor + 1
+        draft = self._draft(number, participants)
+        start = self._ledger.open_round(self._numbered(draft), now.monotonic_s, self._gone)
+        self._opened_wall_s = now.wall_s
+        self._ask_round(effects, now, start)
+        return True
+
+    def _draft(self, number: int, participants: bytes) -> StartRound:
+        """What a round asks for, but for the state that it starts from."""
+        assert self._ledger is not None
         nodes, lateness = frozenset(self._quorum.nodes(participants)), self._quorum.lateness
-        start = self._ledger.open_round(
-            self.run_id,
-            self.generation,
-            self._evaluates(number),
-            now.monotonic_s,
-            attempt,
-            participants,
-            self._gone,
+        late = lateness.late(number, nodes)
+        return StartRound(
+            run_id=self.run_id,
+            generation=self.generation,
+            round=number,
+            attempt=1,
+            parent_hash="",
+            grid=(),
+            total_weight=self._ledger.weight_in(participants, late),
+            evaluate=self._evaluates(number),
+            participants=participants,
             merge=self._merges(number),
-            late=lateness.late(number, nodes),
+            late=late,
             kept=lateness.kept(number, nodes),
             adapt=self._adapts(number),
             profile=self.submission.profile,
         )
-        self._opened_wall_s = now.wall_s
-        self._ask_round(effects, now, start)
-        return True
+
+    def _numbered(self, draft: StartRound) -> StartRound:
+        """A draft with the number of its attempt, and with what is expected to come after the round.
+
+        Where a cluster may have begun the round as something else, this is another attempt. A round that is tried
+        again hands out nothing ahead: something has come in between already.
+        """
+        promised, attempt = self._promised, self._attempt_floor + 1
+        if promised is not None and promised.round == draft.round and promised != draft:
+            attempt = max(attempt, 2)
+        if draft.round == self._in_vain:
+            attempt = max(attempt, 2)
+        following = self._promised = self._expected_after(draft.round) if attempt == 1 else None
+        if following is None:
+            return replace(draft, attempt=attempt)
+        ahead = NextRound(following.total_weight, following.evaluate, following.participants)
+        return replace(draft, ahead=ahead)
+
+    def _expected_after(self, number: int) -> StartRound | None:
+        """What will be asked for after a round unless something comes in between; None where that cannot be told, or
+        where a cluster that has begun with it could not go back."""
+        assert self._ledger is not None
+        if self.submission.flow != CENTRALIZED or self.submission.rows.anybody_keeps or self._quorum.lateness.weighs:
+            return None
+        may_be_the_last = self.config.get("target_accuracy") is not None and self._evaluates(number)
+        in_between = self._gone or self.leaving or self._returning
+        if number >= self._rounds_wanted or may_be_the_last or in_between:
+            return None
+        return self._draft(number + 1, self._quorum.chosen(number + 1))
 
     def _evaluates(self, number: int) -> bool:
         """Whether a round is evaluated: every so many are, and the last one.
@@ -330,7 +375,13 @@ class RunRounds(RunBase):
         if not self.submission.profile:
             return result
         working_s = now.monotonic_s - commit.opened_s
-        return replace(result, profile=RoundProfile(working_s, *self.record.preparing.take(), commit.profiles))
+        handled_s, self._mediator_s = self._mediator_s, 0.0
+        profile = RoundProfile(working_s, *self.record.preparing.take(), commit.profiles, handled_s)
+        return replace(result, profile=profile)
+
+    def handled(self, seconds: float) -> None:
+        """The mediator was busy for so long with what a cluster reported of a round."""
+        self._mediator_s += seconds
 
     def commit_took(self, number: int, seconds: float) -> None:
         """The commit of a round took so long to become durable; what was decided with it was told only then."""

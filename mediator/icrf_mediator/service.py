@@ -230,7 +230,7 @@ class MediatorService:
             older.port.disconnect()
         log.info("cluster %s registered from %s", register.cluster, peer)
         clusters = sorted(self._core.clusters(), key=lambda info: info.name != register.cluster)
-        for difference in fingerprint_differences(clusters):
+        for difference in fingerprint_differences(clusters, "cuda"):
             # It may serve, alone or with its like: what a run may mix is for its `determinism` to say.
             log.warning("%s", difference)
         self._carry_out_in_time(effects)
@@ -240,7 +240,9 @@ class MediatorService:
         """Something an agent says over its stream."""
         who = self._sessions.get(session)
         if who is not None:
+            began = time.perf_counter()
             self._carry_out_in_time(self._core.report(who.cluster, who.incarnation, report, self._now()), who)
+            self._core.handled(report, time.perf_counter() - began)
 
     async def agent_disconnected(self, session: str) -> None:
         """The stream of an agent ended."""

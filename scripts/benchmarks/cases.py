@@ -21,6 +21,8 @@ LEARNING_RATE = 0.05
 FEATURES, HIDDEN, CLASSES = 64, 128, 10
 HEAVY_LAYERS, HEAVY_SIDE = 4, 2500
 HEAVY_FACTOR = 0.999
+# As many clients as the synthetic batches are made for in ICRF: for few, and for many.
+MOST_TINY, MOST_TINY_MANY = 1000, 10_000
 
 # Rounds that are measured, after one that is not: as many as give a steady median.
 _ROUNDS = {"digits": 20, "tiny": 5, "heavy": 5}

@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks import cases
 from icrf import Dataset, FederatedNode
 
-# As many as a case may have; clients beyond those of the federation get nothing of it.
-_MOST_TINY, _MOST_HEAVY = 1000, 100
+# Clients beyond those of the federation get nothing of it.
+_MOST_HEAVY = 100
 
 
 def digits() -> Dataset:
@@ -20,7 +20,16 @@ def digits() -> Dataset:
 
 def tiny() -> Dataset:
     """The synthetic batches of one client after the other."""
-    batches = [cases.tiny_batch(k) for k in range(_MOST_TINY)]
+    return _batches(cases.MOST_TINY)
+
+
+def tiny_many() -> Dataset:
+    """The same for more clients, which takes longer to make."""
+    return _batches(cases.MOST_TINY_MANY)
+
+
+def _batches(num_clients: int) -> Dataset:
+    batches = [cases.tiny_batch(k) for k in range(num_clients)]
     features, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return Dataset(features, labels, features[:1], labels[:1], cases.CLASSES, "synthetic batches")
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, parse_case
@@ -16,6 +13,7 @@ from benchmarks.catalogue import DEFAULT_CASES, DEFAULT_SYSTEMS, REFERENCE, SYST
 from benchmarks.document import write_part
 from benchmarks.environments import PACKAGES, ROOT, set_up
 from benchmarks.figures import LEAST_REPEATS, Row, make_row, markdown
+from benchmarks.machine import circumstances
 from benchmarks.measure import measure
 
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -88,7 +86,8 @@ def main(arguments: argparse.Namespace) -> int:
         if refused or arguments.repeat < LEAST_REPEATS:
             _say(f"{DOCUMENT.name} is written from whole measurements of at least {LEAST_REPEATS} runs only")
             return 2
-        write_part(DOCUMENT, COMMAND, f"{_circumstances(rows, load)}\n\n{table}")
+        measured_on = circumstances(COMMAND, (row.values.get("versions", {}) for row in rows), load)
+        write_part(DOCUMENT, COMMAND, f"{measured_on}\n\n{table}")
     return 1 if refused else 0
 
 
@@ -98,23 +97,3 @@ def _chosen(names: Sequence[str]) -> list[str]:
     if unknown:
         raise ValueError(f"no system {', '.join(unknown)}: there are {', '.join(SYSTEMS)}")
     return [REFERENCE, *(name for name in names if name != REFERENCE)]
-
-
-def _circumstances(rows: Sequence[Row], load: float) -> str:
-    """Machine (with its load average before), versions and command of a measurement."""
-    versions: dict[str, set[str]] = {}
-    for row in rows:
-        for name, version in row.values.get("versions", {}).items():
-            versions.setdefault(name, set()).add(version)
-    shown = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, load {load:.1f} before"
-    command = f"{COMMAND} {shlex.join(sys.argv[2:])}"
-    return f"Machine: {machine}. Versions: {shown}. Command: `{command}`."
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -35,7 +35,7 @@ MEDIATOR_CORE = tuple(
     f"mediator/icrf_mediator/{n}*.py"
     for n in ("checkpoints", "checks", "effects", "mediator", "membership", "placement", "rounds", "run_", "runs")
 )
-AGENT_CORE = tuple(f"agent/icrf_agent/{n}*.py" for n in ("core", "round_machine"))
+AGENT_CORE = tuple(f"agent/icrf_agent/{n}*.py" for n in ("core", "round_machine", "phase_reports"))
 IMPURE = frozenset(
     [
         "grpc",
@@ -194,6 +194,17 @@ def known_codes(path: str, text: str) -> list[str]:
     return problems
 
 
+def no_sleep(path: str, text: str) -> list[str]:
+    """Tests wait for what they need (icrf.testing.waiting) and not for time to pass; ``sleep(0)`` lets others go on."""
+    return [
+        f"{path}:{call.lineno} sleeps"
+        for call in ast.walk(ast.parse(text))
+        if isinstance(call, ast.Call)
+        and (called := ast.unparse(call.func)).rpartition(".")[2] == "sleep"
+        and not (called == "asyncio.sleep" and ast.unparse(call.args[0]) == "0")
+    ]
+
+
 # ---------------------------------------------------------------- the code base keeps them
 
 
@@ -203,6 +214,12 @@ def known_codes(path: str, text: str) -> list[str]:
 def test_product_code_keeps_the_rule(rule: Rule) -> None:
     problems = broken(rule, product_files())
     assert not problems, "\n".join(problems)
+
+
+def test_tests_do_not_sleep() -> None:
+    tests = [name for name in python_files() if name.startswith("tests/")]
+    problems = broken(no_sleep, tests)
+    assert tests and not problems, "\n".join(problems)
 
 
 def test_files_and_functions_stay_small() -> None:
@@ -257,6 +274,8 @@ BAD = [
     (no_pickle, SDK, "from ray import cloudpickle"),
     (small_rooms, SDK, "x = 1\n" * MAX_FILE_LINES),
     (small_rooms, SDK, "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (no_sleep, "tests/unit/test_x.py", "import time\ntime.sleep(0)"),
+    (no_sleep, "tests/unit/test_x.py", "async def f():\n    await asyncio.sleep(0.01)"),
     (no_machine_path, "README.md", "see /" + "work/main for more, or /" + "home/ada/x"),
     (known_codes, SDK, "make_error('C999', 'x')"),
     (known_codes, SDK, "make_error('Q001', 'x')"),
@@ -274,6 +293,7 @@ GOOD = [
     (pure_core, "mediator/icrf_mediator/server.py", "import asyncio"),
     (no_pickle, SDK, "import safetensors"),
     (small_rooms, SDK, "def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1)),
+    (no_sleep, "tests/unit/test_x.py", "async def f():\n    await asyncio.sleep(0)"),
     (no_machine_path, "README.md", "framework/py, $HOME/work/x, https://example.org/root/"),
     (known_codes, SDK, "make_error('C001', 'on an H100')"),
 ]

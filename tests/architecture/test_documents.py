@@ -9,17 +9,23 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 import icrf.cli
 import icrf_agent.cli
 import icrf_mediator.cli
+from icrf.errors import ConfigErrors
+from icrf.spec import FederationConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "deploy").rglob("*.md")])
 APPS = {"fabric": icrf.cli.app, "fabric-agent": icrf_agent.cli.app, "fabric-mediator": icrf_mediator.cli.app}
 
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+YAML = re.compile(r"```ya?ml\n(.*?)```", re.DOTALL)
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+JOURNEY = ROOT / "docs" / "journey.md"
+TIME_OUTS = re.compile(r"^\| (\d.*) \|$", re.MULTILINE)
 COMMAND = re.compile(r"^(?:docker .* exec \w+ )?(fabric|fabric-agent|fabric-mediator) ([^#\n]+)", re.MULTILINE)
 
 
@@ -51,6 +57,16 @@ def defines(path: Path, dotted: str) -> bool:
     return True
 
 
+def seconds(path: Path, dotted: str) -> float | None:
+    """The number of seconds, or what is counted, that a name of a file stands for; None for another kind of value."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for part in dotted.split("."):
+        item = names(body)[part]
+        body = getattr(item, "body", [])
+    value = getattr(item, "value", None)
+    return value.value if isinstance(value, ast.Constant) else None
+
+
 def commands(page: Path) -> list[str]:
     """The commands of the fabric in the shell blocks of a page."""
     blocks = SHELL.findall(page.read_text(encoding="utf-8"))
@@ -70,6 +86,34 @@ def test_a_linked_name_is_defined_where_the_link_leads(page: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("row", TIME_OUTS.findall(JOURNEY.read_text(encoding="utf-8")))
+def test_a_time_out_is_as_long_as_the_journey_says(row: str) -> None:
+    """The constants that a row of the table links to have the numbers of its first cell, in their order."""
+    shown, _, where = row.split(" | ")
+    numbers = [float(number.replace(",", "")) for number in re.findall(r"[\d.,]*\d", shown)]
+    values = [seconds(JOURNEY.parent / to, name.strip("`")) for name, to in LINK.findall(where) if to.endswith(".py")]
+    if None not in values:
+        assert all(number == value for number, value in zip(numbers, values, strict=False))
+
+
+@pytest.mark.parametrize("text", sorted({text for page in PAGES for text in YAML.findall(page.read_text("utf-8"))}))
+def test_an_excerpt_of_a_configuration_is_one_with_a_server_or_among_peers(text: str) -> None:
+    excerpt = yaml.safe_load(text)
+    if excerpt.keys().isdisjoint(FederationConfig.model_fields):
+        return  # of another program
+    if "schema" in excerpt:
+        excerpt["federated_learning_schema"] = excerpt.pop("schema")
+    kinds = [("TraditionalFederatedLearning", "star"), ("DecentralizedFederatedLearning", "ring")]
+    complaints = []
+    for schema, topology in kinds:
+        usual = {"federated_learning_schema": schema, "federated_learning_topology": topology}
+        try:
+            FederationConfig.from_mapping({"federation_id": "x", "number_of_clients": 100, **usual, **excerpt})
+        except ConfigErrors as refused:
+            complaints.append(str(refused))
+    assert len(complaints) < len(kinds), complaints
+
+
 @pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands(page)}))
 def test_a_command_takes_what_the_documents_give_it(line: str) -> None:
     name, *arguments = shlex.split(line)
@@ -83,7 +127,7 @@ def test_a_command_takes_what_the_documents_give_it(line: str) -> None:
 
 
 def test_the_tests_look_at_something() -> None:
-    journey = ROOT / "docs" / "journey.md"
-    assert len([text for text, _ in links(journey) if text[0] == "`"]) > 100
+    assert len([text for text, _ in links(JOURNEY) if text[0] == "`"]) > 100
+    assert len(TIME_OUTS.findall(JOURNEY.read_text(encoding="utf-8"))) > 30
     assert len(commands(ROOT / "README.md")) > 5
     assert not defines(ROOT / "fabric" / "icrf" / "errors.py", "IcrfError.no_such_name")

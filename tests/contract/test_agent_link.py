@@ -30,6 +30,7 @@ from icrf.protocol import (
 )
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
+from icrf.testing.clocks import StandingClock
 from icrf.wire.agent_link import GrpcAgentLink
 from icrf_mediator.blobs import MemoryBlobs
 from icrf_mediator.inprocess import InProcessLink
@@ -40,18 +41,6 @@ from icrf_mediator.store import MemoryStore
 PATIENCE_S = 10.0
 MIB = 1 << 20
 CAPACITY, FINGERPRINT = Capacity(2, 2.0, 0.0, 1 << 30), Fingerprint("2.13", "AVX2", "on", 1, "cpu")
-
-
-class Clock:
-    """Time that stands still until a test moves it."""
-
-    time_s = 1000.0
-
-    def monotonic_s(self) -> float:
-        return self.time_s
-
-    def wall_s(self) -> float:
-        return self.time_s
 
 
 class Agent:
@@ -79,7 +68,7 @@ class Agent:
 class World:
     """A mediator on this loop, and links to it."""
 
-    def __init__(self, server: MediatorServer | None, service: MediatorService, clock: Clock) -> None:
+    def __init__(self, server: MediatorServer | None, service: MediatorService, clock: StandingClock) -> None:
         self._server, self.service, self.clock = server, service, clock
 
     def link(self) -> AgentLink:
@@ -112,7 +101,7 @@ def submission() -> Submission:
 
 @asynccontextmanager
 async def world(kind: str) -> AsyncIterator[World]:
-    clock = Clock()
+    clock = StandingClock()
     service = MediatorService(MemoryStore(), MemoryBlobs(), clock)
     await service.start()
     server = MediatorServer(service, "127.0.0.1:0") if kind == "grpc" else None

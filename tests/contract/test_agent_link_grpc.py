@@ -23,6 +23,7 @@ from icrf.protocol import (
     Release,
     Warned,
 )
+from icrf.testing.waiting import async_until
 from icrf.wire._generated.icrf.v1 import cluster_pb2
 from icrf.wire.agent_link import GrpcAgentLink
 from icrf.wire.status import from_rpc_error
@@ -139,8 +140,7 @@ def test_after_a_restart_the_agent_registers_again_and_sends_what_it_kept(mediat
         agent.link.report(Warned("run-1", "0"))
         await seen(mediator, lambda: mediator.count("report") == 1)
         await asyncio.to_thread(mediator.stop)
-        while not agent.states[-1].startswith("mediator unreachable, retrying"):
-            await asyncio.sleep(0.01)
+        await async_until(lambda: agent.states[-1].startswith("mediator unreachable, retrying"))
         for i in range(1, 4):
             agent.link.report(Heartbeat("i-1"))
             agent.link.report(Warned("run-1", str(i)))
@@ -159,8 +159,7 @@ def test_an_agent_may_start_before_the_mediator(mediator: Any) -> None:
     mediator.stop()
 
     async def scenario(agent: Agent) -> None:
-        while not agent.states:
-            await asyncio.sleep(0.01)
+        await async_until(lambda: agent.states)
         await asyncio.to_thread(mediator.start)
         assert await agent.next() == mediator.service.lease
 
@@ -171,8 +170,7 @@ def test_a_link_without_a_mediator_closes_at_once(mediator: Any) -> None:
     mediator.stop()
 
     async def scenario(agent: Agent) -> None:
-        while not agent.states:
-            await asyncio.sleep(0.01)
+        await async_until(lambda: agent.states)
         began = time.monotonic()
         await agent.close()
         await agent.link.close()
@@ -252,11 +250,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(mediator: Any) -> None:
     with pytest.raises(RunError, match="F006 the model is gone"):
         upload(mediator, chunks())
 
-    async def ended() -> None:
-        while not mediator.service.uploads:
-            await asyncio.sleep(0.001)
-
-    mediator.on_loop(ended())
+    mediator.on_loop(async_until(lambda: mediator.service.uploads))
     assert mediator.service.uploads["model"][0] == "aborted"
 
 

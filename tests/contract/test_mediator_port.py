@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from icrf.protocol import RunEvent, RunInfo, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.waiting import async_until
 from icrf.wire.mediator_client import GrpcMediator
 from icrf_mediator.inprocess import InProcessMediator
 from icrf_mediator.server import MediatorServer
@@ -181,11 +181,7 @@ def test_watchers_leave_nothing_behind(port: MediatorPort, fabric: InlineFabric)
     port.cancel(run.run_id)
     assert list(whole)[-1].kind == "end"
 
-    async def none_left() -> None:
-        while fabric.service._watchers:
-            await asyncio.sleep(0)
-
-    fabric._thread.call(none_left(), 10.0)
+    fabric._thread.call(async_until(lambda: not fabric.service._watchers), 10.0)
 
 
 def test_the_end_is_told_only_once_the_model_can_be_fetched(port: MediatorPort) -> None:

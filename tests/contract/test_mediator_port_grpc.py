@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from icrf.errors import IcrfError, LocalError, ProtocolError, RunError
 from icrf.protocol import Graph, NodeSpec, RunEvent, Submission, TensorSpec
+from icrf.testing.waiting import async_until
 from icrf.wire.agent_link import GrpcAgentLink
 from icrf.wire.codec import to_proto
 from icrf.wire.mediator_client import GrpcMediator
@@ -258,8 +258,4 @@ def test_an_abandoned_watch_leaves_no_watcher(mediator: Any, client: GrpcMediato
     assert mediator.service.watchers == 1
     events.close()  # type: ignore[attr-defined]
 
-    async def gone() -> None:
-        while mediator.service.watchers:
-            await asyncio.sleep(0)
-
-    mediator.on_loop(gone())
+    mediator.on_loop(async_until(lambda: not mediator.service.watchers))

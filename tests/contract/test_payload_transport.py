@@ -16,6 +16,7 @@ import pytest
 from icrf.errors import InternalError, LocalError, ProtocolError, RoutingError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
+from icrf.testing.waiting import until
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
 from icrf.wire.frames import FrameWriter
@@ -31,14 +32,6 @@ def header_for(array, target="us-east", **changes):
     fields = {"run_id": "r", "generation": 1, "round": 1, "attempt": 1, "kind": "partial", "sender": -1}
     fields |= {"source": "eu-west", "target": target, "dtype": array.dtype.name, "num_elements": array.size}
     return PayloadHeader(**{**fields, **changes})
-
-
-def eventually(condition):
-    """Wait for what no event announces."""
-    deadline, never = time.monotonic() + WAIT_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
-        never.wait(0.005)
 
 
 def free_port():
@@ -351,7 +344,7 @@ def test_closing_ends_a_send_that_waits(way, sending):
     sent = sending.submit(sender.send, header_for(array, target="nowhere"), array, way.nobody(), WAIT_S)
     if isinstance(way, Relayed):
         # The call is under way, not only about to start.
-        eventually(lambda: way.server.relay.stats().waiting)
+        until(lambda: way.server.relay.stats().waiting)
     sender.close()
     with pytest.raises(ProtocolError, match="P030"):
         sent.result(5.0)
@@ -455,7 +448,7 @@ def test_a_stalled_receiver_stalls_the_sender_and_fills_no_memory(relayed, sendi
     assert entered.wait(WAIT_S)
     second = sending.submit(sender.send, header_for(big, sender=1), big, peer, WAIT_S)
     relay = relayed.server.relay
-    eventually(lambda: relay.stats().queued_frames == QUEUE_FRAMES)
+    until(lambda: relay.stats().queued_frames == QUEUE_FRAMES)
     assert relay.stats().transfers == 2
     assert not second.done()
     go.set()
@@ -491,7 +484,7 @@ def test_a_gateway_that_dies_amid_a_transfer_is_replaced_and_the_payload_sent_ag
         asked = gateway_pb2.RelayReceive(transfer_id=offer.transfer_id, incarnation="x").SerializeToString()
         frames = channel.unary_stream("/icrf.v1.Relay/Receive")(asked, timeout=WAIT_S)
         next(frames)
-        eventually(lambda: relayed.server.relay.stats().queued_frames == QUEUE_FRAMES)
+        until(lambda: relayed.server.relay.stats().queued_frames == QUEUE_FRAMES)
     relayed.join("us-east", inbox)
     sent.result(WAIT_S)
     assert np.array_equal(inbox.get()[1], array)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from icrf.testing.waiting import until
 
 MARK = "ICRF_TEST_COMMANDS"
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
@@ -53,15 +54,18 @@ class Daemon:
 
     def until(self, text: str) -> str:
         """Wait until a line of the output has `text`; the line."""
-        deadline = time.monotonic() + COMMAND_S
-        while time.monotonic() < deadline:
-            for line in [*self.out.splitlines(), *self.err.splitlines()]:
-                if text in line:
-                    return line
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.05)  # files tell nobody that they have grown
-        raise AssertionError(f"no {text!r} (exit code {self.process.poll()}):\n{self.out}\n{self.err}")
+
+        def found() -> str | None:
+            ended = self.process.poll() is not None
+            line = next((line for line in [*self.out.splitlines(), *self.err.splitlines()] if text in line), None)
+            assert line or not ended, "it has ended"
+            return line
+
+        try:
+            return until(found, COMMAND_S)
+        except (AssertionError, TimeoutError) as why:
+            shown = f"no {text!r} (exit code {self.process.poll()}, {why}):\n{self.out}\n{self.err}"
+            raise AssertionError(shown) from None
 
     def end(self, number: signal.Signals, *, group: bool = False) -> int:
         """Send a signal, to the whole foreground group as a terminal does if asked, and wait; the exit code."""

@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from icrf.testing.waiting import until
 
 from .bench import Bench, federation
 
@@ -36,10 +37,12 @@ def interrupt(file: Path, out: Path, clusters: int, number: signal.Signals, afte
     log = out.with_suffix(".log")
     with log.open("wb") as output:
         process = subprocess.Popen([*COMMAND, str(file), *flags], stdout=output, stderr=output, env=environment())
-    deadline = time.monotonic() + ROUND_LIMIT_S
-    while len(rounds_of(out)) < after_rounds:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
+
+    def committed() -> bool:
+        assert process.poll() is None, log.read_text()
+        return len(rounds_of(out)) >= after_rounds
+
+    until(committed, ROUND_LIMIT_S)
     process.send_signal(number)
     process.wait(60)
 

@@ -14,11 +14,12 @@ import pytest
 
 from icrf.errors import ConfigError, ConfigErrors, IcrfError, error_from_json
 from icrf.federation.node import FederatedNode
-from icrf.protocol import COMPLETED, FAILED, RoundResult, RunInfo, Submission
+from icrf.protocol import COMPLETED, FAILED, RoundResult, Submission
 from icrf.run_folder import round_line
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, follow
 from icrf.topology import ADAPTERS, TopologyAdaptationStrategy
 from icrf.update import merkle_root
 from icrf_agent import host_tools
@@ -46,17 +47,6 @@ def submission_of(strategy: str, *, keep: bool = False, code_path: str = "", **k
         **keys,
     }
     return build_submission(FederationConfig.from_mapping(data), keep=keep, code_path=code_path)
-
-
-def follow(fabric: InlineFabric, run_id: str) -> tuple[RunInfo, list[RoundResult]]:
-    rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
-    return fabric.port.get(run_id), rounds
-
-
-def run_on(fabric: InlineFabric, submission: Submission) -> tuple[RunInfo, list[RoundResult]]:
-    info, rounds = follow(fabric, fabric.port.submit(submission).run_id)
-    assert info.status == COMPLETED, info.error_json
-    return info, rounds
 
 
 def failure_of(fabric: InlineFabric, submission: Submission) -> IcrfError:
@@ -93,13 +83,13 @@ def adapter() -> Iterator[Any]:
 def test_a_graph_that_changes_in_mid_run_gives_the_same_bits_on_any_number_of_clusters(
     fabrics: dict[int, InlineFabric], strategy: str
 ) -> None:
-    info, expected = run_on(fabrics[1], submission_of(strategy))
-    _, static = run_on(fabrics[1], submission_of("static"))
+    info, expected = completed(fabrics[1], submission_of(strategy))
+    _, static = completed(fabrics[1], submission_of("static"))
     assert hashes(expected)[:2] == hashes(static)[:2] and hashes(expected)[2] != hashes(static)[2]
     assert [bool(added) for added, _ in changes(expected)][:3] == [False, True, False]
     assert [r.generation for r in expected][:3] == [1, 1, 2]
     for clusters in (2, 3):
-        found_info, found = run_on(fabrics[clusters], submission_of(strategy))
+        found_info, found = completed(fabrics[clusters], submission_of(strategy))
         assert hashes(found) == hashes(expected) and changes(found) == changes(expected)
         assert (found_info.model_sha256, len(found_info.clusters)) == (info.model_sha256, clusters)
 
@@ -117,17 +107,17 @@ def test_a_decision_does_not_depend_on_how_many_nodes_are_active(
     fabrics: dict[int, InlineFabric], strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {"momentum": 0.9, "keep_optimizer_state": True, "private_keys": ["*bias"], "adaptation_period": 1}
-    _, expected = run_on(fabrics[1], submission_of(strategy, **keys))
+    _, expected = completed(fabrics[1], submission_of(strategy, **keys))
     assert any(added for added, _ in changes(expected)) and len({r.consensus_sha256 for r in expected}) == 5
     # Every row leaves its host by itself then.
     monkeypatch.setattr(host_tools, "POSTING_BYTES", 1)
     for clusters in (1, 2):
-        _, few = run_on(fabrics[clusters], submission_of(strategy, **keys, resident_nodes=1))
+        _, few = completed(fabrics[clusters], submission_of(strategy, **keys, resident_nodes=1))
         assert hashes(few) == hashes(expected) and changes(few) == changes(expected)
 
 
 def test_rewiring_moves_edges_and_a_line_of_a_round_says_how_many(fabrics: dict[int, InlineFabric]) -> None:
-    _, rounds = run_on(fabrics[2], submission_of("random_rewire", adaptation_period=1))
+    _, rounds = completed(fabrics[2], submission_of("random_rewire", adaptation_period=1))
     assert all(added == removed > 0 for added, removed in changes(rounds))
     assert [r.generation for r in rounds] == [1, 2, 3, 4, 5]
     line = round_line(rounds[0])
@@ -146,7 +136,7 @@ class Writer(FederatedNode):
 @pytest.mark.parametrize("clusters", [1, 2])
 def test_letters_on_their_way_arrive_though_the_graph_changes(fabrics: dict[int, InlineFabric], clusters: int) -> None:
     submission = submission_of("random_rewire", adaptation_period=1, client_template=f"{__name__}:Writer")
-    _, rounds = run_on(fabrics[clusters], submission)
+    _, rounds = completed(fabrics[clusters], submission)
     assert [r.generation for r in rounds] == [1, 2, 3, 4, 5]
     # Rewiring leaves every node its two neighbours.
     assert [r.metrics["train_letters"] for r in rounds] == [0.0, 2.0, 2.0, 2.0, 2.0]
@@ -155,9 +145,9 @@ def test_letters_on_their_way_arrive_though_the_graph_changes(fabrics: dict[int,
 def test_graphs_become_denser_and_sparser_and_a_graph_at_its_end_needs_no_new_generation(
     fabrics: dict[int, InlineFabric],
 ) -> None:
-    _, denser = run_on(fabrics[2], submission_of("densify", adaptation_period=1))
+    _, denser = completed(fabrics[2], submission_of("densify", adaptation_period=1))
     assert sum(added for added, _ in changes(denser)) == NUM_NODES * (NUM_NODES - 1) - 2 * NUM_NODES
-    _, sparser = run_on(fabrics[2], submission_of("sparsify", adaptation_period=1))
+    _, sparser = completed(fabrics[2], submission_of("sparsify", adaptation_period=1))
     assert changes(sparser) == [(0, 2), (0, 0), (0, 0), (0, 0), (0, 0)]
     assert [r.generation for r in sparser] == [1, 2, 2, 2, 2]
 
@@ -166,8 +156,8 @@ def test_nodes_that_do_not_train_lose_their_edges_until_they_do(fabrics: dict[in
     submission = submission_of(
         "prune_unavailable", adaptation_period=1, client_fraction=0.5, federated_learning_topology="mesh"
     )
-    _, one = run_on(fabrics[1], submission)
-    _, three = run_on(fabrics[3], submission)
+    _, one = completed(fabrics[1], submission)
+    _, three = completed(fabrics[3], submission)
     assert hashes(one) == hashes(three)
     # Of 56 directed edges those among four nodes that trained are left, and four more to hold the others.
     assert changes(one)[0] == (0, 56 - 12 - 8)
@@ -196,7 +186,7 @@ def test_nothing_is_gathered_that_no_parameter_names_and_the_plan_knows_the_byte
     for function in (same, same_by_sketches, same_by_weights):
         submission = submission_of(f"{__name__}:{function.__name__}", model_type="mlp")
         plan = fabrics[3].port.plan(submission)
-        info, _ = run_on(fabrics[3], submission)
+        info, _ = completed(fabrics[3], submission)
         total = plan.bytes_inter_cluster_total
         assert total <= info.bytes_inter_cluster <= total * HEADERS
         per_adaptation.append(plan.bytes_inter_cluster_per_adaptation)
@@ -229,13 +219,13 @@ def test_a_strategy_of_ones_own_is_asked_once_with_the_states_of_all_nodes(
             following[i, j] = following[j, i] = 1
             return following
 
-    _, expected = run_on(fabrics[1], submission_of("mine"))
+    _, expected = completed(fabrics[1], submission_of("mine"))
     assert len(asked) == 2 and changes(expected) == [(0, 0), (2, 0), (0, 0), (2, 0), (0, 0)]
     assert (asked[0][0] == RING).all() and asked[1][0].sum() == RING.sum() + 2
     # The hash of a round is that of its states: these are what was handed over, bit by bit.
     assert [root for *_, root in asked] == [expected[1].model_sha256, expected[3].model_sha256]
     asked.clear()
-    _, found = run_on(fabrics[3], submission_of("mine"))
+    _, found = completed(fabrics[3], submission_of("mine"))
     assert hashes(found) == hashes(expected) and len(asked) == 2
 
 
@@ -265,14 +255,14 @@ def test_all_facts_can_be_asked_for_by_name(fabrics: dict[int, InlineFabric], ad
             return networkx.relabel_nodes(networkx.complete_graph(number_of_clients), dict(enumerate(node_ids)))
 
     submission = submission_of("mine", client_fraction=0.5)
-    _, rounds = run_on(fabrics[1], submission)
+    _, rounds = completed(fabrics[1], submission)
     assert changes(rounds)[1] == (56 - 16, 0) and [fact["round"] for fact in seen] == [2, 4]
     trained = [i in rounds[1].participant_nodes for i in range(NUM_NODES)]
     assert seen[0]["available"] == trained and sum(trained) == 4
     assert [np.isfinite(loss) for loss in seen[0]["loss"]] == trained
     assert seen[0]["draw"] != seen[1]["draw"]
     first, seen[:] = json.dumps(seen), []
-    run_on(fabrics[3], submission)
+    completed(fabrics[3], submission)
     assert json.dumps(seen) == first
 
 
@@ -295,7 +285,7 @@ def test_a_loss_that_was_not_told_in_the_round_is_not_that_of_an_earlier_one(
         assert available.all()
         return adjacency_matrix
 
-    run_on(fabrics[1], submission_of("mine", adaptation_period=1, client_template=f"{__name__}:Seldom"))
+    completed(fabrics[1], submission_of("mine", adaptation_period=1, client_template=f"{__name__}:Seldom"))
     assert told == [[number % 2 == 1] * NUM_NODES for number in range(1, 6)]
 
 
@@ -310,7 +300,7 @@ def test_a_strategy_is_a_file_beside_the_configuration(
     )
     monkeypatch.syspath_prepend(tmp_path)
     submission = submission_of("wider_rings:wider", code_path=str(tmp_path))
-    _, rounds = run_on(fabrics[2], submission)
+    _, rounds = completed(fabrics[2], submission)
     assert changes(rounds) == [(0, 0), (16, 16), (0, 0), (16, 16), (0, 0)]
 
 
@@ -351,7 +341,7 @@ def test_an_answer_that_is_no_matrix_is_refused(fabrics: dict[int, InlineFabric]
 
 def test_a_graph_of_several_components_may_be_allowed(fabrics: dict[int, InlineFabric], adapter: Any) -> None:
     adapter(lambda: edges(*((i, i + 1) for i in range(6))))
-    _, rounds = run_on(fabrics[2], submission_of("mine", allow_no_consensus=True))
+    _, rounds = completed(fabrics[2], submission_of("mine", allow_no_consensus=True))
     assert changes(rounds)[1] == (0, 4)
 
 
@@ -405,7 +395,7 @@ def test_after_a_crash_the_graphs_and_the_bits_are_the_same(
 ) -> None:
     keys = {"federated_learning_rounds": 8, "checkpoint_every": 3, "adaptation_period": 1}
     submission = submission_of(strategy, **keys)
-    expected_info, expected = run_on(fabrics[1], submission)
+    expected_info, expected = completed(fabrics[1], submission)
     with InlineFabric(2) as fabric:
         run_id = fabric.port.submit(submission).run_id
         for event in fabric.port.watch(run_id):

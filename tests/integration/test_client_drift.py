@@ -17,10 +17,11 @@ from torch import nn
 from icrf.federation.node import FederatedNode
 from icrf.learning.datasets import DATASETS, Dataset
 from icrf.learning.models import register_model
-from icrf.protocol import COMPLETED, RoundResult
+from icrf.protocol import RoundResult
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed
 
 CURVES = ((1.0, 0.0), (3.0, 1.0))
 ETA, START, OPTIMUM = 0.1, 5.0, 0.75
@@ -92,11 +93,7 @@ def run_curves(fabric: InlineFabric, steps: int, rounds: int, **keys: Any) -> li
         "server_template": "local:Teller",
     }
     config = FederationConfig.from_mapping({**common, **keys})
-    info = fabric.port.submit(build_submission(config))
-    found = [event.round for event in fabric.port.watch(info.run_id) if event.round]
-    info = fabric.port.get(info.run_id)
-    assert info.status == COMPLETED, info.error_json
-    return found
+    return completed(fabric, build_submission(config))[1]
 
 
 def descend(fabric: InlineFabric, steps: int, rounds: int, **keys: Any) -> list[float]:

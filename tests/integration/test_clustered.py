@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from icrf.errors import ConfigError
 from icrf.federation.node import FederatedNode
 from icrf.learning.datasets import DATASETS, Dataset
 from icrf.learning.models import register_model
-from icrf.protocol import COMPLETED, IDLE, STOP, TERMINAL, RoundResult
+from icrf.protocol import COMPLETED, STOP, RoundResult
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import fabrics_on_demand, follow, follow_until
 
 CLUSTERED = {"schema": "ClusterFederatedLearning", "federated_learning_topology": "star", "federation_id": "groups"}
 DIGITS = {
@@ -34,15 +36,8 @@ DIGITS = {
 }
 
 
-class Counter(FederatedNode):
-    """Every other node counts from one: it calls the digit 0 class 1, and the digit 9 class 0."""
-
-    def build(self, **kwargs: Any) -> None:
-        first = self.context.index % 2
-        features, labels = self.context.train_data
-        self.context.train_data = (features, (labels + first) % 10)
-        features, labels = self.context.test_data
-        self.context.test_data = (features, (labels + first) % 10)
+# Every other node counts from one.
+Counter = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "examples" / "two_countings.py"))["Counter"]
 
 
 # ---------------------------------------------------------------- two groups on a line through the origin
@@ -115,17 +110,9 @@ class Lost(Counter):
 @pytest.fixture(scope="module")
 def fabrics() -> Iterator[Any]:
     """A fabric of so many clusters, started when it is asked for; it knows the node classes of this file."""
-    opened: list[InlineFabric] = []
     templates = {f"local:{kind.__name__}": kind for kind in (Counter, Regressor, Teller, Rounder, Wordy, Lost)}
-
-    @cache
-    def open_fabric(clusters: int) -> InlineFabric:
-        opened.append(InlineFabric(clusters, templates=templates))
-        return opened[-1]
-
-    yield open_fabric
-    for fabric in opened:
-        fabric.close()
+    with fabrics_on_demand(templates) as opened:
+        yield opened
 
 
 def run(fabric: InlineFabric, **keys: Any) -> Result:
@@ -287,7 +274,7 @@ def test_a_node_shows_the_model_that_it_has_chosen(fabrics: Any) -> None:
     fabric = fabrics(2)
     config = FederationConfig.from_mapping({**DIGITS, "federated_learning_rounds": 4, "seed": 1, "momentum": 0.9})
     run_id = fabric.port.submit(build_submission(config, keep=True)).run_id
-    chosen = choices(follow(fabric, run_id, 4)[-1])
+    chosen = choices(follow_until(fabric, run_id, 4)[-1])
     nothing = values.encode([[], {}])
     shown = [values.decode(fabric.port.call_node(run_id, f"client_{i}", "pull_version", nothing)) for i in range(7)]
     fabric.port.advance(run_id, STOP)
@@ -304,8 +291,7 @@ def test_a_loss_that_is_no_number(fabrics: Any, template: str, expected: str) ->
     """A word is an error that names its node; NaN is a loss like infinity: the first model."""
     config = FederationConfig.from_mapping({**DIGITS, "client_template": f"local:{template}"})
     info = fabrics(2).port.submit(build_submission(config))
-    rounds = [event.round for event in fabrics(2).port.watch(info.run_id) if event.round]
-    info = fabrics(2).port.get(info.run_id)
+    info, rounds = follow(fabrics(2), info.run_id)
     if expected:
         assert expected in info.error_json and "training_loss returned str" in info.error_json
     else:
@@ -324,28 +310,16 @@ def test_models_that_are_lost_come_back_from_checkpoints(cluster: str) -> None:
         expected = run(fabric, **keys)
         config = FederationConfig.from_mapping({**keys, "federated_learning_rounds": 3, "placement": pins})
         run_id = fabric.port.submit(build_submission(config, keep=True)).run_id
-        follow(fabric, run_id, 3)
+        follow_until(fabric, run_id, 3)
         for slot in range(2):
             fabric.substrates[cluster].kill_host(run_id, slot)
         fabric.restart_mediator()
         fabric.port.advance(run_id, "run", 6)
-        found = follow(fabric, run_id, 6)
+        found = follow_until(fabric, run_id, 6)
     assert [r.model_sha256 for r in found] == hashes(expected)
     assert [r.metrics for r in found] == [r.metrics for r in expected.rounds]
     # Nodes keep nothing: a cluster without the server is set up again, and the run goes on.
     assert (found[-1].generation == 1) == (cluster == "local-2")
-
-
-def follow(fabric: InlineFabric, run_id: str, rounds_done: int) -> list[RoundResult]:
-    """Wait until a kept run is idle after so many rounds; all of them."""
-    found = []
-    for event in fabric.port.watch(run_id):
-        found += [event.round] if event.round else []
-        info = fabric.port.get(run_id)
-        assert info.status not in TERMINAL, info.error_json
-        if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds_done:
-            return found
-    raise AssertionError("the run has ended")
 
 
 class Stubborn(Counter):

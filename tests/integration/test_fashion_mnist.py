@@ -11,6 +11,7 @@ from icrf.learning.datasets import FASHION_MNIST_DIR, Dataset, load_dataset
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,10 +33,7 @@ def outcome(clusters: int, **keys: Any) -> tuple[str, float]:
         }
     )
     with InlineFabric(clusters) as fabric:
-        run_id = fabric.port.submit(build_submission(config)).run_id
-        rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
-        info = fabric.port.get(run_id)
-    assert info.status == "COMPLETED", info.error_json
+        info, rounds = completed(fabric, build_submission(config))
     return info.model_sha256, rounds[-1].metrics["accuracy"]
 
 

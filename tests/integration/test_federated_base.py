@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from icrf.federation.resources import get_resources_split
 from icrf.federation.schemas import SCHEMAS
 from icrf.federation.virtual_node import NodeHandle
 from icrf.protocol import CANCELLED, COMPLETED, READY, RESERVED
+from icrf.testing.waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
 
@@ -88,7 +89,7 @@ class Slow(FederatedNode):
 
     def train(self, **kwargs: Any) -> dict[str, float]:
         Path(self.config.data_dir or "", "begun").touch()
-        time.sleep(600)
+        threading.Event().wait()
         return {}
 
 
@@ -233,9 +234,7 @@ class TestEnds:
         plain = config("slow", data_dir=str(tmp_path))
         base = RingFederatedLearningSchema(Slow, ["train"] * 3, plain, fabric=fabric)
         future = base.train()
-        deadline = time.monotonic() + WAIT_S
-        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until((tmp_path / "begun").exists, WAIT_S)
         assert base.running
         assert base.stop().status == CANCELLED  # type: ignore[union-attr]
         assert refused(RunError, lambda: future.result(WAIT_S)).code == "F003"

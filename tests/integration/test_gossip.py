@@ -15,13 +15,15 @@ from safetensors.numpy import load
 
 from icrf import values
 from icrf.client import Fabric
+from icrf.errors import RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.models import MODELS
 from icrf.learning.partition import PARTITIONERS
-from icrf.protocol import COMPLETED, IDLE, TERMINAL, MixingReport, RoundResult
+from icrf.protocol import COMPLETED, MixingReport
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import follow, follow_until
 from icrf.topology import mixing_matrix
 
 WIDTH = 10
@@ -95,11 +97,7 @@ class Gossiped:
         with InlineFabric(clusters, templates=templates) as fabric:
             plan = fabric.port.plan(submission)
             run_id = fabric.port.submit(submission).run_id
-            for event in fabric.port.watch(run_id):
-                info = fabric.port.get(run_id)
-                assert info.status not in TERMINAL, info.error_json
-                if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds:
-                    break
+            follow_until(fabric, run_id, rounds)
 
             def ask(method: str) -> list[Any]:
                 nothing = values.encode([[], {}])
@@ -108,8 +106,7 @@ class Gossiped:
 
             pasts, self.num_samples = ask("past"), ask("samples")
             fabric.port.finish(run_id)
-            self.rounds: list[RoundResult] = [e.round for e in fabric.port.watch(run_id) if e.round]
-            info = fabric.port.get(run_id)
+            info, self.rounds = follow(fabric, run_id)
             assert info.status == COMPLETED, info.error_json
             stored = b"".join(fabric.port.fetch(run_id, "model.safetensors"))
         self.consensus = np.concatenate([part.ravel() for _, part in sorted(load(stored).items())])
@@ -280,7 +277,7 @@ def test_sample_weighted_mixing_leads_to_the_mean_of_all_samples() -> None:
 
 def test_samples_that_were_not_dealt_are_refused_where_they_are_weights() -> None:
     keys = {"federated_learning_topology": "ring", "client_template": "local:Collecting"}
-    with pytest.raises(AssertionError, match="W030"):
+    with pytest.raises(RunError, match="W030"):
         Gossiped(np.zeros((4, WIDTH)), 1, mixing="sample_weighted", **keys)
 
 

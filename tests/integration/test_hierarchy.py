@@ -17,10 +17,11 @@ from icrf.client import Fabric
 from icrf.errors import ConfigError, RunError
 from icrf.federation.node import FederatedNode
 from icrf.learning.partition import PARTITIONERS
-from icrf.protocol import COMPLETED, IDLE, TERMINAL, Plan, RoundResult, RunInfo, Submission
+from icrf.protocol import COMPLETED, Plan
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, facts, follow, follow_until
 
 HIERARCHY = {"schema": "HierarchicalFederatedLearning", "federated_learning_topology": "hierarchy"}
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
@@ -45,43 +46,10 @@ def config_of(**keys: Any) -> FederationConfig:
     return FederationConfig.from_mapping(data)
 
 
-def run_on(fabric: InlineFabric, submission: Submission) -> tuple[RunInfo, list[RoundResult]]:
-    run_id = fabric.port.submit(submission).run_id
-    rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
-    info = fabric.port.get(run_id)
-    assert (info.status, info.error_json) == (COMPLETED, "")
-    return info, rounds
-
-
-def follow(fabric: InlineFabric, run_id: str, rounds_done: int) -> list[RoundResult]:
-    """Wait until a kept run is idle after so many rounds; all of them."""
-    found = []
-    for event in fabric.port.watch(run_id):
-        found += [event.round] if event.round else []
-        info = fabric.port.get(run_id)
-        assert info.status not in TERMINAL, info.error_json
-        if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds_done:
-            return found
-    raise AssertionError("the run has ended")
-
-
-def facts(result: RoundResult) -> tuple[Any, ...]:
-    """What must not depend on the placement."""
-    return (
-        result.number,
-        result.attempt,
-        result.model_sha256,
-        result.parent_sha256,
-        result.consensus_sha256,
-        result.participants,
-        sorted(result.metrics.items()),
-    )
-
-
 @cache
 def alone(global_every: int = 3) -> tuple[str, list[Any]]:
     with InlineFabric(1) as fabric:
-        info, rounds = run_on(fabric, build_submission(config_of(global_every=global_every)))
+        info, rounds = completed(fabric, build_submission(config_of(global_every=global_every)))
     return info.model_sha256, [facts(r) for r in rounds]
 
 
@@ -92,18 +60,18 @@ def alone(global_every: int = 3) -> tuple[str, list[Any]]:
 @pytest.mark.parametrize("clusters", [2, 3])
 def test_every_round_has_the_same_bits_on_any_number_of_clusters(clusters: int, strategy: str) -> None:
     with InlineFabric(clusters, num_slots=clusters) as fabric:
-        info, rounds = run_on(fabric, build_submission(config_of(assignment_strategy=strategy)))
+        info, rounds = completed(fabric, build_submission(config_of(assignment_strategy=strategy)))
     assert len(info.clusters) == clusters
     assert (info.model_sha256, [facts(r) for r in rounds]) == alone()
 
 
 def test_any_placement_of_any_node_gives_the_same_bits() -> None:
-    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=8, derandomize=True, database=None)
     @given(st.lists(st.integers(1, 4), min_size=len(NODES), max_size=len(NODES)), st.integers(1, 3))
     def check(owners: list[int], num_slots: int) -> None:
         placement = {node: f"local-{owner}" for node, owner in zip(NODES, owners, strict=True)}
         with InlineFabric(4, num_slots=num_slots) as fabric:
-            info, rounds = run_on(fabric, build_submission(config_of(placement=placement)))
+            info, rounds = completed(fabric, build_submission(config_of(placement=placement)))
         assert (info.model_sha256, [facts(r) for r in rounds]) == alone()
 
     check()
@@ -121,8 +89,8 @@ def test_a_model_for_all_groups_every_third_round_and_at_the_end() -> None:
 @pytest.mark.parametrize("keys", [{}, {"aggregation_sample_scaling": False}, {"clip_norm": 0.2, "evaluate_every": 2}])
 def test_merging_in_every_round_is_federated_averaging_bit_by_bit(keys: dict[str, Any]) -> None:
     with InlineFabric(3) as fabric:
-        star, plain = run_on(fabric, build_submission(config_of(**keys, **STAR)))
-        grouped, rounds = run_on(fabric, build_submission(config_of(**keys, global_every=1)))
+        star, plain = completed(fabric, build_submission(config_of(**keys, **STAR)))
+        grouped, rounds = completed(fabric, build_submission(config_of(**keys, global_every=1)))
     assert [r.consensus_sha256 for r in rounds] == [r.model_sha256 for r in plain]
     assert [r.metrics for r in rounds] == [r.metrics for r in plain]
     assert grouped.model_sha256 == star.model_sha256
@@ -130,8 +98,8 @@ def test_merging_in_every_round_is_federated_averaging_bit_by_bit(keys: dict[str
 
 def test_one_group_is_federated_averaging_whatever_the_period() -> None:
     with InlineFabric(2) as fabric:
-        star, _ = run_on(fabric, build_submission(config_of(**STAR)))
-        grouped, _ = run_on(fabric, build_submission(config_of(number_of_groups=1)))
+        star, _ = completed(fabric, build_submission(config_of(**STAR)))
+        grouped, _ = completed(fabric, build_submission(config_of(number_of_groups=1)))
     assert grouped.model_sha256 == star.model_sha256
 
 
@@ -152,7 +120,7 @@ def test_a_group_starts_from_the_mean_of_its_own_members_until_the_groups_are_me
     submission = build_submission(config_of(client_template="local:Traced", federated_learning_rounds=4))
     with InlineFabric(2, templates={"local:Traced": Traced}) as fabric:
         run_id = fabric.port.submit(submission).run_id
-        list(fabric.port.watch(run_id))
+        follow(fabric, run_id)
         (activation,) = fabric.store.rows("activations", (run_id,))
     samples, seen = dict(activation.row["samples"]), Traced.seen
 
@@ -178,7 +146,7 @@ def test_metrics_within_groups_are_the_mean_weighted_by_samples() -> None:
     submission = build_submission(config_of(server_template="local:Known", federated_learning_rounds=3))
     with InlineFabric(2, templates={"local:Known": Known}) as fabric:
         run_id = fabric.port.submit(submission).run_id
-        rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
+        _, rounds = follow(fabric, run_id)
         (activation,) = fabric.store.rows("activations", (run_id,))
     samples = dict(activation.row["samples"])
     above = {1: 0, 2: 0, 3: 7, 4: 7, 5: 8, 6: 8}
@@ -194,7 +162,7 @@ def test_whole_groups_exchange_nothing_until_they_are_merged(clusters: int, grou
     submission = build_submission(config_of(number_of_groups=groups))
     with InlineFabric(clusters) as fabric:
         plan: Plan = fabric.port.plan(submission)
-        _, rounds = run_on(fabric, submission)
+        _, rounds = completed(fabric, submission)
     homes = {
         group: {plan.assignment[n] for n in (*_members(plan, group), group)} for group in set(plan.groups.values())
     }
@@ -214,7 +182,7 @@ def test_a_divided_group_costs_a_model_and_a_partial_per_cluster_and_round() -> 
     submission = build_submission(config_of(placement=placement))
     with InlineFabric(3) as fabric:
         plan: Plan = fabric.port.plan(submission)
-        _, rounds = run_on(fabric, submission)
+        _, rounds = completed(fabric, submission)
     # Models to two clusters, partials from both; in merging rounds as well, for no aggregator is away from the root.
     per_round = 2 * (4 + 8) * plan.num_parameters
     assert (plan.bytes_inter_cluster_within_groups, plan.bytes_inter_cluster_per_merge) == (per_round, per_round)
@@ -247,8 +215,7 @@ def test_a_killed_host_changes_no_bit(cluster: str, slot: int, number: int) -> N
         reached.wait()
         fabric.substrates[cluster].kill_host(run_id, slot)
         goes_on.set()
-        rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
-        info = fabric.port.get(run_id)
+        info, rounds = follow(fabric, run_id)
     assert (info.status, info.error_json) == (COMPLETED, "")
     assert [r.model_sha256 for r in rounds] == [fact[2] for fact in alone()[1]]
     assert info.model_sha256 == alone()[0]
@@ -259,13 +226,13 @@ def test_a_new_mediator_merges_where_the_old_one_did() -> None:
     with InlineFabric(2) as fabric:
         submission = build_submission(config_of(federated_learning_rounds=2, checkpoint_every=0), keep=True)
         run_id = fabric.port.submit(submission).run_id
-        assert [bool(r.consensus_sha256) for r in follow(fabric, run_id, 2)] == [False, True]
+        assert [bool(r.consensus_sha256) for r in follow_until(fabric, run_id, 2)] == [False, True]
         fabric.port.advance(run_id, "run", 4)
-        follow(fabric, run_id, 4)
+        follow_until(fabric, run_id, 4)
         fabric.restart_mediator()
         fabric.substrates["local-2"].kill_host(run_id, 1)
         fabric.port.advance(run_id, "run", 7)
-        rounds = follow(fabric, run_id, 7)
+        rounds = follow_until(fabric, run_id, 7)
     assert [bool(r.consensus_sha256) for r in rounds] == [False, True, True, True, False, True, True]
     assert rounds[-1].generation > 1
 
@@ -288,8 +255,7 @@ def test_a_run_that_is_stopped_within_groups_ends_with_a_model_for_all() -> None
         reached.wait()
         fabric.port.advance(run_id, "stop")
         goes_on.set()
-        rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
-        info = fabric.port.get(run_id)
+        info, rounds = follow(fabric, run_id)
     assert info.status == COMPLETED
     assert [r.number for r in rounds if r.consensus_sha256] == [5] and len(rounds) == 5
     assert info.model_sha256 == rounds[-1].consensus_sha256
@@ -298,7 +264,7 @@ def test_a_run_that_is_stopped_within_groups_ends_with_a_model_for_all() -> None
 def test_a_target_is_reached_by_the_model_for_all_groups_only() -> None:
     keys = {"target_accuracy": 0.2, "federated_learning_rounds": 9, "global_every": 4}
     with InlineFabric(2) as fabric:
-        info, rounds = run_on(fabric, build_submission(config_of(**keys)))
+        info, rounds = completed(fabric, build_submission(config_of(**keys)))
     assert rounds[2].metrics["accuracy"] >= 0.2
     assert info.rounds_to_target == len(rounds) == 4
     assert info.model_sha256 == rounds[-1].consensus_sha256
@@ -308,7 +274,7 @@ def test_members_of_groups_can_neither_leave_nor_join() -> None:
     with InlineFabric(2) as fabric:
         submission = build_submission(config_of(federated_learning_rounds=2), keep=True)
         run_id = fabric.port.submit(submission).run_id
-        follow(fabric, run_id, 2)
+        follow_until(fabric, run_id, 2)
         with pytest.raises(RunError, match=r"F005 .*every member of a group"):
             fabric.port.change_nodes(run_id, remove=["client_0"])
 
@@ -351,7 +317,7 @@ def test_communities_are_those_that_were_planted_and_live_together(planted: dict
     for clusters in (1, 2, 3):
         with InlineFabric(clusters) as fabric:
             plan: Plan = fabric.port.plan(submission)
-            info, rounds = run_on(fabric, submission)
+            info, rounds = completed(fabric, submission)
         found.append([info.model_sha256, *(facts(r) for r in rounds)])
         assert plan.bytes_inter_cluster_within_groups == 0
         assert len(set(plan.assignment.values())) == clusters
@@ -372,7 +338,7 @@ def test_a_communitys_model_is_worth_more_to_its_members(planted: dict[str, Any]
     found = {}
     with InlineFabric(1) as fabric:
         for group_by in ("labels", "contiguous"):
-            _, rounds = run_on(fabric, build_submission(config_of(**{**keys, "group_by": group_by})))
+            _, rounds = completed(fabric, build_submission(config_of(**{**keys, "group_by": group_by})))
             found[group_by] = [r.metrics for r in rounds]
     # What clients measure on their own data in the last round is what rounds within groups have made.
     own, mixed = (found[group_by][-1]["eval_accuracy"] for group_by in ("labels", "contiguous"))

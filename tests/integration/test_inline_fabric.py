@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,12 @@ import pytest
 
 from icrf import values
 from icrf.errors import IcrfError
-from icrf.protocol import COMPLETED, IDLE, TERMINAL, Plan, RoundResult, RunInfo, Submission
+from icrf.protocol import Plan, RoundResult, RunInfo, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, fabrics_on_demand, follow, follow_until
+from icrf.testing.waiting import until
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 PEERS = {"schema": "DecentralizedFederatedLearning"}
@@ -52,21 +52,8 @@ class Outcome:
 
 def run_on(fabric: InlineFabric, submission: Submission) -> Outcome:
     plan = fabric.port.plan(submission)
-    info = fabric.port.submit(submission)
-    rounds = tuple(event.round for event in fabric.port.watch(info.run_id) if event.round)
-    info = fabric.port.get(info.run_id)
-    assert info.status == COMPLETED, info.error_json
-    return Outcome(info, rounds, plan)
-
-
-def follow_until(fabric: InlineFabric, run_id: str, rounds_done: int) -> RunInfo:
-    """Wait until a kept run is idle after this many rounds."""
-    for event in fabric.port.watch(run_id):
-        info = fabric.port.get(run_id)
-        assert info.status not in TERMINAL, info.error_json
-        if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds_done:
-            return info
-    raise AssertionError("the run has ended")
+    info, rounds = completed(fabric, submission)
+    return Outcome(info, tuple(rounds), plan)
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +80,8 @@ def graphs(custom_matrix: Path) -> Mapping[str, Mapping[str, Any]]:
 @pytest.fixture(scope="module")
 def fabrics() -> Iterator[Any]:
     """A fabric of so many clusters, started when it is asked for."""
-    opened: list[InlineFabric] = []
-
-    @cache
-    def open_fabric(clusters: int) -> InlineFabric:
-        opened.append(InlineFabric(clusters))
-        return opened[-1]
-
-    yield open_fabric
-    for fabric in opened:
-        fabric.close()
+    with fabrics_on_demand() as opened:
+        yield opened
 
 
 # ---------------------------------------------------------------- bits
@@ -209,8 +188,7 @@ def test_two_runs_at_once_do_not_touch_each_other() -> None:
                 follow_until(fabric, run_id, number)
         for run_id in runs:
             fabric.port.finish(run_id)
-            for _ in fabric.port.watch(run_id):
-                pass
+            follow(fabric, run_id)
         assert [fabric.port.get(run_id).model_sha256 for run_id in runs] == expected
 
 
@@ -220,8 +198,7 @@ def test_the_end_of_one_run_leaves_the_other_alone() -> None:
         kept, doomed = (fabric.port.submit(build_submission(config, keep=True)).run_id for _ in range(2))
         follow_until(fabric, kept, 3)
         fabric.port.cancel(doomed)
-        for _ in fabric.port.watch(doomed):
-            pass
+        follow(fabric, doomed)
         arguments = values.encode([[], {}])
         assert values.decode(fabric.port.call_node(kept, "client_1", "ping", arguments))["id"] == "client_1"
         with pytest.raises(IcrfError):
@@ -232,10 +209,8 @@ def test_resources_are_free_again_after_a_run() -> None:
     with InlineFabric(2, num_slots=1) as fabric:
         hashes = {run_on(fabric, submission_of(**STAR)).info.model_sha256 for _ in range(3)}
         assert len(hashes) == 1
-        deadline_s = time.monotonic() + 10.0
-        while [info.free_slots for info in fabric.port.clusters()] != [1, 1]:
-            # What an agent says about it may come after the end that users see.
-            assert time.monotonic() < deadline_s
+        # What an agent says about it may come after the end that users see.
+        until(lambda: [info.free_slots for info in fabric.port.clusters()] == [1, 1])
 
 
 # ---------------------------------------------------------------- placement
@@ -246,7 +221,8 @@ def test_nodes_live_where_they_are_pinned() -> None:
     config = FederationConfig.from_json(submission_of(**STAR, placement=pins).config_json)
     with InlineFabric(3, num_slots=8, labels={"local-2": {"gpu": "no"}, "local-3": {"gpu": "yes"}}) as fabric:
         run_id = fabric.port.submit(build_submission(config, keep=True)).run_id
-        info = follow_until(fabric, run_id, 3)
+        follow_until(fabric, run_id, 3)
+        info = fabric.port.get(run_id)
         where = {
             node: values.decode(fabric.port.call_node(run_id, node, "ping", values.encode([[], {}])))["cluster"]
             for node in pins

@@ -14,10 +14,11 @@ import pytest
 from icrf import values
 from icrf.errors import IcrfError, NodeError, error_from_json
 from icrf.federation.node import FederatedNode
-from icrf.protocol import COMPLETED, FAILED, IDLE, TERMINAL, RoundResult, RunInfo
+from icrf.protocol import COMPLETED, FAILED, IDLE, RoundResult, RunInfo
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import follow_until
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}
@@ -59,11 +60,7 @@ class Session:
     def more(self, rounds: int) -> None:
         """Let it go on to this many rounds in total."""
         self.fabric.port.advance(self.run_id, "run", rounds)
-        for event in self.fabric.port.watch(self.run_id):
-            info = self.fabric.port.get(self.run_id)
-            assert info.status not in TERMINAL, info.error_json
-            if event.status == IDLE and info.status == IDLE and info.rounds_done == rounds:
-                return
+        follow_until(self.fabric, self.run_id, rounds)
 
     def finish(self) -> tuple[RunInfo, list[RoundResult], list[str]]:
         """The ended run, its rounds and its warnings."""

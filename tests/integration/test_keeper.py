@@ -9,14 +9,14 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from icrf.daemon import StateFolder
 from icrf.errors import LocalError
+from icrf.testing.waiting import until
 from icrf_agent import keeper
 from icrf_agent.local_ray import LocalRay
 
@@ -69,13 +69,6 @@ def drive(address: str, environment: dict[str, str]) -> list[str]:
     return done.stdout.split()
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
-
-
 def assert_no_trace(cluster: LocalRay, state_dir: Path, session_id: int, temp_dir: Path) -> None:
     assert keeper.session_members(session_id) == []
     assert not temp_dir.exists()
@@ -109,7 +102,7 @@ def test_a_killed_keeper_is_replaced_and_leaves_nothing(state: StateFolder, ray_
     # Let Ray have its whole family running before its head goes.
     drive(f"127.0.0.1:{keeper_address(state.path)}", ray_cluster.environment())
     os.kill(session_id, signal.SIGKILL)
-    eventually(lambda: session_id not in keeper.session_members(session_id))
+    until(lambda: session_id not in keeper.session_members(session_id))
 
     second = LocalRay()
     start(second, state)
@@ -141,10 +134,10 @@ def test_an_orphaned_cluster_ends_by_itself(tmp_path: Path) -> None:
     session_id, temp_dir = cluster.session_id, cluster.temp_dir
     assert temp_dir is not None
     # Well beyond the grace with the lock held: still there.
-    with pytest.raises(AssertionError):
-        eventually(lambda: keeper.session_members(session_id) == [], timeout_s=2.5)
+    with pytest.raises(TimeoutError):
+        until(lambda: keeper.session_members(session_id) == [], timeout_s=2.5)
     state.close()
-    eventually(lambda: keeper.session_members(session_id) == [])
+    until(lambda: keeper.session_members(session_id) == [])
     assert_no_trace(cluster, state.path, session_id, temp_dir)
     cluster.stop()
 
@@ -153,7 +146,7 @@ def test_the_keeper_ends_when_ray_does(state: StateFolder, ray_cluster: LocalRay
     session_id = ray_cluster.session_id
     head = next(p for p in keeper.session_members(session_id) if b"ray.scripts.scripts" in command(p))
     os.kill(head, signal.SIGKILL)
-    eventually(lambda: keeper.session_members(session_id) == [])
+    until(lambda: keeper.session_members(session_id) == [])
     assert "ray start exited" in (state.path / "keeper.log").read_text()
 
 
@@ -179,7 +172,7 @@ def test_a_cluster_that_does_not_start_is_reported_with_rays_words(
 def test_a_cluster_that_fails_after_its_head_answered_is_reported(state: StateFolder) -> None:
     cluster = LocalRay()
     start(cluster, state, num_cpus=-1)
-    eventually(lambda: not (state.path / "keeper.json").exists())
+    until(lambda: not (state.path / "keeper.json").exists())
     with pytest.raises(LocalError) as caught:
         cluster.check()
     assert caught.value.code == "L008"
@@ -191,7 +184,7 @@ def test_a_cluster_that_is_too_slow_is_ended(state: StateFolder) -> None:
     cluster = LocalRay()
     with pytest.raises(LocalError, match=r"did not answer within 0\.3 s"):
         cluster.ensure(state.path, 1, lock_file=state.lock_file, object_store_bytes=OBJECT_STORE_BYTES, deadline_s=0.3)
-    eventually(lambda: not (state.path / "keeper.json").exists())
+    until(lambda: not (state.path / "keeper.json").exists())
     assert cluster.session_id == 0
     cluster.stop()
 

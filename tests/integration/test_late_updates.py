@@ -22,7 +22,8 @@ from icrf.protocol import IDLE, TERMINAL, Instruction, RoundResult, StartRound
 from icrf.run_folder import round_line
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
-from icrf.testing.inline import InlineFabric, MonotonicClock
+from icrf.testing.clocks import MovedClock
+from icrf.testing.inline import InlineFabric
 from icrf_agent.core import Action, AgentCore
 from icrf_agent.round_machine import TRAIN, Step
 from icrf_mediator.checkpoints import Checkpoints
@@ -37,15 +38,6 @@ STAR = {
 }
 LATE = "local-2"
 Late = Callable[[set[int]], None]
-
-
-class MovedClock(MonotonicClock):
-    """The machine's time and what a test has added to it."""
-
-    ahead_s = 0.0
-
-    def monotonic_s(self) -> float:
-        return super().monotonic_s() + self.ahead_s
 
 
 def fabric_of(clusters: int, clock: MovedClock, **parts: Any) -> InlineFabric:

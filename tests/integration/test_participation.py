@@ -16,7 +16,9 @@ from icrf.federation.node import FederatedNode
 from icrf.protocol import COMPLETED, Instruction, Plan, RoundResult, RunInfo, StartRound, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
-from icrf.testing.inline import InlineFabric, MonotonicClock
+from icrf.testing.clocks import MovedClock
+from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import follow
 from icrf_agent.core import Action, AgentCore
 from icrf_mediator.mediator import Policy
 
@@ -116,15 +118,6 @@ def test_weights_are_those_of_the_participants_alone() -> None:
 # ---------------------------------------------------------------- late and lost clusters
 
 
-class MovedClock(MonotonicClock):
-    """The machine's time and what a test has added to it."""
-
-    ahead_s = 0.0
-
-    def monotonic_s(self) -> float:
-        return super().monotonic_s() + self.ahead_s
-
-
 def test_a_late_cluster_is_left_out_of_the_round_and_is_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = MovedClock()
     instructed = AgentCore.instructed
@@ -139,10 +132,11 @@ def test_a_late_cluster_is_left_out_of_the_round_and_is_in_the_next_one(monkeypa
     submission = submission_of(**STAR, min_nodes=4, placement={**FIRST_ON_TWO, **REST_ON_ONE}, round_deadline_s=600)
     with InlineFabric(2, policy=Policy(lease_ttl_s=1e6), clock=clock) as fabric:
         _, rounds, warnings = run_on(fabric, submission)
+    # The first attempt of round 3 may have been begun on what became of the one that was given up.
     assert [(r.number, r.attempt, r.participant_nodes) for r in rounds] == [
         (1, 1, (1, 2, 3, 4, 5, 6)),
         (2, 2, (3, 4, 5, 6)),
-        (3, 1, (1, 2, 3, 4, 5, 6)),
+        (3, 2, (1, 2, 3, 4, 5, 6)),
         (4, 1, (1, 2, 3, 4, 5, 6)),
     ]
     assert warnings == ["round 2 goes on without local-2: 4 of 6 nodes take part"]
@@ -165,8 +159,7 @@ def test_without_a_lost_cluster_the_bits_are_those_of_the_recorded_participants(
         reached.wait()
         fabric.stop_agent("local-2")
         goes_on.set()
-        rounds = [e.round for e in fabric.port.watch(run.run_id) if e.round]
-        info = fabric.port.get(run.run_id)
+        info, rounds = follow(fabric, run.run_id)
     assert (info.status, info.error_json) == (COMPLETED, "")
     assert [r.participant_nodes for r in rounds] == [(1, 2, 3, 4, 5, 6), *[(3, 4, 5, 6)] * 3]
 

@@ -6,7 +6,6 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from typer.testing import CliRunner
 from icrf.cli import Doors, app
 from icrf.federation.node import FederatedNode
 from icrf.profiling import ALL_PARTS, ROUND_PARTS, round_seconds, whole_s
-from icrf.protocol import COMPLETED, HOST_PARTS, RoundResult, Submission
+from icrf.protocol import HOST_PARTS, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
+from icrf.testing.clocks import StandingClock
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, fabrics_on_demand
 from icrf_agent import node_host
 from icrf_agent.host_meter import HostMeter
 from icrf_mediator.mediator import Policy
@@ -48,32 +49,16 @@ def submission_of(**keys: Any) -> Submission:
     return build_submission(FederationConfig.from_mapping(data), profile=True)
 
 
-def run_on(fabric: InlineFabric, submission: Submission) -> list[RoundResult]:
-    info = fabric.port.submit(submission)
-    rounds = [event.round for event in fabric.port.watch(info.run_id) if event.round]
-    info = fabric.port.get(info.run_id)
-    assert info.status == COMPLETED, info.error_json
-    return rounds
-
-
 @pytest.fixture(scope="module")
 def fabrics() -> Iterator[Any]:
-    opened: list[InlineFabric] = []
-
-    @cache
-    def open_fabric(clusters: int) -> InlineFabric:
-        opened.append(InlineFabric(clusters))
-        return opened[-1]
-
-    yield open_fabric
-    for fabric in opened:
-        fabric.close()
+    with fabrics_on_demand() as opened:
+        yield opened
 
 
 @pytest.mark.parametrize("clusters", [1, 2])
 @pytest.mark.parametrize("flow", [STAR, RING, GROUPS], ids=["star", "ring", "groups"])
 def test_every_hosts_parts_and_its_idle_time_are_the_round(fabrics: Any, flow: dict[str, Any], clusters: int) -> None:
-    rounds = run_on(fabrics(clusters), submission_of(**flow))
+    rounds = completed(fabrics(clusters), submission_of(**flow))[1]
     assert len(rounds) == 3
     for result in rounds:
         assert result.profile is not None
@@ -88,11 +73,12 @@ def test_every_hosts_parts_and_its_idle_time_are_the_round(fabrics: Any, flow: d
         for profile in result.profile.clusters.values():
             for span in profile.phases:
                 assert -CLOCKS_S <= span.began_s <= span.ended_s <= result.profile.working_s + CLOCKS_S
+    assert all(result.profile is not None and result.profile.mediator_s > 0.0 for result in rounds[1:])
     assert [result.profile is not None and result.profile.activate_s > 0.0 for result in rounds] == [True, False, False]
 
 
 def test_only_the_coordinator_evaluates_the_global_model(fabrics: Any) -> None:
-    result = run_on(fabrics(2), submission_of(**STAR))[0]
+    result = completed(fabrics(2), submission_of(**STAR))[1][0]
     evaluated = {host: seconds["evaluate"] > 0.0 for host, seconds in round_seconds(result).items()}
     assert sum(evaluated.values()) == 1
     assert result.profile is not None
@@ -103,8 +89,8 @@ def test_only_the_coordinator_evaluates_the_global_model(fabrics: Any) -> None:
 @pytest.mark.parametrize("flow", [STAR, RING], ids=["star", "ring"])
 def test_no_bit_depends_on_it_and_nothing_is_told_unless_asked(fabrics: Any, flow: dict[str, Any]) -> None:
     submission = submission_of(**flow)
-    with_it = run_on(fabrics(2), submission)
-    without = run_on(fabrics(1), replace(submission, client_request_id=uuid.uuid4().hex, profile=False))
+    with_it = completed(fabrics(2), submission)[1]
+    without = completed(fabrics(1), replace(submission, client_request_id=uuid.uuid4().hex, profile=False))[1]
     assert [r.model_sha256 for r in with_it] == [r.model_sha256 for r in without]
     assert all(r.profile is None for r in without)
 
@@ -157,38 +143,30 @@ def test_the_command_shows_a_table_and_leaves_a_file(
     assert first["model_sha256"] == second["model_sha256"]
 
 
-class Clock:
-    """A time that only nodes move."""
-
-    now_s = 1000.0
-
-    def monotonic_s(self) -> float:
-        return Clock.now_s
-
-    def wall_s(self) -> float:
-        return Clock.now_s
+# Only nodes move it.
+CLOCK = StandingClock()
 
 
 class Slow(FederatedNode):
     """Trains for eight seconds, and evaluates for two."""
 
     def train(self, **kwargs: Any) -> dict[str, float]:
-        Clock.now_s += 8.0
+        CLOCK.time_s += 8.0
         return super().train(**kwargs)
 
     def evaluate(self, phase: str = "test") -> dict[str, float]:
-        Clock.now_s += 2.0
+        CLOCK.time_s += 2.0
         return super().evaluate(phase)
 
 
 def test_the_seconds_are_those_that_nodes_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that stands still unless a node works: hosts run one after the other, and wait for each other."""
-    monkeypatch.setattr(node_host, "HostMeter", lambda: HostMeter(lambda: Clock.now_s))
+    monkeypatch.setattr(node_host, "HostMeter", lambda: HostMeter(lambda: CLOCK.time_s))
     names = {"client_template": "local:Slow", "server_template": "local:Slow"}
     keys = {**STAR, **names, "number_of_clients": 3, "federated_learning_rounds": 2}
     policy = Policy(lease_ttl_s=1e9)
-    with InlineFabric(1, templates={"local:Slow": Slow}, policy=policy, clock=Clock()) as fabric:
-        rounds = run_on(fabric, submission_of(**keys))
+    with InlineFabric(1, templates={"local:Slow": Slow}, policy=policy, clock=CLOCK) as fabric:
+        rounds = completed(fabric, submission_of(**keys))[1]
     nothing = dict.fromkeys(("sum", "exchange", "other"), 0.0)
     for number, result in enumerate(rounds):
         # Journals are written in real time.
@@ -202,5 +180,5 @@ def test_the_seconds_are_those_that_nodes_take(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nodes_that_train_together_take_time_of_training(fabrics: Any) -> None:
-    for result in run_on(fabrics(1), submission_of(**STAR, vectorize=4)):
+    for result in completed(fabrics(1), submission_of(**STAR, vectorize=4))[1]:
         assert all(seconds["train"] > 0.0 for seconds in round_seconds(result).values())

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from torch import nn
 
+from icrf import values
 from icrf.errors import IcrfError, NodeError
 from icrf.exchange import MODEL, Transfer
 from icrf.federation.node import FederatedNode
@@ -121,6 +122,29 @@ def test_lost_state_is_restored_from_a_checkpoint_on_any_number_of_slots(
         assert driver.hashes == {n: undisturbed[flow][n] for n in (1, 2, 3)}
 
     drive(work, activation(flow))
+
+
+@pytest.mark.parametrize("keys", [{}, {"resident_nodes": 1}], ids=["all", "1"])
+@pytest.mark.parametrize("flow", [CENTRALIZED, DECENTRALIZED])
+def test_a_restored_node_knows_the_round_of_its_last_commit(flow: str, keys: dict[str, Any]) -> None:
+    """Before any further round, and whether it is active or has to be made again."""
+
+    async def told(driver: RoundDriver) -> list[int]:
+        arguments = values.encode([[], {}], root="arguments")
+        pings = [await driver.runtime.call_node(RUN, n.id, "ping", arguments) for n in driver.request.nodes]
+        return [values.decode(ping)["round"] for ping in pings]
+
+    async def work(driver: RoundDriver, substrate: InlineSubstrate) -> None:
+        await driver.round(1)
+        await driver.round(2)
+        assert await told(driver) == [2] * 6
+        checkpoint = await driver.runtime.checkpoint(RUN, 2)
+        substrate.kill_host(RUN, 0)
+        assert await driver.runtime.recover(RUN, await driver.fails(3)) == "restore"
+        await driver.activate(restored(driver.request, 2), checkpoint)
+        assert await told(driver) == [2] * 6
+
+    drive(work, activation(flow, **keys))
 
 
 def test_push_sum_goes_on_with_the_masses_of_its_round_after_a_restore() -> None:

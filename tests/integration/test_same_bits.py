@@ -13,10 +13,11 @@ from torch import nn
 
 from icrf.federation.node import FederatedNode
 from icrf.learning.models import register_model
-from icrf.protocol import NodeSpec, RoundResult
+from icrf.protocol import NodeSpec
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import completed, facts
 
 NUM_CLIENTS = 6
 SCHEMAS = {"star": "TraditionalFederatedLearning", "ring": "DecentralizedFederatedLearning"}
@@ -52,24 +53,9 @@ def outcome(topology: str, owners: list[int], num_slots: int) -> tuple[str, list
         }
     )
     with InlineFabric(1 + max(owner_of.values()), num_slots=num_slots) as fabric:
-        run = fabric.port.submit(build_submission(config))
-        rounds = [event.round for event in fabric.port.watch(run.run_id) if event.round]
-        info = fabric.port.get(run.run_id)
-    assert (info.status, info.error_json) == ("COMPLETED", "")
+        info, rounds = completed(fabric, build_submission(config))
     assert info.clusters == tuple(sorted({f"local-{1 + owner}" for owner in owner_of.values()}))
     return info.model_sha256, [facts(r) for r in rounds], info.bytes_inter_cluster
-
-
-def facts(result: RoundResult) -> tuple[Any, ...]:
-    return (
-        result.number,
-        result.attempt,
-        result.model_sha256,
-        result.parent_sha256,
-        result.consensus_sha256,
-        result.participants,
-        sorted(result.metrics.items()),
-    )
 
 
 @cache
@@ -79,7 +65,7 @@ def on_one_cluster(topology: str) -> tuple[str, list[Any], int]:
 
 @pytest.mark.parametrize("topology", ["star", "ring"])
 def test_any_placement_gives_the_same_bits_in_every_round(topology: str) -> None:
-    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=12, derandomize=True, database=None)
     @given(placements)
     def check(placement: tuple[list[int], int]) -> None:
         owners, num_slots = placement
@@ -110,10 +96,8 @@ def test_a_consensus_counts_peers_that_do_not_train_too(scaling: bool) -> None:
     found = []
     for clusters in (1, 3):
         with InlineFabric(clusters) as fabric:
-            run = fabric.port.submit(build_submission(FederationConfig.from_mapping(keys), nodes=nodes))
-            rounds = [event.round for event in fabric.port.watch(run.run_id) if event.round]
-            info = fabric.port.get(run.run_id)
-        assert (info.status, info.error_json) == ("COMPLETED", "")
+            submission = build_submission(FederationConfig.from_mapping(keys), nodes=nodes)
+            info, rounds = completed(fabric, submission)
         found.append((info.model_sha256, [facts(r) for r in rounds]))
     assert found[0] == found[1]
 
@@ -156,7 +140,6 @@ def test_nothing_of_a_node_is_left_in_the_model_for_the_next_one_on_its_host() -
     found = []
     for num_slots in (1, 3):
         with InlineFabric(1, num_slots=num_slots, templates={"local:Careless": Careless}) as fabric:
-            run = fabric.port.submit(build_submission(FederationConfig.from_mapping(keys)))
-            found.append([facts(event.round) for event in fabric.port.watch(run.run_id) if event.round])
-            assert fabric.port.get(run.run_id).status == "COMPLETED"
+            _, rounds = completed(fabric, build_submission(FederationConfig.from_mapping(keys)))
+            found.append([facts(r) for r in rounds])
     assert found[0] == found[1]

@@ -18,6 +18,7 @@ from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.inline import InlineFabric
 from icrf.testing.round_driver import CLUSTER, RUN, RoundDriver, activation, restored
+from icrf.testing.runs import follow
 from icrf_agent.inline_substrate import InlineSubstrate
 from icrf_agent.runtime import HostedRuntime
 
@@ -51,19 +52,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(clusters: int, num_slots: int, templates: Mapping[str, type] | None = None, **keys: Any) -> Any:
-    """(run, its rounds)"""
+def run(
+    clusters: int, num_slots: int, templates: Mapping[str, type] | None = None, **keys: Any
+) -> tuple[RunInfo, list[RoundResult]]:
+    """A run that has ended, and its rounds."""
     config = FederationConfig.from_mapping({**STAR, **keys})
     with InlineFabric(clusters, num_slots=num_slots, templates=templates) as fabric:
-        run_id = fabric.port.submit(build_submission(config)).run_id
-        rounds = [event.round for event in fabric.port.watch(run_id) if event.round]
-        return fabric.port.get(run_id), rounds
+        return follow(fabric, fabric.port.submit(build_submission(config)).run_id)
 
 
 def completed(clusters: int, num_slots: int, **keys: Any) -> list[tuple[Any, ...]]:
     """Everything of the rounds that must not depend on where nodes live."""
-    info: RunInfo
-    rounds: list[RoundResult]
     info, rounds = run(clusters, num_slots, **keys)
     assert (info.status, info.error_json) == ("COMPLETED", "")
     return [(r.model_sha256, r.consensus_sha256, r.participants, dict(r.metrics)) for r in rounds]

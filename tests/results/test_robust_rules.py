@@ -32,7 +32,7 @@ def accuracy(rule: str, attacked: bool) -> float:
         templates={"local:Flipping": Flipping},
         client_template="local:Flipping" if attacked else None,
         aggregation_strategy=rule,
-        num_byzantine=ATTACKERS,
+        num_byzantine=ATTACKERS if rule == "TrimmedMean" else None,
         dataset_type="fmnist",
         model_type="mlp",
         number_of_clients=CLIENTS,

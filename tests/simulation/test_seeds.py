@@ -18,6 +18,7 @@ import pytest
 from icrf.ports import PayloadHeader
 from icrf.protocol import COMPLETED, Register, RoundReport, StartRound
 from icrf.testing.simulation import FAULTS, SimulationFailed, simulate
+from icrf_agent.core import AgentCore
 from icrf_agent.host_late import EarlierModels
 from icrf_agent.host_state import VersionedState
 from icrf_agent.topology_manager import HybridTopologyManager
@@ -181,6 +182,37 @@ def test_runs_that_do_without_lost_clusters_count_whom_they_recorded(monkeypatch
     assert len(decided) > 3
 
 
+# ---------------------------------------------------------------- clusters that others use too
+
+
+def crowded(kind: str, seeds: int = 16) -> list[str]:
+    """How runs end whose clusters are taken by other programs now and then."""
+    return [
+        status
+        for seed in range(seeds)
+        for status in simulate(seed, kinds=(kind,), gap_s=40.0, crowded=True).statuses.values()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["cluster dies", "agent dies", "mediator is killed", "stream breaks", "line is cut"])
+def test_runs_that_find_their_slots_taken_end_as_without_that(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[int] = []
+    wrap(monkeypatch, RunMachine, "requeue", lambda requeue, self, *rest: (refused.append(1), requeue(self, *rest)))
+    assert crowded(kind).count(COMPLETED) >= 12
+    assert len(refused) > 3
+
+
+def test_a_run_that_keeps_what_it_has_reserved_while_it_waits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hold_on(requeue: Any, self: RunMachine, effects: Any, *rest: Any) -> None:
+        sent = len(effects.sends)
+        requeue(self, effects, *rest)
+        del effects.sends[sent:]
+
+    wrap(monkeypatch, RunMachine, "requeue", hold_on)
+    with pytest.raises(SimulationFailed):
+        crowded("stream breaks")
+
+
 # ---------------------------------------------------------------- graphs that change
 
 
@@ -258,3 +290,21 @@ def test_an_aggregator_that_forgets_what_late_clusters_need_is_caught(monkeypatc
     wrap(monkeypatch, EarlierModels, "__init__", lambda init, self, *models: init(self))
     with pytest.raises(SimulationFailed, match="X001"):
         late_histories("mediator is killed", "cluster dies")
+
+
+# ---------------------------------------------------------------- rounds that are begun ahead
+
+
+def test_rounds_are_begun_ahead_and_dropped_where_something_comes_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    confirmed: list[int] = []
+    dropped: list[int] = []
+
+    def drop(original: Any, self: AgentCore, run: Any) -> Any:
+        dropped.extend([1] if run.ahead else [])
+        return original(self, run)
+
+    wrap(monkeypatch, AgentCore, "_confirm", lambda original, *args: (confirmed.append(1), original(*args))[1])
+    wrap(monkeypatch, AgentCore, "_drop_ahead", drop)
+    for seed in range(30):
+        simulate(seed, kinds=("mediator is killed",), quorum=True)
+    assert len(confirmed) > 100 and len(dropped) > 3

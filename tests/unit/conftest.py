@@ -43,6 +43,7 @@ from icrf.protocol import (
     Submission,
     TensorSpec,
     nodes_of,
+    nodes_that,
 )
 from icrf.topology import build_topology
 from icrf_mediator.effects import Effects, Now
@@ -70,6 +71,12 @@ def bitmap(nodes: list[int]) -> bytes:
     for node in nodes:
         packed[node // 8] |= 1 << node % 8
     return bytes(packed)
+
+
+def coordinator_of(order: Activate) -> str:
+    """The cluster that makes the global or consensus model: that of the server, or of the first peer."""
+    servers = () if order.flow == DECENTRALIZED else nodes_that("aggregate", order.nodes)
+    return order.clusters[order.assignment[servers[0] if servers else 0]]
 
 
 @dataclass
@@ -167,7 +174,7 @@ class Core:
                 parts.get("incarnation", f"i-{name}"),
                 parts.get("protocol", 1),
                 "0.1",
-                Capacity(slots, float(slots), 0.0, 1 << 33),
+                parts.get("capacity", Capacity(slots, float(slots), 0.0, 1 << 33)),
                 parts.get("fingerprint", AVX2),
                 parts.get("labels", {}),
                 agent_id=parts.get("agent_id", ""),
@@ -240,7 +247,7 @@ class Core:
     def activated(self, cluster: str, order: Activate) -> Activated:
         nodes = self.nodes_on(order.run_id, cluster)
         trains = [n for n in nodes if "train" in order.nodes[n].role]
-        is_coordinator = order.clusters[order.coordinator] == cluster
+        is_coordinator = cluster == coordinator_of(order)
         decentralized = order.flow == DECENTRALIZED
         return Activated(
             order.run_id,
@@ -259,7 +266,7 @@ class Core:
         if start.participants:
             trains = [n for n in trains if n in nodes_of(start.participants)]
             chosen = (start.participants,)
-        is_coordinator = order.clusters[order.coordinator] == cluster
+        is_coordinator = cluster == coordinator_of(order)
         decentralized = order.flow == DECENTRALIZED
         usual: dict[str, Any] = {
             "participants": bitmap(trains),

@@ -75,7 +75,6 @@ def activation_of(flow: str, assignment: Sequence[int], *, generation: int = 1, 
         layout=(TensorSpec("w", (4,), "float32"),),
         clusters=clusters,
         assignment=tuple(assignment),
-        coordinator=assignment[0],
         peers=tuple(PeerAddress(name, "") for name in clusters),
         num_slots=1,
     )

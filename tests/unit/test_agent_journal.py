@@ -24,7 +24,6 @@ def activation(run_id: str = "run-1", generation: int = 1) -> Activate:
         layout=(TensorSpec("w", (2, 3), "float32"),),
         clusters=("a", "b"),
         assignment=(0, 1),
-        coordinator=0,
         peers=(PeerAddress("b", "127.0.0.1:1"),),
         num_slots=1,
         restore_round=4,

@@ -26,6 +26,7 @@ from icrf.protocol import (
     Reserved,
     Resources,
 )
+from icrf.testing.waiting import async_until
 from icrf_agent import service
 from icrf_agent.service import AgentIdentity, AgentService
 
@@ -115,8 +116,7 @@ def test_leaving_waits_for_consent_only_while_the_mediator_is_heard(monkeypatch:
         link = Link(Lease(10.0, 0.01), Reserve("run", 1, "fed", 1, Resources(1.0, 0.0), "PACK", 60.0))
         agent = await started(link, Reserves())
         serving = asyncio.create_task(agent.serve())
-        while Reserved("run", 1) not in link.reports:
-            await asyncio.sleep(0)
+        await async_until(lambda: Reserved("run", 1) in link.reports)
         assert not await agent.drain(within_s=60.0)
         assert Draining("1") in link.reports
         await agent.stop()
@@ -143,8 +143,7 @@ def test_a_cluster_that_was_built_anew_is_reported_with_what_it_offers_and_its_g
         agent = await started(link, Dies())
         serving = asyncio.create_task(agent.serve())
         expected = ClusterReset("1", "the head died", Capacity(3, 3.0, 0.0, 0), "127.0.0.1:99")
-        while expected not in link.reports:
-            await asyncio.sleep(0)
+        await async_until(lambda: expected in link.reports)
         await agent.stop()
         await serving
 
@@ -184,8 +183,7 @@ def test_what_fails_unexpectedly_is_still_answered() -> None:
         link = Link(Release("run", 1))
         agent = await started(link, Runtime())
         serving = asyncio.create_task(agent.serve())
-        while Released("run", 1) not in link.reports:
-            await asyncio.sleep(0)
+        await async_until(lambda: Released("run", 1) in link.reports)
         await agent.stop()
         await serving
 

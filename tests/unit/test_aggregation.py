@@ -101,7 +101,7 @@ def test_means_have_equal_bits_in_any_grouping_and_order(name: str, dtype: str) 
         alone.add(part, weight)
     expected = finish(alone)
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=25, derandomize=True, database=None)
     @given(st.permutations(range(6)), st.lists(st.integers(0, 2), min_size=6, max_size=6), st.permutations(range(3)))
     def check(order: list[int], groups: list[int], arrival: list[int]) -> None:
         partials = [exact_sum(rule, server, sum(weights)) for _ in range(3)]

@@ -109,7 +109,7 @@ def test_clusters_that_are_gone_get_nothing_new(strategy: str) -> None:
 
 
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(0, 2**32), st.sampled_from(ASSIGNMENTS.names()))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_pins_hold_and_shares_stay_fair_for_any_graph(
     num_nodes: int, num_clusters: int, seed: int, strategy: str
 ) -> None:
@@ -193,7 +193,7 @@ def test_every_wrong_placement_is_reported() -> None:
     assert "no cluster has the labels region=moon" in text[2] and "eu-west: region=eu" in text[2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_pins_are_kept_and_all_nodes_placed(data: st.DataObject) -> None:
     slots = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))

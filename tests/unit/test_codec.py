@@ -98,7 +98,7 @@ def test_a_message_has_the_fields_of_its_value_in_the_same_order(cls: typing.Any
 
 @pytest.mark.parametrize("cls", VALUES, ids=lambda cls: cls.__name__)
 def test_a_value_survives_the_wire(cls: typing.Any) -> None:
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=15, derandomize=True, database=None)
     @given(values_of(cls))
     def check(value: typing.Any) -> None:
         assert from_proto(over_the_wire(to_proto(value)), cls) == value
@@ -120,7 +120,7 @@ def test_not_a_number_survives_the_wire() -> None:
 def test_every_member_of_a_union_survives_its_envelope(union: typing.Any, pack: typing.Any, unpack: typing.Any) -> None:
     for cls in typing.get_args(union):
 
-        @settings(max_examples=5, deadline=None, derandomize=True, database=None)
+        @settings(max_examples=5, derandomize=True, database=None)
         @given(values_of(cls))
         def check(value: typing.Any) -> None:
             assert unpack(over_the_wire(pack(value))) == value
@@ -180,7 +180,7 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
     assert from_proto(parse(newer, types_pb2.Heartbeat), Heartbeat) == Heartbeat("me")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, derandomize=True, database=None)
 @given(st.binary(max_size=64), st.sampled_from(VALUES))
 def test_random_bytes_give_a_value_or_an_error_of_ours(raw: bytes, cls: typing.Any) -> None:
     try:
@@ -191,7 +191,7 @@ def test_random_bytes_give_a_value_or_an_error_of_ours(raw: bytes, cls: typing.A
         assert isinstance(value, cls)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, derandomize=True, database=None)
 @given(st.sampled_from(ENVELOPES), st.integers(0, 11), st.binary(max_size=64))
 def test_random_envelopes_give_a_value_or_an_error_of_ours(envelope: typing.Any, option: int, body: bytes) -> None:
     unpack, message_class = envelope

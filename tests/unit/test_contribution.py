@@ -47,7 +47,7 @@ games = st.integers(1, 5).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(games)
 def test_the_axioms(game: tuple[int, list[float]]) -> None:
     n, table = game

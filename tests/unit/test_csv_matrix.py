@@ -124,7 +124,7 @@ def test_a_missing_file_or_a_folder(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 9), st.integers(0, 2**32))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_printed_is_read_back(tmp_path: Path, num_nodes: int, seed: int) -> None:
     upper = np.triu(np.random.default_rng(seed).integers(0, 2, (num_nodes, num_nodes)), 1)
     dense = upper + upper.T
@@ -134,7 +134,7 @@ def test_what_was_printed_is_read_back(tmp_path: Path, num_nodes: int, seed: int
 
 @given(st.one_of(st.binary(max_size=60), st.text('01,;"\r\n\t x.e-ab', max_size=60).map(str.encode)))
 @example(b'"\n')
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_input_gets_anything_but_a_matrix_or_an_error_with_a_code(tmp_path: Path, content: bytes) -> None:
     try:
         assert read(tmp_path, content).num_nodes == 3

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from icrf.errors import AgentError, LocalError
 from icrf.testing.daemons import Daemon, Supervisor
 from icrf.testing.processes import await_end, command_line, end_all, marked
+from icrf.testing.waiting import until
 
 SERVE = "import time; print('ready at 1234', flush=True); time.sleep(600)"
 CHILD = """
@@ -93,9 +93,8 @@ def test_nothing_marked_outlives_the_end_not_even_in_another_session(made: Made)
     made.script = CHILD + SERVE
     made.daemon.start()
     made.daemon.wait_ready(20)
-    deadline = time.monotonic() + 20
-    while len(pids := marked(MARK, made.mark)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(marked(MARK, made.mark)) >= 2, 20)
+    pids = marked(MARK, made.mark)
     assert len(pids) == 2
     assert all("time.sleep(600)" in command_line(pid) for pid in pids)
     end_all(MARK, made.mark)

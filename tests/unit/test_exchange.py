@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icrf.errors import ConfigError, RoutingError
@@ -19,7 +19,7 @@ def star_roles(num_clients: int) -> list[str]:
 
 def test_a_star_sends_one_model_and_one_partial_per_remote_cluster() -> None:
     plan = compile_exchange(CENTRALIZED, build_topology("star", 7, {}), star_roles(6), [0, 0, 0, 1, 1, 2, 2])
-    assert plan.coordinator == 0 and plan.num_clusters == 3
+    assert plan.coordinator == 0
     assert plan.participants == (1, 2, 3, 4, 5, 6)
     assert plan.transfers == (
         Transfer(MODEL, 0, 0, 1, (3, 4)),
@@ -109,7 +109,6 @@ def test_on_one_cluster_nothing_crosses() -> None:
 
 
 @given(st.integers(2, 12), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_updates_reach_every_remote_neighbour_once(num_nodes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     dense = rng.integers(0, 2, (num_nodes, num_nodes))

@@ -271,7 +271,7 @@ def test_an_agents_error_ends_the_run_with_that_error_and_its_cluster(core: Any,
     run = brought_to(core, status)
     (cluster, order), *_ = core.queue
     answer = core.answer(cluster, order)
-    core.report(cluster, replace(answer, error_json=ResourceError("R003", "no room", hint="wait").to_json()))
+    core.report(cluster, replace(answer, error_json=ResourceError("R001", "no room", hint="wait").to_json()))
     assert core.get(run).status == "FAILED"
     error = core.error(run)
     assert (type(error), error.message, error.hint) == (ResourceError, f"cluster {cluster}: no room", "wait")
@@ -377,7 +377,7 @@ def test_after_a_restart_finished_runs_are_there_and_others_go_on(core: Any) -> 
 ACTIONS = ["answer", "answer", "answer", "repeat", "cancel", "finish", "lose", "return", "time", "overflow", "error"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 9)), max_size=40), st.booleans())
 def test_any_schedule_of_faults_keeps_the_invariants(
     new_core: Callable[..., Any], schedule: list[tuple[str, int]], centralized: bool

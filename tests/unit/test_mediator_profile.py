@@ -60,6 +60,19 @@ def test_rounds_begin_when_they_are_told_and_what_came_before_counts_once(core: 
     assert all("profile" not in write.row for write in core.commits(run))
 
 
+def test_what_the_mediator_took_is_told_with_the_next_round_once(core: Any) -> None:
+    run = submit(core, replace(core.submission(), profile=True), planned_s=0.0)
+    core.play(hold=(StartRound,))
+    for cluster, order in core.take(StartRound):
+        report = core.round_report(cluster, order)
+        core.report(cluster, report)
+        core.mediator.handled(report, 0.25)
+    answer_round(core, 1.0)
+    answer_round(core, 1.0)
+    # With the second report the first round was decided on: what it took comes with the next one.
+    assert [r.profile.mediator_s for r in rounds_of(core, run) if r.profile] == [0.25, 0.25, 0.0]
+
+
 def test_only_the_attempt_that_was_committed_counts(core: Any) -> None:
     run = submit(core, replace(core.submission(), profile=True), planned_s=0.0)
     core.play(hold=(StartRound,))

@@ -25,22 +25,14 @@ from icrf.protocol import (
     Submission,
     Warned,
 )
+from icrf.testing.clocks import StandingClock
+from icrf.testing.waiting import async_until
 from icrf_mediator import planning, service
 from icrf_mediator.blobs import MemoryBlobs
 from icrf_mediator.service import MediatorService
 from icrf_mediator.store import MemoryStore
 
 PATIENCE_S = 10.0
-
-
-class Clock:
-    time_s = 1000.0
-
-    def monotonic_s(self) -> float:
-        return self.time_s
-
-    def wall_s(self) -> float:
-        return self.time_s
 
 
 class FullDisk(MemoryStore):
@@ -80,7 +72,7 @@ class World:
     """A service with one agent, on the loop of a scenario."""
 
     def __init__(self, core: Any, store: MemoryStore | None = None) -> None:
-        self.core, self.store, self.blobs, self.clock = core, store or FullDisk(), MemoryBlobs(), Clock()
+        self.core, self.store, self.blobs, self.clock = core, store or FullDisk(), MemoryBlobs(), StandingClock()
         self.service = MediatorService(self.store, self.blobs, self.clock)
         self.todo: list[tuple[Port, Instruction]] = []
         self.journal_at: dict[type, dict[str, int]] = {}
@@ -155,8 +147,7 @@ def test_while_the_disk_is_full_nothing_is_told_and_nothing_is_lost(
         await w.report(port, Warned(run_id, "second"))
         assert port.of(Reserve) == [] and store.rows("runs") == []
         store.error = None
-        while not port.of(Reserve):
-            await asyncio.sleep(0.001)
+        await async_until(lambda: port.of(Reserve))
         assert (await w.service.submit(submission)).run_id == run_id
         seen = [write.row["seq"] for write in store.rows("events", (run_id,))]
         assert seen == list(range(1, len(seen) + 1))
@@ -207,8 +198,7 @@ def test_the_clock_outlives_a_defect(
 
         monkeypatch.setattr(w.service._core, "tick", once)
         w.clock.time_s += 100.0
-        while not port.closed:
-            await asyncio.sleep(0.001)
+        await async_until(lambda: port.closed)
         assert await w.service.clusters() == []
 
     with caplog.at_level(logging.ERROR):
@@ -251,8 +241,7 @@ def test_the_value_of_a_call_that_nobody_waits_for_is_deleted(core: Any) -> None
         run = await w.service.submit(core.submission(keep=True))
         await w.work()
         call = asyncio.create_task(w.service.call_node(run.run_id, "client_0", "m", b""))
-        while not port.of(CallNode):
-            await asyncio.sleep(0)
+        await async_until(lambda: port.of(CallNode))
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         (order,) = port.of(CallNode)
@@ -273,8 +262,7 @@ def test_a_call_to_a_run_that_ends_is_answered_at_once(core: Any) -> None:
         await w.work()
         call = asyncio.create_task(w.service.call_node(run.run_id, "client_0", "m", b""))
         message = asyncio.create_task(w.service.send_message(run.run_id, ["client_0", "client_1"], b""))
-        while not port.of(CallNode):
-            await asyncio.sleep(0)
+        await async_until(lambda: port.of(CallNode))
         await asyncio.sleep(0)
         await w.service.cancel(run.run_id)
         for outcome in await asyncio.gather(call, message, return_exceptions=True):

@@ -35,7 +35,6 @@ ACTIVATION = Activate(
     layout=(TensorSpec("w", (2, 2), "float32"),),
     clusters=("here", "there"),
     assignment=(0, 0, 1, 1),
-    coordinator=0,
     peers=(PeerAddress("here", ""), PeerAddress("there", "")),
     num_slots=1,
     rows=Rows(gathered=3),

@@ -107,14 +107,14 @@ IDS = ("server", "client_0", "client_1", "client_2")
 
 
 def test_a_sampler_of_ones_own_decides_every_round(core: Any, user_code: Any) -> None:
-    rows = schedule("users_samplers:newest", IDS, (1, 2, 3), 2, 3, seed=0)
+    rows = schedule("users_samplers:newest", IDS, [(1, 2, 3)] * 3, lambda _: 2, seed=0)
     assert [nodes_of(bytes.fromhex(row)) for row in rows] == [(2, 3), (1, 3), (1, 2)]
     submission = core.submission(4, CENTRALIZED)
     found = Participation(Submission(**{**vars(submission), "schedule": rows}), {"client_fraction": 0.1})
     # After the last round that was configured its answers come again.
     assert [nodes_of(found.of_round(number)) for number in (1, 2, 3, 4)] == [(2, 3), (1, 3), (1, 2), (2, 3)]
-    drawn = schedule("users_samplers:draws", IDS, (1, 2, 3), 1, 20, seed=4)
-    assert drawn == schedule("users_samplers:draws", IDS, (1, 2, 3), 1, 20, seed=4)
+    drawn = schedule("users_samplers:draws", IDS, [(1, 2, 3)] * 20, lambda _: 1, seed=4)
+    assert drawn == schedule("users_samplers:draws", IDS, [(1, 2, 3)] * 20, lambda _: 1, seed=4)
     assert len(set(drawn)) > 1
 
 
@@ -128,7 +128,7 @@ def test_a_sampler_of_ones_own_decides_every_round(core: Any, user_code: Any) ->
 )
 def test_an_unusable_sampler_is_named(user_code: Any, name: str, code: str, what: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        schedule(f"users_samplers:{name}", IDS, (1, 2, 3), 2, 3, seed=0)
+        schedule(f"users_samplers:{name}", IDS, [(1, 2, 3)] * 3, lambda _: 2, seed=0)
     assert caught.value.code == code and what in str(caught.value) and "round 1" in str(caught.value)
 
 

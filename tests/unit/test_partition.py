@@ -23,7 +23,7 @@ def labels_of(num_classes: int, sizes: list[int], seed: int) -> Any:
     return np.random.RandomState(seed).permutation(labels)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, derandomize=True, database=None)
 @given(
     kind=st.sampled_from(sorted(BUILT_IN)),
     num_classes=st.integers(2, 8),

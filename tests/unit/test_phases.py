@@ -12,6 +12,7 @@ import pytest
 from icrf.errors import IcrfError
 from icrf.protocol import CENTRALIZED
 from icrf.testing.round_driver import CLUSTER, RUN, RoundDriver, activation
+from icrf.testing.waiting import async_until
 from icrf_agent.inline_substrate import InlineSubstrate
 from icrf_agent.phases import Phases
 from icrf_agent.runtime import HostedRuntime
@@ -37,8 +38,7 @@ def test_an_attempt_whose_opening_is_answered_late_does_not_take_the_place_of_th
         driver = RoundDriver(HostedRuntime(CLUSTER, InlineSubstrate()), run.activation, absmax=(1.0,), total=1)
         first, second = driver.next_start(1), driver.next_start(1)
         opening = [asyncio.create_task(phases.begin(run, start)) for start in (first, second)]
-        while len(manager.waiting) < 2:
-            await asyncio.sleep(0)
+        await async_until(lambda: len(manager.waiting) == 2)
         for answer, task in zip(reversed(manager.waiting), reversed(opening), strict=True):
             answer.set_result(None)
             await asyncio.wait([task])

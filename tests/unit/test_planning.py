@@ -20,6 +20,7 @@ from icrf.protocol import (
     Fingerprint,
     LinkBytes,
     NodeSpec,
+    Resources,
     Submission,
     TensorSpec,
 )
@@ -35,7 +36,8 @@ AVX512 = Fingerprint("2.13", "AVX512", "on", 1, "cpu")
 def cluster(
     name: str, slots: int = 2, cpus: float = 2.0, gpus: float = 0.0, ray_nodes: int = 1, like: Fingerprint = AVX2
 ) -> ClusterInfo:
-    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, ray_nodes), like)
+    machines = (Resources(cpus / ray_nodes, gpus / ray_nodes),) * ray_nodes
+    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, machines), like)
 
 
 def submission(topology: str, num_nodes: int, flow: str = DECENTRALIZED, **config: Any) -> Submission:
@@ -203,8 +205,9 @@ def test_without_a_cluster() -> None:
         ),
         (
             {"placement_group_strategy": "STRICT_SPREAD"},
-            [cluster("a", slots=4, cpus=4, ray_nodes=3)],
-            "cluster a: STRICT_SPREAD needs 4 Ray nodes for 4 slots, 3 in total",
+            [cluster("a", slots=4, cpus=6, ray_nodes=3)],
+            "cluster a: STRICT_SPREAD needs 4 slots of 1 CPU on a Ray node each, 3 fit; "
+            "3 Ray nodes in total, the largest has 2 CPU",
         ),
         ({"device": "cuda"}, [cluster("a")], "cluster a: device cuda needs a GPU, 0 GPU in total"),
         ({}, [cluster("a", slots=0)], "cluster a: 1 slot needed, 0 slots in total"),
@@ -221,6 +224,22 @@ def test_what_is_lacking_is_said_with_numbers(
 ) -> None:
     plan, _ = make_plan(submission("ring", 8, **config), clusters)
     assert plan.problems == (problem,) and not plan.feasible
+
+
+def test_kinds_of_gpus_matter_to_who_computes_on_them() -> None:
+    def gpus(name: str, kind: str) -> ClusterInfo:
+        found = cluster(name, gpus=1)
+        return replace(found, fingerprint=replace(found.fingerprint, device=kind))
+
+    one, other, two_kinds = gpus("a", "cuda:T4"), gpus("b", "cuda:H100"), gpus("a", "cuda:H100+T4")
+    assert make_plan(submission("ring", 4), [one, other, cluster("c")])[0].feasible
+    plan, _ = make_plan(submission("ring", 4, device="cuda"), [one, other])
+    differs = "numeric fingerprint differs in device, cuda:T4 against cuda:H100"
+    assert plan.problems == (f"clusters a and b: {differs}; determinism strict needs it equal",)
+    plan, _ = make_plan(submission("ring", 4, device="cuda"), [two_kinds])
+    assert "differs within it, device cuda:H100+T4" in plan.problems[0]
+    recorded = submission("ring", 4, device="cuda", determinism="recorded")
+    assert make_plan(recorded, [two_kinds, other])[0].feasible
 
 
 def test_mixed_fingerprints_matter_only_where_nodes_live_and_when_strict() -> None:

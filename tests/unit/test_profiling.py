@@ -33,7 +33,7 @@ def measured(number: int, working_s: float, hosts: dict[str, dict[str, dict[str,
     span = PhaseSpan("train", 0.25, 2.5)
     clusters = {name: ClusterProfile(found, (span,)) for name, found in hosts.items()}
     plan_s, activate_s = (0.25, 3.0) if number == 1 else (0.0, 0.0)
-    profile = RoundProfile(working_s, plan_s, activate_s, clusters)
+    profile = RoundProfile(working_s, plan_s, activate_s, clusters, mediator_s=0.125)
     return replace(scripted_round(number, ("eu", "us")), commit_s=0.5, profile=profile)
 
 
@@ -61,7 +61,7 @@ def test_a_line_of_the_file_adds_up_and_has_the_phases() -> None:
         for host in line["hosts"]:
             assert sum(host[part] for part in ROUND_PARTS) == pytest.approx(line["whole_s"], abs=1e-9)
     line = profile_line(ROUNDS[0], ROUNDS[0].profile or third)
-    assert (line["whole_s"], line["plan_s"], line["activate_s"]) == (8.5, 0.25, 3.0)
+    assert (line["whole_s"], line["plan_s"], line["activate_s"], line["mediator_s"]) == (8.5, 0.25, 3.0, 0.125)
     assert line["phases"] == {"eu": [["train", 0.25, 2.5]], "us": [["train", 0.25, 2.5]]}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from icrf.ports import PayloadHeader
+from icrf.testing.waiting import async_until
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
 from icrf.wire.frames import FrameReader, FrameWriter
@@ -23,13 +24,6 @@ def frames_of(array):
     sizes = {"dtype": array.dtype.name, "num_elements": array.size}
     header = PayloadHeader("r", 1, 1, 1, "partial", -1, source="eu-west", target="us-east", **sizes)
     return list(FrameWriter(header, array))
-
-
-async def eventually(condition):
-    """Wait for what no event announces."""
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Net:
@@ -77,7 +71,7 @@ def relayed(test):
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
                 await test(Net(relay, channel))
-            await eventually(lambda: relay.stats().transfers == relay.stats().waiting == 0)
+            await async_until(lambda: relay.stats().transfers == relay.stats().waiting == 0)
         finally:
             relay.close()
             await server.stop(0.1)
@@ -146,7 +140,7 @@ async def test_a_receiver_that_does_not_read_stops_the_sender(net):
     offers = await net.attach()
     send = net.send(counted())
     offer, stream = await net.take(offers)
-    await eventually(lambda: net.relay.stats().queued_frames == QUEUE_FRAMES)
+    await async_until(lambda: net.relay.stats().queued_frames == QUEUE_FRAMES)
     assert pulled < len(LARGE) and not send.done()
     reader = FrameReader()
     async for frame in stream:
@@ -162,7 +156,7 @@ async def test_a_stalled_transfer_does_not_block_another_to_the_same_receiver(ne
     offers = await net.attach()
     stalled = net.send(LARGE)
     first, _ = await net.take(offers)
-    await eventually(lambda: net.relay.stats().queued_frames == QUEUE_FRAMES)
+    await async_until(lambda: net.relay.stats().queued_frames == QUEUE_FRAMES)
     send = net.send(SMALL)
     second, stream = await net.take(offers)
     assert [frame async for frame in stream] == SMALL
@@ -232,7 +226,7 @@ async def test_a_target_is_waited_for_until_the_senders_deadline(net):
     assert error_in(error).code == "P030"
     assert "us-east" in error.details()
     send = net.send(SMALL)
-    await eventually(lambda: net.relay.stats().waiting == 1)
+    await async_until(lambda: net.relay.stats().waiting == 1)
     offers = await net.attach()
     offer, stream = await net.take(offers)
     assert [frame async for frame in stream] == SMALL

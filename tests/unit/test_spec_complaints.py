@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 from icrf.errors import ConfigErrors
+from icrf.learning.aggregation import AGGREGATORS
+from icrf.preconditions import WITH_NUM_BYZANTINE
 from icrf.spec import FederationConfig
 from icrf.spec.choices import CHOICES
+from icrf.spec.rule_settings import READ_BY
 
 STAR = {"federation_id": "fed", "schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
 RING = {"federation_id": "fed", "schema": "DecentralizedFederatedLearning", "federated_learning_topology": "ring"}
@@ -38,6 +42,13 @@ CLUSTERED = {"schema": "ClusterFederatedLearning", "number_of_models": 9, "numbe
         ({"dataset_type": "csv", "target_column": "y"}, "C016 x: data_dir is missing: dataset_type 'csv' needs it"),
         ({"dataset_type": "mnist"}, "C016 x: data_dir is missing: dataset_type 'mnist' needs it"),
         ({"dataset_type": "cifar10"}, "C016 x: data_dir is missing: dataset_type 'cifar10' needs it"),
+        ({"mu": 0.1}, "C008 x: mu 0.1 contradicts aggregation_strategy FedAvg, .*; allowed: null. .* use FedProx"),
+        ({**RING, "num_byzantine": 1}, "C008 x: num_byzantine 1 contradicts .* use TrimmedMean or Krum or MultiKrum"),
+        (
+            {**KRUM, "num_byzantine": 1, "num_selected": 2},
+            "C008 x: num_selected 2 contradicts .* use MultiKrum",
+        ),
+        ({"aggregation_strategy": "FedAdagrad", "server_beta2": 0.9}, "C008 x: server_beta2 0.9 .*; allowed: 0.99. "),
         ({**CSV, "ignored_columns": ["a", "y"]}, "C008 x: ignored_columns 'y' contradicts target_column 'y'"),
         ({**CSV, "group_column": "y"}, "C008 x: group_column 'y' contradicts target_column 'y'"),
     ],
@@ -47,6 +58,30 @@ def test_complaints_say_what_would_do(keys: dict[str, object], error: str) -> No
         FederationConfig.from_mapping({**STAR, **keys}, source="x")
     (found,) = caught.value.errors
     assert re.match(error, str(found))
+
+
+@pytest.mark.parametrize("rule", CHOICES["aggregation_strategy"].built)
+def test_a_setting_is_refused_by_the_rules_that_do_not_take_it_unless_it_is_the_default(rule: str) -> None:
+    taken = inspect.signature(AGGREGATORS.get(rule)).parameters
+    needed = {"mu": 0.5} if rule == "FedProx" else {"num_byzantine": 1} if rule in WITH_NUM_BYZANTINE else {}
+    keys = {**STAR, "aggregation_strategy": rule, "number_of_clients": 10, **needed}
+    defaults = FederationConfig.model_fields
+    for key, (default, readers) in READ_BY.items():
+        assert default == defaults[key].default and (rule in readers) == (key in taken)
+        assert FederationConfig.from_mapping({key: default, **keys}).aggregation_strategy == rule
+        other = 1 if key.startswith("num_") else 0.5
+        if key in taken:
+            FederationConfig.from_mapping({**keys, key: other})
+            continue
+        with pytest.raises(ConfigErrors) as caught:
+            FederationConfig.from_mapping({**keys, key: other})
+        (error,) = caught.value.errors
+        assert f"{key} {other} contradicts aggregation_strategy {rule}, " in str(error) and error.code == "C008"
+
+
+def test_a_rule_of_ones_own_may_read_any_setting() -> None:
+    keys = {"aggregation_strategy": "my_rules:Mine", "mu": 0.5, "tau": 2.0, "num_byzantine": 3}
+    assert FederationConfig.from_mapping({**STAR, **keys}).tau == 2.0
 
 
 def test_a_deadline_of_null_is_the_default() -> None:

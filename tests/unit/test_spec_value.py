@@ -91,7 +91,6 @@ printable_values = st.recursive(
 
 
 @given(st.dictionaries(printable, printable_values, max_size=4))
-@settings(deadline=None)
 def test_dumped_documents_read_back_unchanged(values: dict[str, Any]) -> None:
     document = read_yaml(dump_yaml(values), "x")
     assert document.value == values
@@ -102,7 +101,7 @@ alphabet = st.sampled_from([*"abz01.:-_[]{}&*!|>'\"%@#,? \n\t", "seed", ": ", "\
 
 
 @given(st.lists(alphabet, max_size=60).map("".join) | st.binary(max_size=80))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_is_read_or_refused(text: str | bytes) -> None:
     try:
         read_yaml(text, "x")
@@ -111,7 +110,7 @@ def test_any_text_is_read_or_refused(text: str | bytes) -> None:
 
 
 @given(st.dictionaries(st.sampled_from([*FederationConfig.model_fields, "schema", "x"]), plain))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_mapping_is_accepted_or_refused(values: dict[str, Any]) -> None:
     try:
         FederationConfig.from_mapping({**STAR, **values})

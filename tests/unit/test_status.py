@@ -134,7 +134,7 @@ def test_a_code_of_a_newer_version_stays_readable() -> None:
     assert "something new" in error.message and "Q999" in error.message
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, derandomize=True, database=None)
 @given(
     st.one_of(
         st.binary(max_size=32),

@@ -7,7 +7,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from icrf.errors import ConfigError, TopologyError
@@ -37,7 +37,6 @@ def test_dense_csr_and_graph_are_the_same_matrix() -> None:
 
 
 @given(st.integers(1, 12), st.data())
-@settings(deadline=None)
 def test_every_question_agrees_with_the_dense_matrix(num_nodes: int, data: st.DataObject) -> None:
     bits = data.draw(st.lists(st.booleans(), min_size=num_nodes**2, max_size=num_nodes**2))
     dense = np.array(bits, dtype=np.int8).reshape(num_nodes, num_nodes)

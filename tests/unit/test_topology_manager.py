@@ -42,7 +42,6 @@ def activation_of(
         layout=(TensorSpec("w", (2, 2), "float32"),),
         clusters=("here", "there"),
         assignment=(0, 0, 1, 1),
-        coordinator=0,
         peers=(PeerAddress("here", ""), PeerAddress("there", "")),
         num_slots=1,
     )

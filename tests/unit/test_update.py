@@ -18,9 +18,11 @@ from icrf.update import (
     ZERO_FLOOR,
     ExactSum,
     choose_grid,
+    elementwise_max,
     exact_metric,
     merkle_root,
     metric_mean,
+    sum_metrics,
     weighted_mix,
 )
 
@@ -51,7 +53,7 @@ def summed(rows: list[np.ndarray], weights: list[int], grid: tuple[int, ...], to
     return result
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 8), num_groups=st.integers(1, 5), shuffle=st.randoms())
 def test_any_grouping_and_order_gives_equal_bits(
     seed: int, count: int, num_groups: int, shuffle: random.Random
@@ -182,6 +184,20 @@ def test_metrics_sum_exactly(values: list[tuple[float, int]], shuffle: random.Ra
     total = sum(n for _, n in values)
     mean = metric_mean(sum(numerators), total)
     assert mean == pytest.approx(float(sum(Fraction(v) * n for v, n in values) / total), rel=1e-6, abs=1e-11)
+
+
+def test_metrics_are_summed_by_name_over_those_that_have_one() -> None:
+    parts: list[dict[str, tuple[int, int]]] = [{"loss": (1 << 80, 2)}, {}, {"seen": (3, 1), "loss": (-1, 5)}]
+    assert sum_metrics(parts) == {"loss": ((1 << 80) - 1, 7), "seen": (3, 1)}
+    assert sum_metrics([sum_metrics(parts[:1]), sum_metrics(parts[1:])]) == sum_metrics(parts)
+    assert parts[0] == {"loss": (1 << 80, 2)} and sum_metrics([]) == {}
+
+
+def test_the_largest_value_per_tensor_is_that_of_those_that_say_any() -> None:
+    assert elementwise_max([(1.0, 5.0), (), (2.0, 3.0)]) == (2.0, 5.0)
+    assert elementwise_max([(), ()]) == ()
+    with pytest.raises(ValueError, match="shorter"):
+        elementwise_max([(1.0, 2.0), (1.0,)])
 
 
 def test_a_metric_must_be_finite() -> None:

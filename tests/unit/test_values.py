@@ -58,7 +58,7 @@ plain_values = st.recursive(
 
 
 @given(plain_values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_round_trip(value: Any) -> None:
     assert same(decode(encode(value)), value)
 
@@ -211,7 +211,7 @@ def test_an_empty_array_of_absurd_shape_is_refused() -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_damaged_value_is_decoded_or_refused(data: st.DataObject) -> None:
     good = encode({"a": [1, 2.5, "x", (None, b"12")], "w": np.arange(3.0), "n": math.nan})
     assert_refused(good[: data.draw(st.integers(0, len(good) - 1))])

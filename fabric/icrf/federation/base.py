@@ -28,6 +28,7 @@ from icrf.protocol import (
     NodeSpec,
     RoundResult,
     RunInfo,
+    parts_of,
 )
 from icrf.sinks import MetricsSink
 from icrf.spec import FederationConfig
@@ -177,8 +178,8 @@ class FederatedBase:
                 of that role evaluate on its own data.
         """
         self._finish_training()
-        nodes = [n for n in self.nodes if phase in n.role.split("-")]
-        aggregating = [n for n in self.nodes if "aggregate" in n.role.split("-")]
+        nodes = [n for n in self.nodes if phase in parts_of(n.role)]
+        aggregating = [n for n in self.nodes if "aggregate" in parts_of(n.role)]
         if phase == "test" and aggregating:
             nodes = aggregating
         return {node.id: dict(node.call("test", phase)) for node in nodes}
@@ -313,7 +314,7 @@ class FederatedBase:
         """The configuration, naming the node classes that were given as classes."""
         chosen: dict[str, str] = {}
         for key, aggregates in (("server_template", True), ("client_template", False)):
-            kinds = {n.template for n in self.nodes if ("aggregate" in n.role.split("-")) is aggregates and n.template}
+            kinds = {n.template for n in self.nodes if ("aggregate" in parts_of(n.role)) is aggregates and n.template}
             if len(kinds) > 1:
                 names = ", ".join(sorted(kind.__name__ for kind in kinds))
                 raise ConfigError("C008", f"several node classes: {names}", place=key, allowed="one class per kind")

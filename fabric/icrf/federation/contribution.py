@@ -29,6 +29,7 @@ _AT_THEIR_DEFAULTS = (
     "client_fraction",
     "sampled_clients",
     "client_sampler",
+    "activation",
     "aggregation_sample_scaling",
     "clip_norm",
     "private_keys",

@@ -23,6 +23,7 @@ from icrf.federation.message import Message
 from icrf.learning.flat_module import FlatModule
 from icrf.learning.rng import torch_generator
 from icrf.learning.training import LocalTrainer, evaluate, mean_loss
+from icrf.protocol import parts_of
 from icrf.spec import FederationConfig
 
 Array = np.ndarray[Any, Any]
@@ -46,7 +47,8 @@ class NodeContext:
         index: the node's position in the specification, the canonical order.
         cluster: name of the cluster it lives on.
         own_actor: whether it has an actor of its own, so that it may block.
-        train_data: (features float32 [n, ...], labels int64 [n]) as torch tensors; None without the role ``train``.
+        train_data: (features float32 [n, ...], labels int64 [n]) as torch tensors on the configured device; None
+            without the role ``train``.
         test_data: the same, held out.
         model: the host's shared model; it holds this node's state while the node runs.
         trainer: the standard local training.
@@ -204,15 +206,15 @@ class FederatedNode:
 
     @property
     def is_train_node(self) -> bool:
-        return "train" in self._role.split("-")
+        return "train" in parts_of(self._role)
 
     @property
     def is_eval_node(self) -> bool:
-        return "eval" in self._role.split("-")
+        return "eval" in parts_of(self._role)
 
     @property
     def is_test_node(self) -> bool:
-        return "test" in self._role.split("-")
+        return "test" in parts_of(self._role)
 
     @property
     def model(self) -> Any:
@@ -221,7 +223,7 @@ class FederatedNode:
 
     @property
     def train_data(self) -> tuple[Any, Any]:
-        """(features, labels) of this node as torch tensors."""
+        """(features, labels) of this node as torch tensors, on the configured device like the model."""
         if self.context.train_data is None:
             raise NodeError("U001", f"{self._id} has no training data", value=self._role, allowed="role train")
         return self.context.train_data

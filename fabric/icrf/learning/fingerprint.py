@@ -18,7 +18,7 @@ def numeric_fingerprint(device: str, num_threads: int) -> Fingerprint:
     Measured: AVX2 and AVX-512, or one and two threads, give different bits.
 
     Args:
-        device: ``cpu`` or ``cuda``; the latter is reported with the model of the first GPU.
+        device: ``cpu``, or where there are GPUs ``cuda:`` and their kind.
         num_threads: threads per host, as the hosts set them with ``torch.set_num_threads``.
     """
     switches = {
@@ -27,8 +27,6 @@ def numeric_fingerprint(device: str, num_threads: int) -> Fingerprint:
         "matmul": torch.get_float32_matmul_precision(),
         **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
-    if device.startswith("cuda") and torch.cuda.is_available():
-        device = f"{device}:{torch.cuda.get_device_name()}"
     return Fingerprint(
         torch_version=str(torch.__version__),
         cpu_capability=str(torch.backends.cpu.get_cpu_capability()),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from icrf.errors import WeightsError
+from icrf.learning.devices import Device
 from icrf.learning.layout import FlatArray, Layout, integers, put
 
 
@@ -15,7 +17,10 @@ class FlatModule:
 
     Buffers are copied instead: modules replace them at will, and a counter is no float. Gradients stay torch's own and
     are not part of the buffer: a large model whose nodes do not train by gradient pays nothing for them, and the
-    backward pass hands its result over where a bound gradient would cost an addition. CPU only.
+    backward pass hands its result over where a bound gradient would cost an addition.
+
+    Where the device has a memory of its own, the parameters are views of a buffer there; loading a model copies it to
+    the device, and :attr:`row` and :attr:`flat` copy it back.
 
     The memory comes from torch, which aligns it to 64 bytes: vector code may sum in another order on another
     alignment, and equal runs must give equal bits.
@@ -25,21 +30,24 @@ class FlatModule:
         layout: its layout.
         trainable: (parameter, view of its data) for every parameter that requires a gradient, in name order.
         dtype: the torch dtype of its parameters.
+        device: where it is computed.
         has_batch_norm: whether any part of it is batch norm, which cannot train on one sample.
     """
 
-    def __init__(self, module: Any, layout: Layout | None = None) -> None:
-        import torch  # noqa: PLC0415 - layouts must be usable without loading torch
-
+    def __init__(self, module: Any, layout: Layout | None = None, device: Device | None = None) -> None:
+        self.device = device or Device()
         self.module = module
         self.layout = Layout.of_module(module, layout.private if layout is not None else ())
         if layout is not None and layout != self.layout:
             raise WeightsError("W010", "the module's tensors differ from the layout", place="model")
+        if self.device.apart:
+            module.to(self.device.name)
         self.dtype: Any = getattr(torch, self.layout.dtype.name)
         self._parts = tuple(module.modules())
         self.has_batch_norm = any(isinstance(p, torch.nn.modules.batchnorm._BatchNorm) for p in self._parts)
-        self._tensor = torch.empty(self.layout.row_size, dtype=self.dtype)
-        self._array: FlatArray = self._tensor.numpy()
+        self._staged = self.device.host_zeros((self.layout.row_size,), self.dtype)
+        self._array: FlatArray = self._staged.numpy()
+        self._tensor = self.device.twin_of(self._staged)
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
         trainable, self._buffers, self._parameters = [], [], []
         for tensor, part in self.layout.places:
@@ -63,7 +71,8 @@ class FlatModule:
 
     @property
     def flat(self) -> FlatArray:
-        """The live shared tensors as a NumPy view, shape (num_parameters,); it changes with training."""
+        """The live shared tensors as a NumPy view, shape (num_parameters,); it changes with training, or with the next
+        look at it where the device has a memory of its own."""
         return self.row[: self.layout.num_parameters]
 
     @property
@@ -92,6 +101,8 @@ class FlatModule:
         np.copyto(self._array[: len(flat)], flat)
         if len(flat) < len(self._array):
             np.copyto(self._array[len(flat) :], self._private)
+        if self.device.apart:
+            self._tensor.copy_(self._staged)
         for owner, key, buffer, tensor, part in self._buffers:
             values = integers(part).astype(tensor.dtype) if tensor.is_integer else part
             owner._buffers[key] = buffer
@@ -119,6 +130,8 @@ class FlatModule:
         """Copy the buffers' values into the flat form, where the parameters' are already."""
         if not self._is_whole():
             self._require_own_parameters()
+        if self.device.apart:
+            self._staged.copy_(self._tensor)
         for owner, key, _, tensor, part in self._buffers:
             found = owner._buffers[key]
             dtype, shape = str(getattr(found, "dtype", "none")).removeprefix("torch."), getattr(found, "shape", ())
@@ -130,7 +143,7 @@ class FlatModule:
                     value=f"{dtype} {tuple(shape)}",
                     allowed=f"{tensor.dtype} {tensor.shape}",
                 )
-            put(tensor, part, found.detach().numpy())
+            put(tensor, part, found.detach().cpu().numpy())
 
     def _is_whole(self) -> bool:
         """Whether all parts and parameters are where they were, which is asked for every node."""

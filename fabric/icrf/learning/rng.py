@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 
+from icrf.learning.devices import global_generators, put_back
 from icrf.seeds import derive_seed, model_seed, stable_random_state
 
 __all__ = [
@@ -44,25 +45,24 @@ _kept = threading.local()
 
 @contextmanager
 def restored_randomness() -> Iterator[None]:
-    """Afterwards the global generators of torch (CPU), NumPy and ``random`` go on as if nothing was.
+    """Afterwards the global generators of torch (of CPU and GPUs), NumPy and ``random`` go on as if nothing was.
 
     Around many calls of :func:`global_randomness`: those only seed then, which takes a tenth of the time.
     """
-    torch_global = torch.random.default_generator
-    before = torch_global.get_state(), np.random.get_state(legacy=False), random.getstate()
+    before = np.random.get_state(legacy=False), random.getstate()
     outside, _kept.by_caller = getattr(_kept, "by_caller", False), True
     try:
-        yield
+        with put_back():
+            yield
     finally:
         _kept.by_caller = outside
-        torch_global.set_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
+        np.random.set_state(before[0])
+        random.setstate(before[1])
 
 
 @contextmanager
 def global_randomness(seed: int) -> Iterator[None]:
-    """The global generators of torch (CPU), NumPy and ``random`` seeded; afterwards they go on as if nothing was.
+    """The global generators of torch, NumPy and ``random`` seeded; afterwards they go on as if nothing was.
 
     For code that is not ours: what it draws becomes a function of `seed`.
 
@@ -73,7 +73,8 @@ def global_randomness(seed: int) -> Iterator[None]:
     with nullcontext() if by_caller else restored_randomness():
         # Whoever seeds inside has to put back what is drawn from here.
         _kept.by_caller = False
-        torch.random.default_generator.manual_seed(seed)
+        for generator in global_generators():
+            generator.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         random.seed(seed)
         try:

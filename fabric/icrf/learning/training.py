@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from icrf.errors import ConfigError
+from icrf.learning.devices import device_of, put_back
 from icrf.learning.flat_module import FlatModule
 from icrf.learning.injection import accepted_arguments
 from icrf.learning.metrics import measure, metric_key
@@ -53,7 +54,7 @@ class LocalTerms:
 
 
 def to_tensor(array: Any, dtype: Any | None = None) -> torch.Tensor:
-    """A CPU tensor of an array or tensor, without a copy where type and alignment allow.
+    """A tensor of an array, which is on the CPU, or of a tensor, without a copy where type and alignment allow.
 
     Torch aligns what it allocates to 64 bytes, NumPy to 16; vector code may give other bits on another alignment, so
     foreign memory is copied unless it happens to be aligned. Convert once and keep the result.
@@ -149,7 +150,7 @@ class _TorchOptimizer:
             if rows[0][number] is None:
                 continue
             moments = {name: row[number].clone() for name, row in zip(_MOMENTS, rows, strict=True)}
-            self._optimizer.state[parameter] = {"step": scalars[0].to(torch.float32, copy=True), **moments}
+            self._optimizer.state[parameter] = {"step": scalars[0].to("cpu", torch.float32, copy=True), **moments}
 
     def save(self, rows: Sequence[list[Any]], scalars: Any) -> None:
         """Keep the moments and the number of steps."""
@@ -216,22 +217,25 @@ class _Extras:
     def load(self, stepper: Stepper) -> None:
         """Hand the optimizer what it had when it stopped."""
         if self._terms.optimizer_state is not None:
-            stepper.load(*self._state(torch.tensor(self._terms.optimizer_state), stepper.num_rows))
+            stepper.load(*self._state(self._tensor(self._terms.optimizer_state), stepper.num_rows))
 
     def save(self, stepper: Stepper) -> None:
         """Take it back."""
         if self._terms.optimizer_state is not None:
-            kept = torch.tensor(self._terms.optimizer_state)
+            kept = self._tensor(self._terms.optimizer_state)
             stepper.save(*self._state(kept, stepper.num_rows))
-            np.copyto(self._terms.optimizer_state, kept.numpy())
+            np.copyto(self._terms.optimizer_state, kept.cpu().numpy())
 
     def _state(self, kept: Any, num_rows: int) -> tuple[list[list[Any]], Any]:
         size = self._module.layout.num_parameters
         return [self._cut(kept[k * size : (k + 1) * size]) for k in range(num_rows)], kept[num_rows * size :]
 
     def _views(self, flat: Array) -> list[Any]:
+        return self._cut(self._tensor(flat))
+
+    def _tensor(self, flat: Array) -> Any:
         # A copy: arrays of an object store cannot be written to, which torch does not accept.
-        return self._cut(torch.tensor(flat))
+        return torch.tensor(flat, device=self._module.device.name)
 
     def _cut(self, flat: Any) -> list[Any]:
         """A flat tensor of what is shared, in the shapes of the trainable parameters; None for a private one."""
@@ -305,8 +309,8 @@ class LocalTrainer:
         num_samples = len(y)
         if (epochs if steps is None else steps) <= 0 or not num_samples:
             return 0.0, 0
-        x = to_tensor(x, flat_module.dtype)
-        y = to_tensor(y)
+        x = flat_module.device.put(to_tensor(x, flat_module.dtype))
+        y = flat_module.device.put(to_tensor(y))
         stepper = _stepper(optimizer, flat_module, learning_rate, momentum, weight_decay)
         extras = _Extras(flat_module, self._terms)
         extras.load(stepper)
@@ -342,14 +346,12 @@ class LocalTrainer:
 
 @contextmanager
 def _global_randomness_from(generator: torch.Generator) -> Iterator[None]:
-    """Torch's global generator, which dropout draws from, seeded from `generator` and put back afterwards."""
-    own = torch.random.default_generator
-    outer_state = own.get_state()
-    own.manual_seed(draw_model_seed(generator))
-    try:
+    """Torch's global generators, which dropout draws from, seeded from `generator` and put back afterwards."""
+    with put_back() as generators:
+        seed = draw_model_seed(generator)
+        for own in generators:
+            own.manual_seed(seed)
         yield
-    finally:
-        own.set_state(outer_state)
 
 
 def draw_model_seed(generator: torch.Generator) -> int:
@@ -368,7 +370,8 @@ def _batches(
             return
         yield from zip(x.split(batch_size), y.split(batch_size), strict=True)
         return
-    order = torch.randperm(num_samples, generator=generator)
+    # Drawn on the CPU: what it is must not depend on where it is used.
+    order = torch.randperm(num_samples, generator=generator).to(x.device)
     row_bytes = max(1, x.element_size() * (x.numel() // num_samples))
     for block in order.split(max(1, _BLOCK_BYTES // row_bytes // batch_size) * batch_size):
         yield from zip(
@@ -403,7 +406,7 @@ def mean_loss(module: Any, x: Any, y: Any, loss: Loss, batch: int = 1024) -> flo
 
     The others are those of :func:`evaluate`.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device_of(module))
     with torch.inference_mode():
         for scores, labels in _scores(module, x, y, batch):
             total.add_(loss(scores, labels), alpha=len(labels))
@@ -425,16 +428,16 @@ def evaluate(module: Any, x: Any, y: Any, batch: int = 1024, metrics: Sequence[s
     """
     if not len(y):
         return {"accuracy": 0.0, "loss": 0.0, **{metric_key(name): 0.0 for name in metrics}}
-    total = torch.zeros((), dtype=torch.float64)
-    correct = torch.zeros((), dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.float64, device=device_of(module))
+    correct = torch.zeros((), dtype=torch.int64, device=total.device)
     kept = []
     with torch.inference_mode():
         for scores, labels in _scores(module, x, y, batch):
             total += functional.cross_entropy(scores, labels, reduction="sum")
             correct += (scores.argmax(1) == labels).sum()
             if metrics:
-                kept.append(scores.numpy())
-    more = measure(metrics, np.concatenate(kept), to_tensor(y).numpy()) if metrics else {}
+                kept.append(scores.cpu().numpy())
+    more = measure(metrics, np.concatenate(kept), to_tensor(y).cpu().numpy()) if metrics else {}
     return {"accuracy": correct.item() / len(y), "loss": total.item() / len(y), **more}
 
 
@@ -442,6 +445,7 @@ def _scores(module: Any, x: Any, y: Any, batch: int) -> Iterator[tuple[Any, Any]
     """(scores, labels) of one batch after the other, in evaluation mode; the mode is put back."""
     parameter = next(module.parameters(), None)
     x, y = to_tensor(x, None if parameter is None else parameter.dtype), to_tensor(y)
+    x, y = x.to(device_of(module)), y.to(device_of(module))
     was_training = module.training
     module.eval()
     try:

@@ -94,6 +94,12 @@ def require_vectorizable(module: Any, model_type: str, dataset: Dataset, width: 
         raise _refusal(model_type, width, why)
 
 
+def require_equal_lanes(trainer: VectorTrainer, model_type: str, job: Job) -> None:
+    """Raise C008 unless a trainer comes to the same bits in each of its lanes, where it computes."""
+    if why := _differs_by_lane(trainer, job):
+        raise _refusal(model_type, trainer.width, f"{why} on this device")
+
+
 def _refusal(model_type: str, width: int, why: str) -> ConfigError:
     return ConfigError(
         "C008",

@@ -81,7 +81,7 @@ class Job:
 
     Attributes:
         start: the model to start from, with private tensors, flat, shape (row_size,).
-        x: features, shape (n, ...), a CPU tensor.
+        x: features, shape (n, ...), a tensor.
         y: int64 classes, shape (n,).
         generator: makes that of this (node, round), for the order of the samples.
         terms: what the aggregation rule adds.
@@ -136,24 +136,24 @@ class VectorTrainer:
     """Trains up to `width` nodes at a time. Not thread-safe.
 
     Args:
-        flat_module: the host's module. Its values are not changed, but for integer buffers.
+        flat_module: the host's module, whose device nodes train on. Its values are not changed, but for integer
+            buffers.
         width: lanes; decides the last bits of all results, like the batch size of the recipe.
         recipe: how nodes train.
-        device: where the rows live.
 
     Raises:
         ConfigError: C008 for an optimizer that does not train in lanes.
     """
 
-    def __init__(self, flat_module: FlatModule, width: int, recipe: Recipe, device: str = "cpu") -> None:
+    def __init__(self, flat_module: FlatModule, width: int, recipe: Recipe) -> None:
         self._module, self._width, self._recipe = flat_module, width, recipe
         layout = flat_module.layout
         self._dtype = getattr(torch, layout.dtype.name)
         self._size = layout.row_size
         self._batch = _filled(recipe.batch_size, VECTOR // math.gcd(width, VECTOR))
         # On a CPU both are the same memory.
-        self._staged = torch.zeros((width, _filled(layout.row_size, VECTOR)), dtype=self._dtype)
-        self._rows = self._staged.to(device)
+        self._staged = flat_module.device.host_zeros((width, _filled(layout.row_size, VECTOR)), self._dtype)
+        self._rows = flat_module.device.twin_of(self._staged)
         trainable = {name for name, found in flat_module.module.named_parameters() if found.requires_grad}
         floats = [(t.name, t.shape, part) for t, part in layout.places if not t.is_integer]
         self._tensors = {name: self._rows[:, part].view(width, *shape).detach() for name, shape, part in floats}
@@ -239,7 +239,8 @@ class VectorTrainer:
         if not most:
             return
         # Lanes without a node look at somebody's samples, which count nothing.
-        all_x, all_y = torch.cat([job.x for job in jobs]), torch.cat([job.y for job in jobs])
+        put = self._module.device.put
+        all_x, all_y = torch.cat([put(job.x) for job in jobs]), torch.cat([put(job.y) for job in jobs])
         firsts = np.cumsum([0, *(job.y.shape[0] for job in jobs)])
         shape = (self._width, self._batch)
         sample_bytes = max(1, math.prod(all_x.shape[1:]) * all_x.element_size())
@@ -256,15 +257,15 @@ class VectorTrainer:
                 np.add(walk.order[part], firsts[lane], out=order[:here, lane])
                 weights[:here, lane] = walk.weights[part]
                 counts[:here, lane] = walk.counts[part]
-            where = torch.from_numpy(order).view(-1)
+            where = put(torch.from_numpy(order).view(-1))
             parts = (
                 all_x.index_select(0, where).view(*order.shape, *all_x.shape[1:]),
                 all_y.index_select(0, where).view(order.shape),
-                torch.from_numpy(weights).to(self._dtype, copy=True),
-                torch.from_numpy(counts),
+                put(torch.from_numpy(weights).to(self._dtype, copy=True)),
+                put(torch.from_numpy(counts)),
             )
             for k, active in enumerate((counts > 0).sum(1).tolist()):
-                yield *(part[k].to(self._rows.device) for part in parts), active
+                yield *(part[k] for part in parts), active
 
     def _walk(self, job: Job) -> _Walk:
         """The batches that the plain loop would make with the same generator, filled up."""

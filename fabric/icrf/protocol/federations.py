@@ -33,6 +33,8 @@ CENTRALIZED, DECENTRALIZED, HIERARCHICAL = "centralized", "decentralized", "hier
 # How the tensors of several nodes become one: as the aggregation rule or the mixing says (parameters); by the weighted
 # mean (buffers of floats); by the mean rounded to the nearest integer; not at all.
 AGGREGATED, MEAN, ROUNDED, PRIVATE = "aggregated", "mean", "rounded", "private"
+# Stands between the kinds of GPUs in a fingerprint.
+KINDS_APART = "+"
 # Elements of the flat buffer that an integer takes, see ``learning/layout.py``.
 LIMBS = 2
 
@@ -78,6 +80,21 @@ class NodeSpec:
 
     id: str
     role: str
+
+    @property
+    def role_parts(self) -> frozenset[str]:
+        """What it does: ``train``, ``eval``, ``test`` and ``aggregate``, or some of them."""
+        return parts_of(self.role)
+
+
+def parts_of(role: str) -> frozenset[str]:
+    """The parts of a dash-separated role."""
+    return frozenset(role.split("-"))
+
+
+def nodes_that(part: str, nodes: Sequence[NodeSpec]) -> tuple[int, ...]:
+    """The indices of the nodes that do `part`, e.g. ``train``, ascending."""
+    return tuple(i for i, node in enumerate(nodes) if part in node.role_parts)
 
 
 @dataclass(frozen=True)
@@ -190,18 +207,39 @@ class Resources:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster offers. `num_slots` is how many hosts the agent allows at once."""
+    """What a cluster offers.
+
+    Attributes:
+        num_slots: how many hosts the agent allows at once.
+        ray_nodes: what each of its Ray nodes has; empty: one has all of it.
+        quota: how many slots one federation may hold at once, all of its runs together; 0: all of them.
+    """
 
     num_slots: int
     num_cpus: float
     num_gpus: float
     memory_bytes: int
-    num_ray_nodes: int = 1
+    ray_nodes: tuple[Resources, ...] = ()
+    quota: int = 0
+
+    @property
+    def machines(self) -> tuple[Resources, ...]:
+        """What each Ray node has, at least one."""
+        return self.ray_nodes or (Resources(self.num_cpus, self.num_gpus),)
+
+    @property
+    def most_slots(self) -> int:
+        """How many slots one federation gets at most."""
+        return min(self.num_slots, self.quota) if self.quota else self.num_slots
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What decides the bits of float arithmetic; ``strict`` determinism wants it equal on all clusters."""
+    """What decides the bits of float arithmetic; ``strict`` determinism wants it equal on all clusters.
+
+    Attributes:
+        device: ``cpu``, or ``cuda:`` and the kinds of a cluster's GPUs with :data:`KINDS_APART` between them.
+    """
 
     torch_version: str
     cpu_capability: str

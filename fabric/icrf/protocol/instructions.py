@@ -48,7 +48,6 @@ class Activate:
     layout: tuple[TensorSpec, ...]
     clusters: tuple[str, ...]
     assignment: tuple[int, ...]
-    coordinator: int
     peers: tuple[PeerAddress, ...]
     num_slots: int
     code_path: str = ""
@@ -74,6 +73,15 @@ class LateUpdates:
 
 
 @dataclass(frozen=True)
+class NextRound:
+    """What the first attempt of the next round asks for, where that may differ from this round; see StartRound."""
+
+    total_weight: int
+    evaluate: bool
+    participants: bytes = b""
+
+
+@dataclass(frozen=True)
 class StartRound:
     """Run one attempt of a round from the committed state `parent_hash`; answered by :class:`RoundReport`.
 
@@ -88,6 +96,9 @@ class StartRound:
             keeps the models that they started from.
         adapt: decide on the graph of the rounds to come, after this one.
         profile: report where the time went.
+        ahead: what comes after this round unless something comes in between. Whoever makes the global model may begin
+            with it once that is made; the report waits until the same is asked for, and where something else is asked
+            for, all of it is dropped.
     """
 
     run_id: str
@@ -104,6 +115,23 @@ class StartRound:
     kept: tuple[int, ...] = ()
     adapt: bool = False
     profile: bool = False
+    ahead: NextRound | None = None
+
+    def expected(self, parent_hash: str = "", grid: tuple[int, ...] = ()) -> StartRound | None:
+        """What will be asked for next if this attempt is committed, from the state that it makes; None: not known."""
+        if self.ahead is None:
+            return None
+        return replace(
+            self,
+            round=self.round + 1,
+            attempt=1,
+            parent_hash=parent_hash,
+            grid=grid,
+            total_weight=self.ahead.total_weight,
+            evaluate=self.ahead.evaluate,
+            participants=self.ahead.participants,
+            ahead=None,
+        )
 
 
 @dataclass(frozen=True)

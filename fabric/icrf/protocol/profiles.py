@@ -42,9 +42,13 @@ class RoundProfile:
         plan_s: before the round, since the one before it: planning where nodes go.
         activate_s: likewise: reserving, and setting up the nodes.
         clusters: cluster -> what its hosts did.
+        mediator_s: since the round before was decided on: deciding on what clusters reported of rounds, writing that
+            into the journal, and handing the next orders to the clusters' streams. With several clusters a part of it
+            passes while others still work.
     """
 
     working_s: float
     plan_s: float = 0.0
     activate_s: float = 0.0
     clusters: dict[str, ClusterProfile] = field(default_factory=dict)
+    mediator_s: float = 0.0

@@ -137,7 +137,6 @@ class RoundReport:
     bytes_intra_cluster: int = 0
     train_s: float = 0.0
     exchange_s: float = 0.0
-    aggregate_s: float = 0.0
     error_json: str = ""
     recovery: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)

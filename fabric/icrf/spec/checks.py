@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from icrf.preconditions import VECTORIZED_OPTIMIZERS, WITH_NUM_BYZANTINE, fewest_updates, most_byzantine, most_selected
-from icrf.protocol import sample_size
+from icrf.protocol import parts_of
 from icrf.spec.choices import (
     CHOICES,
     CLUSTERED,
@@ -20,16 +20,14 @@ from icrf.spec.choices import (
     in_groups,
     not_built,
 )
-from icrf.spec.problems import Problem
-
-Values = Mapping[str, Any]
-Check = Callable[[Values], Iterator[Problem]]
+from icrf.spec.participation_checks import PARTICIPATION_CHECKS, fewest_participants
+from icrf.spec.problems import Check, Problem, Values, too_many
+from icrf.spec.rule_settings import unread_settings
+from icrf.waves import ALL
 
 # Settings that not every optimizer has; given to another one they would be dropped silently.
 _WITH_MOMENTUM = ("SGD", "RMSprop")
 _WITHOUT_WEIGHT_DECAY = ("Rprop",)
-# Their server keeps nothing but the model, and contributions are models, which can be averaged with older ones.
-_WITH_LATE_UPDATES = ("FedAvg", "FedProx")
 _WITH_K_VALUE = ("k_connected", "random_regular", "small_world")
 _UNDIRECTED_MIXING = ("metropolis_hastings", "lazy_metropolis", "max_degree", "uniform", "sample_weighted")
 
@@ -80,21 +78,6 @@ def _only_today(values: Values) -> Iterator[Problem]:
         yield not_built("clustering_period", values["clustering_period"], "0")
     if values.get("store_node_models", False) is not False:
         yield not_built("store_node_models", True, "false")
-    if values.get("device") == "cuda":
-        yield not_built("device", "cuda", "cpu")
-
-
-def _sampled_clients(values: Values) -> Iterator[Problem]:
-    number, nodes = values["sampled_clients"], values["number_of_clients"]
-    if number is not None and number > nodes:
-        yield _too_many("sampled_clients", number, nodes, "nodes (number_of_clients)")
-    if number is not None and values["client_fraction"] != 1.0:
-        yield Problem(
-            "C008",
-            ("sampled_clients",),
-            f"sampled_clients {number} contradicts client_fraction {values['client_fraction']}",
-            allowed="one of the two",
-        )
 
 
 def _communities(values: Values) -> Iterator[Problem]:
@@ -108,28 +91,16 @@ def _communities(values: Values) -> Iterator[Problem]:
         yield Problem("C008", ("do_cluster",), f"do_cluster contradicts {other}", allowed="false")
 
 
-def _min_nodes(values: Values) -> Iterator[Problem]:
-    least, nodes = values["min_nodes"], values["number_of_clients"]
-    if least is None:
-        return
-    taking_part = sample_size(nodes, values["client_fraction"], values["sampled_clients"])
-    if least > nodes:
-        yield _too_many("min_nodes", least, nodes, "nodes (number_of_clients)")
-    elif least > taking_part:
-        reason = "client_fraction" if values["sampled_clients"] is None else "sampled_clients"
-        yield _too_many("min_nodes", least, taking_part, f"that take part in a round ({reason})")
-    elif least < nodes and values["federated_learning_schema"] == DECENTRALIZED:
-        yield not_built("min_nodes", least, f"null or {nodes}: every peer mixes with all of its neighbours")
-
-
-def _cluster_loss(values: Values) -> Iterator[Problem]:
-    if values["on_cluster_loss"] == "exclude" and values["min_nodes"] is None:
+def _device(values: Values) -> Iterator[Problem]:
+    share = getattr(values["resources"], "num_gpus", None)
+    if values["device"] == "cuda" and share == 0:
+        text = "device 'cuda' contradicts resources.num_gpus 0: a slot would see no GPU"
         yield Problem(
-            "C008",
-            ("on_cluster_loss",),
-            "on_cluster_loss 'exclude' contradicts min_nodes null, which wants all nodes in every round",
-            hint="Set min_nodes to the fewest nodes that make a round valid.",
+            "C008", ("device",), text, allowed="resources: uniform, or a num_gpus, e.g. 0.25 for 4 hosts a GPU"
         )
+    if share is not None and share > 1 and not float(share).is_integer():
+        text = f"resources.num_gpus {share:g} is neither a part of a GPU nor several whole ones"
+        yield Problem("C007", ("resources",), text, allowed="0 to 1, 2, 3, ...")
 
 
 def _optimizer_state(values: Values) -> Iterator[Problem]:
@@ -138,28 +109,6 @@ def _optimizer_state(values: Values) -> Iterator[Problem]:
         yield not_built(key, True, f"false with {schema}; aggregation_strategy DiLoCo keeps it by itself")
     elif values[key] and values["optimizer"] not in ("SGD", "Adam", "AdamW"):
         yield not_built(key, True, f"false with optimizer {values['optimizer']}; with SGD, Adam and AdamW also true")
-
-
-def _late_updates(values: Values) -> Iterator[Problem]:
-    key, rule = "late_updates", values["aggregation_strategy"]
-    if values[key] == "drop":
-        return
-    if values["federated_learning_schema"] != TRADITIONAL:
-        yield not_built(key, values[key], f"drop; with federated_learning_schema {TRADITIONAL} also weigh")
-    elif rule not in _WITH_LATE_UPDATES:
-        yield not_built(key, values[key], f"drop with aggregation_strategy {rule}; {', '.join(_WITH_LATE_UPDATES)}")
-    elif values["min_nodes"] is None:
-        yield Problem(
-            "C008",
-            (key,),
-            f"{key} '{values[key]}' contradicts min_nodes null: no round goes on without a late cluster",
-            hint="Set min_nodes to the fewest nodes that make a round valid.",
-        )
-
-
-def _too_many(key: str, value: int, most: int, of_what: str, least: int = 1) -> Problem:
-    allowed = f"{least} to {most}" if least <= most else ""
-    return Problem("C008", (key,), f"{key} {value} > {most} {of_what}", allowed=allowed)
 
 
 def _schema_and_topology(values: Values) -> Iterator[Problem]:
@@ -212,12 +161,13 @@ def _hierarchy(values: Values) -> Iterator[Problem]:
         yield Problem("C008", ("number_of_models",), text, allowed="null", hint="Set number_of_groups.")
     groups, clients = values["number_of_groups"], values["number_of_clients"]
     if groups > clients:
-        yield _too_many("number_of_groups", groups, clients, "clients (number_of_clients)")
+        yield too_many("number_of_groups", groups, clients, "clients (number_of_clients)")
     built: dict[str, object] = {
         "aggregation_strategy": "FedAvg",
         "client_fraction": 1.0,
         "sampled_clients": None,
         "client_sampler": "uniform",
+        "activation": ALL,
         "min_nodes": None,
         "private_keys": [],
     }
@@ -290,7 +240,7 @@ def _adaptation(values: Values) -> Iterator[Problem]:
         yield not_built("mixing", mixing, f"{', '.join(_ADAPTABLE_MIXING)} with {key} {strategy}")
     most = _MOST_COMPARED if strategy == COSINE_SIMILARITY else _MOST_ADAPTED
     if nodes > most:
-        yield _too_many("number_of_clients", nodes, most, f"nodes that {key} {strategy} can link")
+        yield too_many("number_of_clients", nodes, most, f"nodes that {key} {strategy} can link")
 
 
 def _momentum(values: Values) -> Iterator[Problem]:
@@ -326,8 +276,7 @@ def _vectorize(values: Values) -> Iterator[Problem]:
 
 
 def _roles(values: Values) -> Iterator[Problem]:
-    roles = values["client_role"].split("-")
-    if "train" not in roles:
+    if "train" not in parts_of(values["client_role"]):
         yield Problem(
             "C008",
             ("client_role",),
@@ -380,7 +329,7 @@ def _fewest_participants(values: Values) -> int:
     """How few nodes may contribute to a round."""
     if values["min_nodes"] is not None:
         return int(values["min_nodes"])
-    return sample_size(values["number_of_clients"], values["client_fraction"], values["sampled_clients"])
+    return fewest_participants(values, values["number_of_clients"])
 
 
 def _byzantine(values: Values) -> Iterator[Problem]:
@@ -457,13 +406,13 @@ def _models(values: Values) -> Iterator[Problem]:
             hint="Set number_of_models: 2, or as many as there are groups of clients with similar data.",
         )
     elif number > nodes:
-        yield _too_many(
+        yield too_many(
             "number_of_models", number, nodes, "nodes (number_of_clients), each of which trains one", least=2
         )
     if rule not in _PER_MODEL and rule in CHOICES["aggregation_strategy"].built:
         text = f"aggregation_strategy {rule} contradicts federated_learning_schema {CLUSTERED}"
         yield Problem("C008", ("aggregation_strategy",), text, allowed=", ".join((*_PER_MODEL, "a FedAvg of your own")))
-    if values["target_accuracy"] is not None and "test" not in values["client_role"].split("-"):
+    if values["target_accuracy"] is not None and "test" not in parts_of(values["client_role"]):
         text = f"target_accuracy contradicts client_role '{values['client_role']}': with {CLUSTERED} clients measure it"
         yield Problem("C008", ("target_accuracy",), text, allowed="null without 'test' in client_role")
     if values["private_keys"]:
@@ -472,13 +421,11 @@ def _models(values: Values) -> Iterator[Problem]:
 
 CHECKS: tuple[Check, ...] = (
     _aggregation,
+    unread_settings,
     _models,
     _byzantine,
-    _sampled_clients,
     _communities,
-    _min_nodes,
-    _cluster_loss,
-    _late_updates,
+    *PARTICIPATION_CHECKS,
     _optimizer_state,
     _schema_and_topology,
     _hierarchy,
@@ -490,6 +437,7 @@ CHECKS: tuple[Check, ...] = (
     _momentum,
     _weight_decay,
     _vectorize,
+    _device,
     _roles,
     _server_template,
     _data,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from icrf.registry import did_you_mean, is_import_path, registered_names
 from icrf.spec.problems import Problem
+from icrf.waves import ALL, WAVES
 
 TRADITIONAL = "TraditionalFederatedLearning"
 DECENTRALIZED = "DecentralizedFederatedLearning"
@@ -182,6 +183,7 @@ CHOICES: dict[str, Choice] = {
     "device": Choice(("cpu", "cuda"), ("mps",)),
     "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),
     "first_choice": Choice(("drawn", "loss")),
+    "activation": Choice((ALL, WAVES), kind="criterion", import_path=True),
     "client_sampler": Choice(("uniform",), kind="sampler", import_path=True),
     "determinism": Choice(("strict", "recorded")),
 }

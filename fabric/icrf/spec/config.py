@@ -60,7 +60,8 @@ class FederationConfig(BaseModel):
 
     Every way of building it raises :class:`icrf.errors.ConfigErrors` with all that is wrong at once (C0xx), each with
     its place. ``schema`` is accepted for ``federated_learning_schema``. Settings of an alternative that was not chosen
-    (``k_value`` with a ring, ``dirichlet_beta`` with iid data, ``mu`` with FedAvg) are kept and not used.
+    (``k_value`` with a ring, ``dirichlet_beta`` with iid data) are kept and not used, but those of another aggregation
+    rule (``mu`` with FedAvg) are refused.
     """
 
     model_config = ConfigDict(
@@ -110,6 +111,16 @@ class FederationConfig(BaseModel):
     """How many clients take part in a round, instead of a share; null: as ``client_fraction`` says."""
     client_sampler: Text = "uniform"
     """Who is chosen: ``uniform`` draws, anew for every round; or a registered name or ``module:attr`` of a function."""
+    activation: Text = "all"
+    """Which clients are active, so that they may be chosen: ``all``; ``waves``, the first ``wave_size`` of them and as
+    many more with every wave; or those that a criterion names, a registered name or ``module:attr`` of a function (see
+    participation.md)."""
+    wave_size: Nodes | None = None
+    """Clients of a wave, in node order."""
+    wave_period: Count = 1
+    """Rounds from one wave to the next, or at the least where there is a ``wave_condition``."""
+    wave_condition: Text | None = None
+    """What a committed round must have measured for the next wave to come, e.g. ``accuracy >= 0.6``; null: nothing."""
     min_nodes: Nodes | None = None
     """Fewest participants that make a round valid when others are late or lost; null: all of them. Star only."""
     number_of_groups: Nodes = 2
@@ -232,6 +243,12 @@ class FederationConfig(BaseModel):
     """How Ray spreads a cluster's slots over its machines: ``PACK``, ``SPREAD``, ``STRICT_PACK``, ``STRICT_SPREAD``."""
     resources: SlotShare = "uniform"
     """What one slot takes: ``uniform`` (an equal share), or ``{num_cpus, num_gpus}``."""
+    max_slots_per_cluster: Count | None = None
+    """Most slots that the federation takes on one cluster, which leaves the rest to others; null: as many as the
+    cluster's agent lets one federation have, but no more than it has nodes there."""
+    queue_deadline_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
+    """Seconds that a run may wait for room, in line or because another program holds what it needs, before it fails
+    with who has it; null: as long as it takes."""
     resident_nodes: Nodes | None = None
     """Most nodes of one host that are active at once, the least recently used making room first; what is kept of the
     others lies on the host's disk. null: as many as ``resident_memory_mb`` allows."""
@@ -282,7 +299,7 @@ class FederationConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """One integer that decides all randomness of the run."""
     device: Text = "cpu"
-    """Where tensors live: ``cpu`` or ``cuda``."""
+    """Where models and data lie while nodes compute: ``cpu``, or ``cuda``, a part of a GPU per host (see gpu.md)."""
     determinism: Text = "strict"
     """``strict`` refuses clusters of different numeric fingerprint, ``recorded`` writes the difference down."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from icrf.errors import ConfigError, ConfigErrors
 
@@ -23,6 +24,11 @@ class Problem:
     def at(self, place: str) -> ConfigError:
         """The error for a user, with the place where the value was written."""
         return ConfigError(self.code, self.message, place=place, allowed=self.allowed, hint=self.hint)
+
+
+# The keys that are valid by themselves, and what looks for contradictions between them.
+Values = Mapping[str, Any]
+Check = Callable[[Values], Iterator[Problem]]
 
 
 @dataclass(frozen=True)
@@ -64,3 +70,9 @@ def describe(value: object) -> str:
         return f"string {value[:80]!r}"
     kinds = ((dict, "a mapping"), (list, "a list"))
     return next((words for kind, words in kinds if isinstance(value, kind)), f"a value of type {type(value).__name__}")
+
+
+def too_many(key: str, value: int, most: int, of_what: str, least: int = 1) -> Problem:
+    """A number above what another key allows (C008)."""
+    allowed = f"{least} to {most}" if least <= most else ""
+    return Problem("C008", (key,), f"{key} {value} > {most} {of_what}", allowed=allowed)

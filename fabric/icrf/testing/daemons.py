@@ -6,13 +6,12 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from icrf.errors import IcrfError, make_error
+from icrf.testing.waiting import until
 
-_POLL_S = 0.02
 _RESTART_PAUSE_S = 0.2
 _TAIL_LINES = 25
 
@@ -126,17 +125,17 @@ class Daemon:
         Raises:
             IcrfError: with the end of its log, if it ended or took too long.
         """
-        deadline = time.monotonic() + timeout_s
-        while True:
+
+        def ready() -> re.Match[str] | None:
             alive = self.alive
-            found = self._ready.search(self.log(this_life=True))
-            if found and alive:
-                return found
             if not alive and not supervised:
                 raise self._failed(f"ended with {self._process.returncode if self._process else 'no start'}")
-            if time.monotonic() > deadline:
-                raise self._failed(f"was not ready within {timeout_s:.0f} s")
-            time.sleep(_POLL_S)
+            return self._ready.search(self.log(this_life=True)) if alive else None
+
+        try:
+            return until(ready, timeout_s)
+        except TimeoutError:
+            raise self._failed(f"was not ready within {timeout_s:.0f} s") from None
 
     def _failed(self, why: str) -> IcrfError:
         tail = "\n".join(self.log().splitlines()[-_TAIL_LINES:]) or "(empty)"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from icrf.testing.waiting import until
 from icrf_agent.keeper import end_session, session_members
 
 _POLL_S = 0.02
@@ -87,12 +88,15 @@ def send(pid: int, number: int) -> None:
 
 def await_end(pid: int, timeout_s: float = _GRACE_S) -> bool:
     """Whether the process has ended, as a zombie at least, within `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while (fields := _stat(pid)) and fields[0] not in "ZX":
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_S)
-    return True
+
+    def has_ended() -> bool:
+        fields = _stat(pid)
+        return not fields or fields[0] in "ZX"
+
+    try:
+        return until(has_ended, timeout_s)
+    except TimeoutError:
+        return False
 
 
 def _session(pid: int) -> int:

@@ -60,7 +60,6 @@ def activation(flow: str, num_slots: int = 2, clusters: tuple[str, ...] = (CLUST
         layout=s.layout,
         clusters=clusters,
         assignment=assignment,
-        coordinator=0,
         peers=peers,
         num_slots=num_slots,
         rows=s.rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from icrf.errors import IcrfError, error_from_json, make_error
@@ -332,9 +333,9 @@ class SimAgent:
         if step.kind == SEND and step.transfer is not None:
             cluster.send_payload(start.run_id, start, step.transfer, mine)
         else:
-            phases = {
-                PUBLISH: cluster.publish_model,
-                TRAIN: cluster.train,
+            phases: dict[str, Callable[..., None]] = {
+                PUBLISH: partial(cluster.publish_model, ahead=action.ahead),
+                TRAIN: partial(cluster.train, ahead=action.ahead),
                 AGGREGATE: cluster.aggregate,
                 EVALUATE: cluster.evaluate,
                 INSTALL: cluster.install,

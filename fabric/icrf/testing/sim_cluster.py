@@ -18,12 +18,14 @@ from icrf.testing import sim_hosts
 from icrf.testing.sim_hosts import Phase, References, SimHost, SimRun
 from icrf.testing.sim_tally import Tally, Vector
 from icrf.testing.sim_world import World
+from icrf_agent.phase_reports import merge_reports
 from icrf_agent.topology_manager import HybridTopologyManager
 
 RETRY, RESTORE = "retry", "restore"
 DEATHS = frozenset({"U003", "P003", "P030"})
 MAX_SENDS = 12
 RESERVE_POLL_S = 1.0
+ANOTHER_PROGRAM = "another program"
 # Beyond the deadline of a round, where late clusters are survived.
 LATE_S, LATE_ODDS, MAX_LATE = (160.0, 300.0), 0.5, 2
 WIRE_HEADER_BYTES = 100
@@ -144,6 +146,15 @@ class SimCluster:
         """What only the agent's process knew is forgotten; hosts and manager live on."""
         self.runs = {}
 
+    def occupy(self, seconds: float) -> None:
+        """Another program takes what is free, and what becomes free, for so long."""
+        self.reserved[ANOTHER_PROGRAM] = self.num_slots
+
+        def leave() -> None:
+            self.reserved.pop(ANOTHER_PROGRAM, None)
+
+        self._world.after(seconds, ("leaves", ANOTHER_PROGRAM, self.name), leave)
+
     # ------------------------------------------------------------ setting up
 
     def reserve(self, request: Reserve, done: Done) -> None:
@@ -245,14 +256,18 @@ class SimCluster:
 
     # ------------------------------------------------------------ rounds
 
-    def publish_model(self, run_id: str, start: StartRound, done: Done) -> None:
-        """Publish the committed models to the participants."""
-        if self._begin(run_id, start, done):
+    def publish_model(self, run_id: str, start: StartRound, done: Done, ahead: bool = False) -> None:
+        """Publish the models of the round before to the participants; what is sent ahead was published with them."""
+        if ahead:
+            if run_id in self.runs:
+                self.runs[run_id].ahead = (start.round, start.attempt)
+            self._world.soon(0.0, 0.01, None, lambda: done(None, None))
+        elif self._begin(run_id, start, done):
             self._phase(run_id, start, (0.01, 0.3), sim_hosts.publish_model, done, _makers)
 
-    def train(self, run_id: str, start: StartRound, done: Done) -> None:
+    def train(self, run_id: str, start: StartRound, done: Done, ahead: bool = False) -> None:
         """Every host trains its nodes and publishes what they send."""
-        if self._begin(run_id, start, done):
+        if ahead or self._begin(run_id, start, done):
 
             def train() -> None:
                 self._phase(run_id, start, (0.2, 3.0), sim_hosts.train, done)
@@ -264,7 +279,8 @@ class SimCluster:
     def aggregate(self, run_id: str, start: StartRound, done: Done) -> None:
         """Merge the partials, or mix every node's neighbours."""
         where = _model_host if start.merge else _makers
-        self._phase(run_id, start, (0.05, 0.5), sim_hosts.aggregate, done, where)
+        if self._begin(run_id, start, done):
+            self._phase(run_id, start, (0.05, 0.5), sim_hosts.aggregate, done, where)
 
     def install(self, run_id: str, start: StartRound, done: Done) -> None:
         """Take over the model of all groups."""
@@ -398,7 +414,8 @@ class SimCluster:
                 self.manager.link(order)
                 if run.position[0]:
                     self.manager.begin_round(order.run_id, order.generation, *run.position)
-                    self.manager.abort(order.run_id, *run.position)
+                    for position in sorted({run.position, max(run.position, run.ahead)}):
+                        self.manager.abort(order.run_id, *position)
 
     def _begin(self, run_id: str, start: StartRound, done: Done) -> bool:
         """Open an attempt here; False if it could not be, and `done` has been told."""
@@ -432,7 +449,7 @@ class SimCluster:
 
         def merge(parts: list[Any], error: IcrfError | None) -> None:
             reports = [p for p in parts if p is not None]
-            done(sim_hosts.merged(reports) if reports else None, error)
+            done(merge_reports(reports) if reports else None, error)
 
         self._on_hosts(where(run), takes_s, call, merge)
 

@@ -62,6 +62,7 @@ class SimRun:
     hosts: list[SimHost]
     lives: list[int] = field(default_factory=list)
     position: tuple[int, int] = (0, 0)
+    ahead: tuple[int, int] = (0, 0)
     active: bool = False
 
     def keepers(self, host: SimHost) -> tuple[int, ...]:
@@ -99,9 +100,14 @@ def publish_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, st
         for aggregator, row in zip(run.keepers(host), host.state.rebase(start), strict=True):
             manager.publish_many(_posting(start, MODEL, (aggregator,), row, tally.hierarchy.members[aggregator]))
         return
-    recipients = tuple(i for i in tally.chosen(start.round) if i != tally.aggregator)
     model = host.state.rebase(start)
     host.earlier.enter(start, host.state, len(model))
+    _post_model(manager, run, host, start, model)
+
+
+def _post_model(manager: HybridTopologyManager, run: SimRun, host: SimHost, start: StartRound, model: Vector) -> None:
+    tally = run.tally
+    recipients = tuple(i for i in tally.chosen(start.round) if i != tally.aggregator)
     sent = host.earlier.sent(start, model)
     manager.publish_many(_posting(start, MODEL, (tally.aggregator,), sent, recipients))
 
@@ -202,6 +208,8 @@ def aggregate(manager: HybridTopologyManager, run: SimRun, host: SimHost, start:
             raise InternalError("X001", f"partials add up to weight {weight}, expected {start.total_weight}")
         model = total([host.state.rebase(start), *map(array_of, partials)])
         host.state.stage(start, model)
+        if (following := start.expected()) is not None:
+            _post_model(manager, run, host, following, model)
         metrics = {"accuracy": start.round / tally.rounds} if start.evaluate else {}
         return PhaseReport(absmax=absmax([model]), metrics=metrics, model_hash=digest(model).hex())
     if 0 in host.nodes and tally.overflows(start.round, start.grid):
@@ -355,26 +363,6 @@ def split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:
     base, more = divmod(len(nodes), parts)
     sizes = [base + (k < more) for k in range(parts)]
     return [tuple(nodes[sum(sizes[:k]) : sum(sizes[: k + 1])]) for k in range(parts)]
-
-
-def merged(reports: Sequence[PhaseReport]) -> PhaseReport:
-    """One report of a cluster from those of its hosts."""
-    sums: dict[str, tuple[int, int]] = {}
-    for report in reports:
-        for name, (numerator, weight) in report.metric_sums.items():
-            old = sums.get(name, (0, 0))
-            sums[name] = (old[0] + numerator, old[1] + weight)
-    rows = [r.absmax for r in reports if r.absmax]
-    return PhaseReport(
-        nodes=tuple(n for r in reports for n in r.nodes),
-        overflow=tuple(sorted({t for r in reports for t in r.overflow})),
-        absmax=tuple(max(column) for column in zip(*rows, strict=True)),
-        metric_sums=sums,
-        metrics={k: v for r in reports for k, v in r.metrics.items()},
-        model_hash="".join(r.model_hash for r in reports),
-        state_hashes=b"".join(r.state_hashes for r in reports),
-        graph=next((r.graph for r in reports if r.graph), None),
-    )
 
 
 def _posting(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from icrf.protocol import CENTRALIZED, HIERARCHICAL, Graph, NodeSpec, Rows, Submission, TensorSpec
+from icrf.protocol import CENTRALIZED, HIERARCHICAL, Graph, NodeSpec, Rows, Submission, TensorSpec, nodes_that
 from icrf.topology import Hierarchy
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf.update import METRIC_UNIT_BITS, choose_grid, merkle_root, metric_mean
@@ -78,9 +78,8 @@ class Tally:
         self.submission = submission
         self.num_nodes = len(submission.nodes)
         self.centralized = submission.flow == CENTRALIZED
-        roles = [node.role.split("-") for node in submission.nodes]
-        self.participants = tuple(i for i, words in enumerate(roles) if "train" in words)
-        self.aggregator = next((i for i, words in enumerate(roles) if "aggregate" in words), -1)
+        self.participants = nodes_that("train", submission.nodes)
+        self.aggregator = next(iter(nodes_that("aggregate", submission.nodes)), -1)
         self.config: Mapping[str, Any] = json.loads(submission.config_json)
         self.hierarchy: Hierarchy | None = None
         if submission.flow == HIERARCHICAL:

@@ -114,7 +114,6 @@ class _Reader:
         self._weighted = weighted
         self._values: list[np.ndarray[Any, Any]] = []
         self._ids = list(node_ids)
-        self._has_header_row = False
         self._has_header_column = False
         self._columns: list[np.ndarray[Any, Any]] = []
         self._width = 0
@@ -186,7 +185,6 @@ class _Reader:
             self._width = len(cells)
             return False
         if cells in (self._ids, ["", *self._ids]) or cells[1:] == self._ids:
-            self._has_header_row = True
             self._has_header_column = cells != self._ids
             self._width = len(self._ids)
             return True

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from icrf.errors import ConfigError, RoutingError
+from icrf.protocol import parts_of
 from icrf.topology.hybrid import SHOWN, HybridAdjacencyMatrix
 
 
@@ -53,7 +54,7 @@ class Hierarchy:
             RoutingError: P011 an edge that is missing or has one direction only.
         """
         names = names or [str(i) for i in range(len(roles))]
-        words = [role.split("-") for role in roles]
+        words = [parts_of(role) for role in roles]
         aggregators = tuple(i for i, role in enumerate(words) if "aggregate" in role)
         if not aggregators:
             raise _unusable("no node aggregates", "a node with the role aggregate per group")

@@ -32,11 +32,6 @@ class Structure:
     transient: int
     aperiodic: bool
 
-    @property
-    def agrees(self) -> bool:
-        """Whether repeated mixing brings all nodes together."""
-        return self.closed_classes <= 1 and self.aperiodic
-
 
 def structure_of(weights: csr_matrix) -> Structure:
     """The structure of a mixing matrix whose rows or columns sum to 1 (Seneta, "Non-negative Matrices", chapter 1)."""

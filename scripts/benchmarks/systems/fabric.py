@@ -28,7 +28,7 @@ def configuration(case: Case, keys: Mapping[str, Any]) -> dict[str, Any]:
     """The case as a configuration, with what one system sets besides."""
     return {
         "federation_id": "bench",
-        "schema": "TraditionalFederatedLearning",
+        "federated_learning_schema": "TraditionalFederatedLearning",
         "federated_learning_topology": "star",
         "number_of_clients": case.clients,
         "federated_learning_rounds": case.rounds + 1,
@@ -43,13 +43,16 @@ def configuration(case: Case, keys: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _median_split(found: Sequence[Any]) -> dict[str, float]:
-    """Median seconds of the parts of the rounds after the first."""
+def _split(found: Sequence[Any]) -> dict[str, float]:
+    """Median seconds of the parts of the rounds after the first; of what the mediator took, the mean."""
     parts = ("train_s", "exchange_s", "commit_s")
-    return {part: statistics.median(getattr(result, part) for result in found[1:]) for part in parts}
+    split = {part: statistics.median(getattr(result, part) for result in found[1:]) for part in parts}
+    if profiles := [result.profile for result in found[1:] if result.profile]:
+        split["mediator_s"] = statistics.mean(profile.mediator_s for profile in profiles)
+    return split
 
 
-def fabric(case: Case, rounds: Rounds, options: Mapping[str, Any]) -> Finished:
+def fabric(case: Case, rounds: Rounds, options: Mapping[str, Any], profile: bool = False) -> Finished:
     """Run the federation; a round lasts from one commit to the next, as a user sees them."""
     import icrf  # noqa: PLC0415 - loading it is part of the start
 
@@ -59,7 +62,7 @@ def fabric(case: Case, rounds: Rounds, options: Mapping[str, Any]) -> Finished:
     config = icrf.FederationConfig.from_mapping(configuration(case, options))
     found = []
     with icrf.connect() as there:
-        submitted = there.submit(config, code_path=str(Path(__file__).resolve().parents[2]))
+        submitted = there.submit(config, code_path=str(Path(__file__).resolve().parents[2]), profile=profile)
         last = time.perf_counter()
         for result in submitted.rounds():
             now = time.perf_counter()
@@ -67,7 +70,7 @@ def fabric(case: Case, rounds: Rounds, options: Mapping[str, Any]) -> Finished:
             last = now
             found.append(result)
         weights = submitted.result().state_dict()
-    return Finished(weights, _median_split(found))
+    return Finished(weights, _split(found))
 
 
 if __name__ == "__main__":

@@ -246,12 +246,15 @@ class Capacity(_message.Message):
     NUM_CPUS_FIELD_NUMBER: _builtins.int
     NUM_GPUS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
-    NUM_RAY_NODES_FIELD_NUMBER: _builtins.int
+    RAY_NODES_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     num_cpus: _builtins.float
     num_gpus: _builtins.float
     memory_bytes: _builtins.int
-    num_ray_nodes: _builtins.int
+    quota: _builtins.int
+    @_builtins.property
+    def ray_nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resources]: ...
     def __init__(
         self,
         *,
@@ -259,11 +262,12 @@ class Capacity(_message.Message):
         num_cpus: _builtins.float = ...,
         num_gpus: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
-        num_ray_nodes: _builtins.int = ...,
+        ray_nodes: _abc.Iterable[Global___Resources] | None = ...,
+        quota: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "num_cpus", b"num_cpus", "num_gpus", b"num_gpus", "num_ray_nodes", b"num_ray_nodes", "num_slots", b"num_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "num_cpus", b"num_cpus", "num_gpus", b"num_gpus", "num_slots", b"num_slots", "quota", b"quota", "ray_nodes", b"ray_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -806,7 +810,6 @@ class Activate(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
-    COORDINATOR_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     CODE_PATH_FIELD_NUMBER: _builtins.int
@@ -819,7 +822,6 @@ class Activate(_message.Message):
     federation: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
-    coordinator: _builtins.int
     num_slots: _builtins.int
     code_path: _builtins.str
     restore_round: _builtins.int
@@ -853,7 +855,6 @@ class Activate(_message.Message):
         layout: _abc.Iterable[Global___TensorSpec] | None = ...,
         clusters: _abc.Iterable[_builtins.str] | None = ...,
         assignment: _abc.Iterable[_builtins.int] | None = ...,
-        coordinator: _builtins.int = ...,
         peers: _abc.Iterable[Global___PeerAddress] | None = ...,
         num_slots: _builtins.int = ...,
         code_path: _builtins.str = ...,
@@ -864,7 +865,7 @@ class Activate(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "initial_graph", b"initial_graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "coordinator", b"coordinator", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "initial_graph", b"initial_graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "initial_graph", b"initial_graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -888,6 +889,7 @@ class StartRound(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     ADAPT_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -910,6 +912,8 @@ class StartRound(_message.Message):
     def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """rounds whose updates are still owed afterwards"""
 
+    @_builtins.property
+    def ahead(self) -> Global___NextRound: ...
     def __init__(
         self,
         *,
@@ -927,14 +931,40 @@ class StartRound(_message.Message):
         kept: _abc.Iterable[_builtins.int] | None = ...,
         adapt: _builtins.bool = ...,
         profile: _builtins.bool = ...,
+        ahead: Global___NextRound | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapt", b"adapt", "attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "profile", b"profile", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapt", b"adapt", "ahead", b"ahead", "attempt", b"attempt", "evaluate", b"evaluate", "generation", b"generation", "grid", b"grid", "kept", b"kept", "late", b"late", "merge", b"merge", "parent_hash", b"parent_hash", "participants", b"participants", "profile", b"profile", "round", b"round", "run_id", b"run_id", "total_weight", b"total_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartRound: _TypeAlias = StartRound  # noqa: Y015
+
+@_typing.final
+class NextRound(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_WEIGHT_FIELD_NUMBER: _builtins.int
+    EVALUATE_FIELD_NUMBER: _builtins.int
+    PARTICIPANTS_FIELD_NUMBER: _builtins.int
+    total_weight: _builtins.int
+    evaluate: _builtins.bool
+    participants: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        total_weight: _builtins.int = ...,
+        evaluate: _builtins.bool = ...,
+        participants: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluate", b"evaluate", "participants", b"participants", "total_weight", b"total_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NextRound: _TypeAlias = NextRound  # noqa: Y015
 
 @_typing.final
 class Relink(_message.Message):
@@ -1638,7 +1668,6 @@ class RoundReport(_message.Message):
     BYTES_INTRA_CLUSTER_FIELD_NUMBER: _builtins.int
     TRAIN_S_FIELD_NUMBER: _builtins.int
     EXCHANGE_S_FIELD_NUMBER: _builtins.int
-    AGGREGATE_S_FIELD_NUMBER: _builtins.int
     ERROR_JSON_FIELD_NUMBER: _builtins.int
     RECOVERY_FIELD_NUMBER: _builtins.int
     NODE_METRICS_FIELD_NUMBER: _builtins.int
@@ -1655,7 +1684,6 @@ class RoundReport(_message.Message):
     bytes_intra_cluster: _builtins.int
     train_s: _builtins.float
     exchange_s: _builtins.float
-    aggregate_s: _builtins.float
     error_json: _builtins.str
     recovery: _builtins.str
     @_builtins.property
@@ -1690,7 +1718,6 @@ class RoundReport(_message.Message):
         bytes_intra_cluster: _builtins.int = ...,
         train_s: _builtins.float = ...,
         exchange_s: _builtins.float = ...,
-        aggregate_s: _builtins.float = ...,
         error_json: _builtins.str = ...,
         recovery: _builtins.str = ...,
         node_metrics: _abc.Mapping[_builtins.str, Global___NodeMetrics] | None = ...,
@@ -1699,7 +1726,7 @@ class RoundReport(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "aggregate_s", b"aggregate_s", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2380,9 +2407,11 @@ class RoundProfile(_message.Message):
     PLAN_S_FIELD_NUMBER: _builtins.int
     ACTIVATE_S_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
+    MEDIATOR_S_FIELD_NUMBER: _builtins.int
     working_s: _builtins.float
     plan_s: _builtins.float
     activate_s: _builtins.float
+    mediator_s: _builtins.float
     @_builtins.property
     def clusters(self) -> _containers.MessageMap[_builtins.str, Global___ClusterProfile]: ...
     def __init__(
@@ -2392,10 +2421,11 @@ class RoundProfile(_message.Message):
         plan_s: _builtins.float = ...,
         activate_s: _builtins.float = ...,
         clusters: _abc.Mapping[_builtins.str, Global___ClusterProfile] | None = ...,
+        mediator_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_s", b"activate_s", "clusters", b"clusters", "plan_s", b"plan_s", "working_s", b"working_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_s", b"activate_s", "clusters", b"clusters", "mediator_s", b"mediator_s", "plan_s", b"plan_s", "working_s", b"working_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
