@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.assignment import blocks, kreg, smallworld
 from icrf.protocol import Capacity, ClusterInfo, Fingerprint
 from icrf.topology import HybridAdjacencyMatrix, build_topology
 from icrf_mediator.assignment import ASSIGNMENTS, Hints, MeasuredLink, assign, link_costs
@@ -38,34 +39,6 @@ def circulant(num_nodes: int, k: int, seed: int) -> HybridAdjacencyMatrix:
     return relabelled(HybridAdjacencyMatrix.from_edges(num_nodes, edges), seed)
 
 
-def regular(num_nodes: int) -> HybridAdjacencyMatrix:
-    """Two random rings on top of each other: a random 4-regular graph that is made at once."""
-    rng = np.random.default_rng(1)
-    rings = [rng.permutation(num_nodes) for _ in range(2)]
-    return HybridAdjacencyMatrix.from_edges(
-        num_nodes, np.concatenate([np.stack([ring, np.roll(ring, 1)], axis=1) for ring in rings])
-    )
-
-
-def small_world(num_nodes: int) -> HybridAdjacencyMatrix:
-    rng = np.random.default_rng(2)
-    nodes = np.arange(num_nodes)
-    edges = np.concatenate([np.stack([nodes, (nodes + step) % num_nodes], axis=1) for step in (1, 2, 3)])
-    rewired = rng.random(len(edges)) < 0.1
-    edges[rewired, 1] = rng.integers(0, num_nodes, rewired.sum())
-    return HybridAdjacencyMatrix.from_edges(num_nodes, edges[edges[:, 0] != edges[:, 1]])
-
-
-def blocks(num_nodes: int) -> HybridAdjacencyMatrix:
-    """Twenty blocks in shuffled order, eight edges of a node within its block and one outside."""
-    rng = np.random.default_rng(3)
-    size = num_nodes // 20
-    inside, outside = rng.integers(0, num_nodes, num_nodes * 4), rng.integers(0, num_nodes, (num_nodes // 2, 2))
-    within = np.stack([inside, inside // size * size + rng.integers(0, size, len(inside))], axis=1)
-    edges = np.concatenate([within, outside])
-    return relabelled(HybridAdjacencyMatrix.from_edges(num_nodes, edges[edges[:, 0] != edges[:, 1]]), 4)
-
-
 def by_metis(adjacency: HybridAdjacencyMatrix, parts: int) -> int:
     """The least cut of METIS with at most one per mille over the ideal size."""
     graph = pymetis.CSRAdjacency(adjacency.indptr, adjacency.indices)
@@ -81,7 +54,7 @@ def test_circulants_in_any_order_reach_the_closed_form(num_nodes: int, num_clust
     assert adjacency.cut_edges(found.clusters) == num_clusters * (k // 2) * (k // 2 + 1) // 2
 
 
-@pytest.mark.parametrize("make", [regular, small_world, blocks])
+@pytest.mark.parametrize("make", [kreg, smallworld, blocks])
 @pytest.mark.parametrize(
     ("num_nodes", "parts"),
     [
@@ -122,9 +95,9 @@ def test_many_pins_on_a_graph_that_metis_divides() -> None:
 
 _SCRIPT = """
 import hashlib, sys
-sys.path.insert(0, sys.argv[1])
-from test_assignment_quality import assign, blocks, clusters_of
-print(hashlib.sha256(repr(assign("locality", blocks(1_000), clusters_of(3, 2, 2), {})).encode()).hexdigest())
+sys.path[:0] = sys.argv[1:]
+from benchmarks.assignment import SYSTEMS, blocks
+print(hashlib.sha256(repr(SYSTEMS["icrf"](blocks(1_000))).encode()).hexdigest())
 """
 
 
@@ -132,7 +105,7 @@ def test_every_process_finds_the_same() -> None:
     outcomes = set()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", _SCRIPT, os.path.dirname(__file__)]
+        command = [sys.executable, "-c", _SCRIPT, *sys.path]
         outcomes.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert len(outcomes) == 1 and len(outcomes.pop()) == 65
 
@@ -184,7 +157,7 @@ def test_links_count_in_the_refinement_too() -> None:
 
 
 def test_nothing_moves_without_need() -> None:
-    adjacency = small_world(300)
+    adjacency = smallworld(300)
     clusters = clusters_of(2, 2, 1)
     before = assign("round_robin", adjacency, clusters, {}).clusters
     again = assign("locality", adjacency, clusters, {}, Hints(previous=before))

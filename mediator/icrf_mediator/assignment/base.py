@@ -133,6 +133,13 @@ def place_pinned(pins: Pins, num_nodes: int, slots: Sequence[int]) -> tuple[list
     return clusters, counts
 
 
+def room_for(num_nodes: int, clusters: Sequence[ClusterInfo], pins: Pins) -> tuple[list[int], Shares]:
+    """Where pinned nodes go, -1 for the others, and how many nodes each cluster takes."""
+    slots = cluster_slots(clusters)
+    pinned, counts = place_pinned(pins, num_nodes, slots)
+    return pinned, fair_shares(num_nodes, slots, counts)
+
+
 def resolve_pins(
     placement: Mapping[str, str | Mapping[str, str]], node_ids: Sequence[str], clusters: Sequence[ClusterInfo]
 ) -> dict[int, frozenset[int]]:

@@ -17,9 +17,7 @@ from icrf_mediator.assignment.base import (
     Hints,
     Pins,
     Shares,
-    cluster_slots,
-    fair_shares,
-    place_pinned,
+    room_for,
 )
 from icrf_mediator.assignment.crossing import Costs, Crossing, Neighbours
 from icrf_mediator.assignment.explain import explain, explain_communities
@@ -59,9 +57,7 @@ class LocalityAwareAssignment:
         self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins, hints: Hints = Hints()
     ) -> Assignment:
         """See :class:`icrf_mediator.assignment.base.AssignmentStrategy`."""
-        slots = cluster_slots(clusters)
-        pinned, counts = place_pinned(pins, adj.num_nodes, slots)
-        shares = fair_shares(adj.num_nodes, slots, counts)
+        pinned, shares = room_for(adj.num_nodes, clusters, pins)
         names = [cluster.name for cluster in clusters]
         if hints.previous:
             kept = keep_most(Crossing(adj, hints.costs).neighbours(), hints.previous, pinned, shares, pins, hints.costs)

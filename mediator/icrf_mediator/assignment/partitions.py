@@ -11,9 +11,7 @@ from icrf_mediator.assignment.base import (
     Assignment,
     Hints,
     Pins,
-    cluster_slots,
-    fair_shares,
-    place_pinned,
+    room_for,
 )
 from icrf_mediator.assignment.crossing import Crossing
 from icrf_mediator.assignment.explain import explain
@@ -29,9 +27,7 @@ class MetisAssignment:
         self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins, hints: Hints = Hints()
     ) -> Assignment:
         """See :class:`icrf_mediator.assignment.base.AssignmentStrategy`."""
-        slots = cluster_slots(clusters)
-        pinned, counts = place_pinned(pins, adj.num_nodes, slots)
-        shares = fair_shares(adj.num_nodes, slots, counts)
+        pinned, shares = room_for(adj.num_nodes, clusters, pins)
         crossing = Crossing(adj)
         fixed = {node: (cluster,) for node, cluster in enumerate(pinned) if cluster >= 0}
         tried = [
@@ -56,8 +52,6 @@ class LouvainAssignment:
         self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins, hints: Hints = Hints()
     ) -> Assignment:
         """See :class:`icrf_mediator.assignment.base.AssignmentStrategy`."""
-        slots = cluster_slots(clusters)
-        pinned, counts = place_pinned(pins, adj.num_nodes, slots)
-        shares = fair_shares(adj.num_nodes, slots, counts)
+        pinned, shares = room_for(adj.num_nodes, clusters, pins)
         found = contiguous(pinned, shares, community_order(adj))
         return Assignment(tuple(found), explain(adj, found, [cluster.name for cluster in clusters], pins))

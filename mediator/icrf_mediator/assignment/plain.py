@@ -15,6 +15,7 @@ from icrf_mediator.assignment.base import (
     cluster_slots,
     fair_shares,
     place_pinned,
+    room_for,
 )
 from icrf_mediator.assignment.starts import contiguous
 
@@ -66,9 +67,8 @@ class RandomAssignment:
 
 
 def _filled(order: Sequence[int], clusters: Sequence[ClusterInfo], pins: Pins) -> list[int]:
-    slots = cluster_slots(clusters)
-    placed, counts = place_pinned(pins, len(order), slots)
-    return contiguous(placed, fair_shares(len(order), slots, counts), order)
+    placed, shares = room_for(len(order), clusters, pins)
+    return contiguous(placed, shares, order)
 
 
 def _assignment(placed: Iterable[int], clusters: Sequence[ClusterInfo], pins: Pins, reason: str) -> Assignment:
