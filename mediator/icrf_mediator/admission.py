@@ -14,10 +14,10 @@ from icrf.errors import IcrfError, ResourceError
 from icrf.protocol import ClusterInfo, Plan, Submission
 from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.feasibility import decisive, slot_resources
 from icrf_mediator.holdings import Lack, known_as
 from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
-from icrf_mediator.planning import decisive, slot_resources
 from icrf_mediator.runs import RunMachine
 
 Planner = Callable[[Submission, Sequence[ClusterInfo]], tuple[Plan, Assignment]]

@@ -55,7 +55,8 @@ def round_profile(row: Mapping[str, Any]) -> RoundProfile:
 def submission_of(row: Mapping[str, Any]) -> Submission:
     """A row of ``submissions``."""
     parts = dict(row)
-    parts["schedule"] = tuple(parts.get("schedule", ()))
+    for key in ("schedule", "communities"):
+        parts[key] = tuple(parts.get(key, ()))
     parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
     parts["graph"] = graph_of(parts["graph"])
     parts["layout"] = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in parts["layout"])

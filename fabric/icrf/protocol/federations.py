@@ -178,6 +178,8 @@ class Submission:
         schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
             mediator draws the participants.
         profile: tell with each round where its time went; changes nothing else.
+        communities: community per node by what its data look like, for placement, -1 for a node in none; empty where
+            placement does not look at data.
     """
 
     client_request_id: str
@@ -192,6 +194,7 @@ class Submission:
     rows: Rows = field(default_factory=Rows)
     schedule: tuple[str, ...] = ()
     profile: bool = False
+    communities: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,8 @@ class Plan:
             on the graph is said of the one that the run starts with.
         adaptation_period: rounds from one decision on the graph to the next; 0 where it stays as it is.
         bytes_inter_cluster_per_adaptation: payload bytes that such a decision adds.
+        memory: cluster name -> peak memory that it needs, an estimate; `peak_memory_bytes` is the largest of these.
+        lacking: cluster name -> what it lacks, in a sentence or more; those that are not named have what it takes.
     """
 
     federation: str
@@ -354,6 +359,8 @@ class Plan:
     adaptation_period: int = 0
     bytes_inter_cluster_per_adaptation: int = 0
     residents: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,9 @@ class FederationConfig(BaseModel):
 
     # ---- where it runs
     assignment_strategy: Text = "locality"
-    """How nodes are spread over clusters: ``locality`` keeps neighbours together, ``round_robin`` deals them out."""
+    """How nodes are spread over clusters, in shares that follow their slots: ``locality`` cuts as few edges as it can,
+    ``metis`` and ``louvain`` divide the graph in one way alone, ``capacity`` keeps the order of the nodes,
+    ``round_robin`` deals them out, ``random`` draws by the seed. See docs/assignment.md."""
     placement: Placement = Field(default_factory=dict)
     """Nodes that must be somewhere: node id -> cluster name, or node id -> {label: value} that its cluster carries."""
     placement_group_strategy: Text = "PACK"
@@ -263,7 +265,9 @@ class FederationConfig(BaseModel):
     clustering_period: CountOrZero = 0
     """Re-plan the assignment every so many rounds; 0: never."""
     do_cluster: bool = False
-    """Place nodes by the similarity of their label distributions."""
+    """Place nodes by the similarity of their label distributions: communities come first, cut edges second."""
+    label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Scale of the Laplace noise on each count of the histograms that ``do_cluster`` compares; drawn by the seed."""
 
     # ---- policy of a round
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S
