@@ -7,7 +7,6 @@ fast as gRPC in Python goes; ``grpc-copy`` also copies what comes in into the me
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
@@ -289,23 +288,12 @@ def icrf_source(job: Job) -> list[float]:
 
 def relay(job: Job) -> None:
     """The mediator's relay alone."""
-    from icrf_mediator.access import Access  # noqa: PLC0415
-    from icrf_mediator.relay import RelayServicer  # noqa: PLC0415
+    from icrf.testing.relay_thread import RelayThread  # noqa: PLC0415
 
-    tls = job.tls(THE_MEDIATOR)
-
-    async def serve() -> None:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        servicer = RelayServicer(access=Access(authenticated=tls is not None))
-        servicer.register(server)
-        port = listen_on(server, "127.0.0.1:0", tls)
-        await server.start()
-        say(address=f"127.0.0.1:{port}")
-        await asyncio.to_thread(sys.stdin.read)
-        servicer.close()
-        await server.stop(None)
-
-    asyncio.run(serve())
+    serving = RelayThread(tls=job.tls(THE_MEDIATOR))
+    say(address=serving.address)
+    sys.stdin.read()
+    serving.stop()
 
 
 def main() -> None:
