@@ -35,6 +35,10 @@ _ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+TlsDir = Annotated[
+    Path | None, typer.Option(envvar=ENVIRONMENT, help="Folder of the cluster's certificate.", show_default="plaintext")
+]
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -204,10 +208,7 @@ def agent(
     state: Annotated[
         Path | None, typer.Option(help="State folder.", show_default="$XDG_STATE_HOME/icrf/agent-CLUSTER")
     ] = None,
-    tls_dir: Annotated[
-        Path | None,
-        typer.Option(envvar=ENVIRONMENT, help="Folder of the cluster's certificate.", show_default="plaintext"),
-    ] = None,
+    tls_dir: TlsDir = None,
     object_store_mb: Annotated[
         int | None, typer.Option(min=100, help="Object store of a local cluster, MiB.", show_default="512")
     ] = None,
