@@ -212,8 +212,7 @@ class NodeHost:
 
     def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:
         """Stage the nodes' own states after a phase."""
-        nodes = self._ready()[0]
-        states, report = nodes.states, replace(report, mail=nodes.mailbox.used)
+        states = self._ready()[0].states
         if not states.used:
             return report
         states.stage(start)

@@ -269,7 +269,7 @@ class RunRounds(RunQueue):
         """What will be asked for after a round unless something comes in between; None where that cannot be told, or
         where a cluster that has begun with it could not go back."""
         assert self._ledger is not None
-        if self.submission.flow != CENTRALIZED or self.submission.rows.clients_keep or self._quorum.lateness.weighs:
+        if self.submission.flow != CENTRALIZED or self.submission.rows.anybody_keeps or self._quorum.lateness.weighs:
             return None
         may_be_the_last = self.config.get("target_accuracy") is not None and self._evaluates(number)
         in_between = self._gone or self.leaving or self._returning
