@@ -448,12 +448,14 @@ class HostedRuntime:
         if len(run.activation.clusters) == 1:
             return
         position = (round_number, attempt)
-        bundles = await self._manager.call("take_outbox", run.activation.run_id, position)
-        for target, bundle in bundles.items():
+        run_id = run.activation.run_id
+        bundles = await self._manager.call("outbox", run_id, position)
+        for target, (number, bundle) in bundles.items():
             header = self._header(run, position, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
             assert self._shared is not None and self._shared.gateway is not None
             peer = self._peer(run, target)
             await self._shared.gateway.call("send_bytes", header, bundle, peer, SEND_TIMEOUT_S)
+            await self._manager.call("acknowledge", run_id, position, target, number)
 
     def _header(self, run: Hosted, position: tuple[int, int], kind: str, target: int, **parts: Any) -> PayloadHeader:
         return PayloadHeader(
