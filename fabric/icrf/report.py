@@ -16,6 +16,7 @@ from icrf.console.format import (
     MISSING,
     compress_names,
     format_bytes,
+    saved_text,
     format_duration,
     format_metric,
     safe_text,
@@ -183,6 +184,8 @@ def _tile_values(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("within clusters", format_bytes(summary["bytes_intra_cluster"])),
         ("wall time", format_duration(summary["wall_s"])),
     ]
+    if "bytes_saved" in summary:
+        values.insert(5, (f"by {summary['inter_cluster_codec']}", saved_text(summary)))
     if "rounds_to_target" in summary:
         values.insert(3, ("rounds to target", str(summary["rounds_to_target"] or MISSING)))
     return [(_text(name), _text(value)) for name, value in values]

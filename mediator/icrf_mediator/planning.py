@@ -37,6 +37,7 @@ from icrf.protocol import (
 )
 from icrf.residency import host_budget, resident_nodes
 from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
+from icrf_mediator.coded_bytes import coded_bytes
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
@@ -188,6 +189,7 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
         **_mixed(submission, settings),
         **_adapted(settings, per_adaptation),
+        **coded_bytes(exchange, submission.layout, config),
         **_grouped(submission, exchange, adjacency, num_parameters),
     )
     return plan, assignment

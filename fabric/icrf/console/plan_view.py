@@ -6,6 +6,7 @@ from collections import Counter
 
 from rich.text import Text
 
+from icrf.codecs import NONE
 from icrf.console.format import compress_names, format_bytes, format_count, safe_text
 from icrf.console.terminal import Terminal
 from icrf.protocol import CENTRALIZED, Plan
@@ -112,6 +113,8 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     if plan.bytes_inter_cluster_per_adaptation:
         facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_adaptation)} more per change of the graph"))
     facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"))
+    if plan.codec != NONE:
+        facts.append((f"with {plan.codec}", f"at most {format_bytes(plan.bytes_coded_per_round)} per round"))
     if mixing := consensus_text(plan):
         facts += [("mixing", mixing), ("", limit_text(plan))]
     if plan.adaptation:

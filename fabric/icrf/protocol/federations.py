@@ -305,6 +305,9 @@ class Plan:
             on the graph is said of the one that the run starts with.
         adaptation_period: rounds from one decision on the graph to the next; 0 where it stays as it is.
         bytes_inter_cluster_per_adaptation: payload bytes that such a decision adds.
+        codec: the configuration's ``inter_cluster_codec``. All other bytes are those without it.
+        bytes_coded_per_round: a bound on the payload bytes of a round under it, without evaluation and messages; how
+            much less it will be depends on the values. 0 for ``none``.
     """
 
     federation: str
@@ -337,6 +340,8 @@ class Plan:
     adaptation_period: int = 0
     bytes_inter_cluster_per_adaptation: int = 0
     residents: dict[str, int] = field(default_factory=dict)
+    codec: str = "none"
+    bytes_coded_per_round: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from icrf.spec.choices import (
     in_groups,
     not_built,
 )
+from icrf.spec.codec_checks import codec_problems
 from icrf.spec.participation_checks import PARTICIPATION_CHECKS, fewest_participants
 from icrf.spec.problems import Check, Problem, Values, too_many
 from icrf.spec.rule_settings import unread_settings
@@ -415,6 +416,7 @@ CHECKS: tuple[Check, ...] = (
     _models,
     _byzantine,
     *PARTICIPATION_CHECKS,
+    codec_problems,
     _optimizer_state,
     _schema_and_topology,
     _hierarchy,

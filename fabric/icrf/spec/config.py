@@ -275,7 +275,12 @@ class FederationConfig(BaseModel):
     max_staleness: Count = 4
     """With ``late_updates: weigh``: how many rounds late an update may be; after that it is dropped."""
     inter_cluster_codec: Text = "none"
-    """How payloads are compressed between clusters."""
+    """What payloads between clusters are made of: ``none``, all bits; ``zstd``, all bits, packed; ``bf16``, packed after
+    models and changes of models are rounded to bfloat16; ``top_k``, packed after every node has left out all but the
+    largest entries of its change, which it sends later (error feedback). The last two change what is learned, equally
+    on any number of clusters."""
+    top_k_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """With ``inter_cluster_codec: top_k``: the share of a change's entries that a node sends."""
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
     evaluate_clients: bool = False
