@@ -18,7 +18,7 @@ LOSSY = (BF16, TOP_K)
 # its head, nine lengths, and 32 bytes for each plane that is all zeros.
 CHUNK_ELEMENTS = 1 << 16
 CHECKSUM_BYTES = 8
-CHUNK_OVERHEAD_BYTES = 16 + 9 * (4 + 32)
+CHUNK_OVERHEAD_BYTES = 6 + 9 * (4 + 32)
 
 Array = np.ndarray[Any, Any]
 

@@ -16,10 +16,10 @@ from icrf.console.format import (
     MISSING,
     compress_names,
     format_bytes,
-    saved_text,
     format_duration,
     format_metric,
     safe_text,
+    saved_text,
     short_id,
 )
 from icrf.errors import error_from_dict

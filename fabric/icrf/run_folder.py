@@ -229,7 +229,8 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
         "seed": config.get("seed"),
     }
     if config.get("inter_cluster_codec", NONE) != NONE:
-        summary |= {"inter_cluster_codec": config["inter_cluster_codec"], "bytes_saved": sum(r.bytes_saved for r in rounds)}
+        summary["inter_cluster_codec"] = config["inter_cluster_codec"]
+        summary["bytes_saved"] = sum(r.bytes_saved for r in rounds)
     if config.get("topology_adaptation_strategy", "static") != "static":
         summary |= {name: sum(getattr(r, name) for r in rounds) for name in ("edges_added", "edges_removed")}
     if config.get("target_accuracy") is not None:

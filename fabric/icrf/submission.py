@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from icrf.criterion import active_by_round
 from icrf.codecs import TOP_K
+from icrf.criterion import active_by_round
 from icrf.errors import ConfigError, TopologyError
 from icrf.participation import UNIFORM, schedule, waves_of
 from icrf.protocol import (

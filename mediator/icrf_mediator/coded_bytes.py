@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 
 from icrf.codecs import BF16, LOSSY, NONE, TOP_K, packed_bound
-from icrf.exchange import EXACT, GATHERED, MODEL, PARTIAL, PARTIAL_ITEMSIZE, UPDATE, ExchangePlan, Transfer, num_elements
+from icrf.exchange import (
+    EXACT,
+    GATHERED,
+    MODEL,
+    PARTIAL,
+    PARTIAL_ITEMSIZE,
+    UPDATE,
+    ExchangePlan,
+    Transfer,
+    num_elements,
+)
 from icrf.protocol import AGGREGATED, DECENTRALIZED, PRIVATE, TensorSpec, element_type, shared_size
 
 # A value that was rounded to bfloat16 is two bytes, and two or more of zeros.

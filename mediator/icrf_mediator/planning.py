@@ -37,8 +37,8 @@ from icrf.protocol import (
 )
 from icrf.residency import host_budget, resident_nodes
 from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
-from icrf_mediator.coded_bytes import coded_bytes
 from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
+from icrf_mediator.coded_bytes import coded_bytes
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
 # submits them may be of another version.

@@ -1,4 +1,4 @@
-"""``inter_cluster_codec`` on a whole fabric without Ray: whatever it does to values, where nodes live changes no bit."""
+"""``inter_cluster_codec`` on a whole fabric without Ray: whatever it does to values, placement changes no bit."""
 
 from __future__ import annotations
 

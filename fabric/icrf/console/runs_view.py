@@ -16,8 +16,8 @@ from icrf.console.format import (
     format_bytes,
     format_duration,
     format_metric,
-    saved_text,
     safe_text,
+    saved_text,
     short_id,
     sparkline,
 )

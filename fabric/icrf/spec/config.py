@@ -275,10 +275,10 @@ class FederationConfig(BaseModel):
     max_staleness: Count = 4
     """With ``late_updates: weigh``: how many rounds late an update may be; after that it is dropped."""
     inter_cluster_codec: Text = "none"
-    """What payloads between clusters are made of: ``none``, all bits; ``zstd``, all bits, packed; ``bf16``, packed after
-    models and changes of models are rounded to bfloat16; ``top_k``, packed after every node has left out all but the
-    largest entries of its change, which it sends later (error feedback). The last two change what is learned, equally
-    on any number of clusters."""
+    """How payloads between clusters are made smaller: ``none``; ``zstd``, packed without loss; ``bf16``, packed after
+    models and their changes were rounded to bfloat16; ``top_k``, packed after every node has kept all but the largest
+    entries of its change for later (error feedback). The last two change what is learned, and that equally on any
+    number of clusters (see codecs.md)."""
     top_k_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """With ``inter_cluster_codec: top_k``: the share of a change's entries that a node sends."""
     evaluate_every: Count = 1
