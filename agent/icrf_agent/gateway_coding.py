@@ -105,7 +105,7 @@ class PayloadCoder:
             with self._lock:
                 kept = self._kept.get(_key(header, header.source))
                 base = kept.versions.get(header.base) if kept else None
-            if base is None:
+            if base is None or (base.size, base.dtype.name) != (header.num_elements, header.dtype):
                 raise ProtocolError(
                     "P027",
                     "the array that a payload was packed against is not here",

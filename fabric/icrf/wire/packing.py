@@ -95,7 +95,7 @@ def _packed(words: Array, compressor: zstandard.ZstdCompressor) -> list[bytes]:
         words = words[present]
     largest = int(words.max()) if words.size else 0
     width = -(-largest.bit_length() // 8)
-    columns = words.astype(words.dtype.newbyteorder("<"), copy=False).view(np.uint8).reshape(words.size, -1)
+    columns = words.astype(words.dtype.newbyteorder("<"), copy=False).view(np.uint8).reshape(-1, words.itemsize)
     planes += [np.ascontiguousarray(columns[:, k]) for k in range(width)]
     parts = [_CHUNK.pack(width, sparse, words.size)]
     for plane in planes:
