@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from icrf.codecs import BF16, to_bfloat16
+from icrf.codecs import BF16
 from icrf.errors import RunError, WeightsError
 from icrf.exchange import CONSENSUS, UPDATE
 from icrf.learning.training import LocalTerms
+from icrf.lossy import to_bfloat16
 from icrf.ports import PhaseReport
 from icrf.protocol import Activated, Graph, StartRound
 from icrf.topology import STATIC, Gossip, mixing_matrix

@@ -159,7 +159,6 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     slots = _slots(assignment, clusters)
     num_parameters = shared_size(submission.layout)
     residents = _residents(exchange, settings, slots, clusters, num_parameters)
-    per_evaluation = exchange.evaluation_bytes(num_parameters)
     # Whether and when a condition will hold nobody knows yet: as if it always did.
     participation = Participation(submission, {**config, "wave_condition": None})
     links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
@@ -175,8 +174,8 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         cut_edges=adjacency.cut_edges(owners),
         links=tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
         bytes_inter_cluster_per_round=per_round,
-        bytes_inter_cluster_per_evaluation=per_evaluation,
-        bytes_inter_cluster_total=settings.total(per_round, per_evaluation, per_adaptation),
+        bytes_inter_cluster_per_evaluation=exchange.evaluation_bytes(num_parameters),
+        bytes_inter_cluster_total=settings.total(per_round, exchange.evaluation_bytes(num_parameters), per_adaptation),
         peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, residents, settings.width),
         slots=slots,
         feasible=not problems,

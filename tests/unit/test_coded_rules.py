@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icrf.codecs import to_bfloat16
 from icrf.errors import ConfigError, ConfigErrors
 from icrf.learning.aggregation import ClientUpdate, MeanAggregator, RoundFacts, UpdateAggregator, build_aggregator
+from icrf.lossy import to_bfloat16
 from icrf.spec import FederationConfig
 from icrf.update import ExactSum, choose_grid
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from icrf.codecs import CHUNK_ELEMENTS, largest, packed_bound, to_bfloat16
+from icrf.codecs import CHUNK_ELEMENTS, packed_bound
 from icrf.errors import ProtocolError
+from icrf.lossy import largest, to_bfloat16
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
 from icrf.update import ExactSum, choose_grid

@@ -136,13 +136,13 @@ class RoundReport:
     state_hashes: bytes = b""
     bytes_inter_cluster: int = 0
     bytes_intra_cluster: int = 0
-    bytes_saved: int = 0
     train_s: float = 0.0
     exchange_s: float = 0.0
     error_json: str = ""
     recovery: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     graph: Graph | None = None
+    bytes_saved: int = 0
     profile: ClusterProfile | None = None
 
 

@@ -131,7 +131,7 @@ class _Reader:
         columns = np.zeros((present, dtype.itemsize), np.uint8)
         for k, plane in enumerate(self._planes(width, present)):
             columns[:, k] = plane
-        words = columns.view(np.dtype(dtype).newbyteorder("<")).reshape(-1).astype(dtype, copy=False)
+        words: Array = columns.view(np.dtype(dtype).newbyteorder("<")).reshape(-1).astype(dtype, copy=False)
         if bitmap is None:
             return words
         where = np.unpackbits(bitmap, count=count, bitorder="little").view(bool)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from icrf.codecs import BF16, LOSSY, TOP_K, largest, to_bfloat16
+from icrf.codecs import BF16, LOSSY, TOP_K
 from icrf.errors import ConfigError
 from icrf.learning.aggregation.base import (
     Aggregator,
@@ -25,6 +25,7 @@ from icrf.learning.aggregation.base import (
     UpdateAggregator,
 )
 from icrf.learning.training import LocalTerms
+from icrf.lossy import largest, to_bfloat16
 
 
 class _Coded(Aggregator):
