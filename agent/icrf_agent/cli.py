@@ -42,6 +42,7 @@ class Flags:
     mediator: str
     ray_address: str
     slots: int | None
+    quota: int | None
     cpus: int | None
     gpus: int | None
     labels: dict[str, str]
@@ -159,6 +160,7 @@ async def _serve(
         mediator=flags.mediator,
         ray_address=ray_address,
         num_slots=flags.slots,
+        quota=flags.quota,
         labels=flags.labels,
         advertise=flags.advertise,
         allow=None if flags.trust_submitter else flags.allow,
@@ -178,6 +180,9 @@ def agent(
         str, typer.Option(help="HOST:PORT of a Ray cluster, or 'local' for one that lives with this agent.")
     ] = LOCAL,
     slots: Annotated[int | None, typer.Option(min=1, help="Most hosts at once.", show_default="by CPUs")] = None,
+    quota: Annotated[
+        int | None, typer.Option(min=1, help="Most slots that one federation may hold at once.", show_default="all")
+    ] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs of a local cluster.", show_default="all")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a local cluster.", show_default="0")] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For placement; repeatable.")] = None,
@@ -211,6 +216,7 @@ def agent(
         mediator=mediator,
         ray_address=ray_address,
         slots=slots,
+        quota=quota,
         cpus=cpus,
         gpus=gpus,
         labels=parse_labels(label or ()),

@@ -32,7 +32,7 @@ async def serve_agent(settings: AgentSettings, stop: asyncio.Event) -> int:
     incarnation = uuid.uuid4().hex
     # The gateway outlives the agent, whose next life takes it over.
     gateway = GatewaySettings(settings.cluster, journal.agent_id, settings.advertise, settings.mediator)
-    substrate = RaySubstrate(settings.ray_address, gateway, settings.num_slots, renew=settings.renew)
+    substrate = RaySubstrate(settings.ray_address, gateway, settings.num_slots, settings.quota, renew=settings.renew)
     link = GrpcAgentLink(settings.mediator, on_state=lambda text: log.info("%s", text))
     runtime = HostedRuntime(
         settings.cluster,

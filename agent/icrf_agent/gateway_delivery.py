@@ -154,7 +154,9 @@ class Intake:
         try:
             received = yield from self._feed(opening, transfer, source)
         except IcrfError as error:
-            yield encode_reply(Reply(answered=True, error=error))
+            reader = transfer.reader
+            kept = 0 if reader is None or reader.num_verified == opening.num_chunks else reader.num_verified
+            yield encode_reply(Reply(kept, answered=True, error=error))
             return
         refusal = process(received, self._receive)
         transfer.answer.set_result(encode_reply(Reply(opening.num_chunks, opening.total_bytes, True, refusal)))

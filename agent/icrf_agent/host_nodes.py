@@ -81,6 +81,7 @@ class HostSetup:
         notes: where the host notes what it is about to run, see :class:`icrf_agent.host_notes.HostNotes`.
         state: this host's part of the state of ``activation.restore_round``, see ``checkpoint.py``; empty: the initial.
         node_states: the durable states of its nodes after that round, see ``node_state.py``.
+        most_active: how many of its nodes may be active at once, since a host of the run died for want of memory.
     """
 
     activation: Activate
@@ -91,6 +92,7 @@ class HostSetup:
     notes: str = ""
     state: bytes = b""
     node_states: ByNode = field(default_factory=dict)
+    most_active: int | None = None
 
 
 class HostNodes:
@@ -327,12 +329,15 @@ class HostNodes:
         self._test = tuple(self.device.put(to_tensor(part)) for part in dataset.test_part())
         here = self._setup.activation.assignment
         num_hosts = min(self._setup.activation.num_slots, here.count(here[self.indices[0]]))
-        self._admission = Admission(self.config, len(self.indices), num_hosts, self._kept_bytes(), self._notes)
+        self._admission = Admission(
+            self.config, len(self.indices), num_hosts, self._kept_bytes(), self._notes, self._setup.most_active
+        )
         for number, index in enumerate(self.indices, start=1):
             node = self.get(index)
             if node.is_train_node:
                 self._num_samples[index] = node.num_samples
-            if number % _NOTED_EVERY == 0:
+            # Few nodes may be large ones.
+            if number < _NOTED_EVERY or number % _NOTED_EVERY == 0:
                 self._admission.note(len(self._residents.active))
             if self._residents.limit is None and (limit := self._admission.limit(number)) is not None:
                 self._residents.limit = limit

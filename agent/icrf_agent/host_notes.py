@@ -32,7 +32,7 @@ class HostNotes:
         self._file = self._residents = -1
         self.earlier_residents = (0, 0)
         if self._prefix:
-            self.earlier_residents = _read_pair(self._prefix + _RESIDENTS)
+            self.earlier_residents = noted_residents(self._prefix)
             # Not truncated: what an earlier life of the host noted is the agent's to read.
             self._file, self._residents = map(self._opened, (_CURRENT, _RESIDENTS))
 
@@ -71,9 +71,10 @@ def read_notes(prefix: str) -> tuple[int, str]:
     return index, " | ".join(lines[:TAIL_LINES])
 
 
-def _read_pair(path: str) -> tuple[int, int]:
+def noted_residents(prefix: str) -> tuple[int, int]:
+    """How many nodes of a host were active when it noted that last, and the bytes they took; else (0, 0)."""
     try:
-        first, second = map(int, Path(path).read_text().split())
+        first, second = map(int, Path(prefix + _RESIDENTS).read_text().split())
     except (FileNotFoundError, ValueError):  # ValueError: its writer died over it
         return 0, 0
     return first, second

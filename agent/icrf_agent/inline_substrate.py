@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from icrf.errors import NodeError, ResourceError, RunError
+from icrf.gangs import shortages
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts, PayloadTransport
 from icrf.protocol import Capacity, Reserve
@@ -29,6 +31,7 @@ from icrf_agent.topology_manager import HybridTopologyManager
 
 # The calls of one cluster that may block at once, the wait for arrivals among them.
 _NUM_WORKERS = 8
+_POLL_S = 0.005
 
 
 class _HostThread:
@@ -71,6 +74,46 @@ class InlineReferences:
             reference = reference[0]
         found: np.ndarray[Any, Any] = reference
         return found
+
+
+class InlineCpus:
+    """The CPUs of a cluster, which whoever comes takes if enough are free. Thread-safe.
+
+    Args:
+        total: how many there are.
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        self._lock = threading.Lock()
+        self._taken: dict[Hashable, float] = {}
+
+    @property
+    def free(self) -> float:
+        with self._lock:
+            return self.total - sum(self._taken.values())
+
+    async def take(self, who: Hashable, amount: float, within_s: float) -> bool:
+        """Take so many, in place of what they had, as soon as they are free; False if that takes too long."""
+        deadline = time.monotonic() + within_s
+        while not self._try(who, amount):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(_POLL_S)
+        return True
+
+    def _try(self, who: Hashable, amount: float) -> bool:
+        with self._lock:
+            others = sum(taken for other, taken in self._taken.items() if other != who)
+            fits = others + amount <= self.total + 1e-6
+            if fits:
+                self._taken[who] = amount
+        return fits
+
+    def give_back(self, who: Hashable) -> None:
+        """Free what somebody has taken; harmless when that is nothing."""
+        with self._lock:
+            self._taken.pop(who, None)
 
 
 class InlineProcess:
@@ -212,10 +255,13 @@ class InlineSubstrate:
     Args:
         capacity: what it claims to offer.
         transport: how its gateway reaches others; None for a fabric of one cluster.
+        cpus: what reservations take from; clusters of several fabrics may share it, and so may a test that plays
+            another program.
     """
 
     capacity: Capacity = field(default_factory=lambda: Capacity(2, 2.0, 0.0, 1 << 33))
     transport: Callable[[], PayloadTransport] | None = None
+    cpus: InlineCpus = field(default_factory=lambda: InlineCpus(float("inf")))
     _manager: InlineProcess | None = None
     _gateway: InlineProcess | None = None
     _slots: dict[str, int] = field(default_factory=dict)
@@ -224,6 +270,7 @@ class InlineSubstrate:
     _head: InlineProcess = field(default_factory=lambda: InlineProcess("head", lambda alive: object()))
     _workers: ThreadPoolExecutor | None = None
     _host_thread: ThreadPoolExecutor | None = None
+    _starved: set[str] = field(default_factory=set)
 
     async def start(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         torch.set_num_threads(NUM_THREADS)
@@ -252,14 +299,16 @@ class InlineSubstrate:
         return HybridClusterGateway(self.transport, manager, self._references)  # type: ignore[arg-type]
 
     async def reserve(self, request: Reserve) -> None:
-        each = request.resources.num_cpus
-        needed, total = request.num_slots * each, self.capacity.num_cpus
-        if needed > total or request.num_slots > self.capacity.num_slots:
+        found = shortages(request.num_slots, request.resources, self.capacity.machines, request.strategy)
+        if found or request.num_slots > self.capacity.num_slots:
+            allowed = f"{self.capacity.num_slots} slots"
+            raise ResourceError("R001", "; ".join(found) or "too many slots", place="resources", allowed=allowed)
+        asked = request.num_slots * request.resources.num_cpus
+        if not await self.cpus.take((id(self), request.run_id), asked, request.deadline_s):
             raise ResourceError(
-                "R001",
-                f"{request.num_slots} slots x {each:g} CPU = {needed:g} CPU needed, {total:g} in total",
-                place="resources",
-                allowed=f"{self.capacity.num_slots} slots",
+                "R003",
+                f"{asked:g} CPU were not free within {request.deadline_s:g} s",
+                value=f"{self.cpus.free:g} of {self.cpus.total:g} CPU free",
             )
         self._slots[request.run_id] = request.num_slots
 
@@ -307,8 +356,12 @@ class InlineSubstrate:
 
     async def release(self, run_id: str) -> None:
         self._slots.pop(run_id, None)
+        self.cpus.give_back((id(self), run_id))
         await self.keep_hosts(run_id, ())
         del self._hosts[run_id]
+
+    async def starved(self, lives: Collection[str]) -> frozenset[str]:
+        return frozenset(lives) & self._starved
 
     async def lost(self) -> str:
         await self._head.ended()
@@ -317,10 +370,14 @@ class InlineSubstrate:
     async def rebuild(self, cluster: str) -> tuple[ClusterFacts, Shared]:
         self._head.restart()
         self._hosts.clear()
+        for run_id in self._slots:
+            self.cpus.give_back((id(self), run_id))
         self._slots.clear()
         return await self.start(cluster)
 
     async def close(self) -> None:
+        for run_id in self._slots:
+            self.cpus.give_back((id(self), run_id))
         if self._gateway is not None:
             await asyncio.to_thread(self.kill_gateway)
         workers, self._workers = self._workers, None
@@ -332,9 +389,12 @@ class InlineSubstrate:
 
     # ------------------------------------------------------------ deaths, for tests; from any thread
 
-    def kill_host(self, run_id: str, slot: int) -> None:
-        """Kill the host in a slot."""
-        next(process for place, process in self._hosts[run_id].values() if place == slot).kill()
+    def kill_host(self, run_id: str, slot: int, *, starved: bool = False) -> None:
+        """Kill the host in a slot; `starved`: as the system does when memory runs out."""
+        process = next(process for place, process in self._hosts[run_id].values() if place == slot)
+        if starved:
+            self._starved.add(process.living()[0].life)
+        process.kill()
 
     def kill_manager(self) -> None:
         """Kill the topology manager."""

@@ -60,13 +60,19 @@ class NodeHost:
         manager: the cluster's topology manager (or a handle with its methods).
         references: the cluster's object store.
         notes: where to note whose code runs.
+        life: what tells this process from those before and after it in the same slot.
+
+    Attributes:
+        life: as given.
     """
 
-    def __init__(self, manager: HybridTopologyManager, references: References, notes: HostNotes | None = None) -> None:
+    def __init__(
+        self, manager: HybridTopologyManager, references: References, notes: HostNotes | None = None, life: str = ""
+    ) -> None:
         self._manager, self._notes = manager, notes
         self._meter = HostMeter()
         self._references = MeteredReferences(references, self._meter)
-        self._life = uuid.uuid4().hex
+        self.life = life or uuid.uuid4().hex
         self._generation = 0
         self._nodes: HostNodes | None = None
         self._flow: Flow | None = None
@@ -103,9 +109,9 @@ class NodeHost:
         """What is set up here; answered at any time, also while a phase runs."""
         nodes, flow, generation = self._nodes, self._flow, self._generation
         if nodes is None or flow is None or not generation:
-            return HostHeld(self._life)
+            return HostHeld(self.life)
         rounds = flow.rounds or (nodes.states.rounds if nodes.states.used else ())
-        return HostHeld(self._life, generation, tuple(nodes.indices), rounds, nodes.states.used)
+        return HostHeld(self.life, generation, tuple(nodes.indices), rounds, nodes.states.used)
 
     def host_checkpoint(self, round_number: int) -> bytes:
         """This host's part of the committed state of a round; F006 if it is not here."""
@@ -206,7 +212,8 @@ class NodeHost:
 
     def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:
         """Stage the nodes' own states after a phase."""
-        states = self._ready()[0].states
+        nodes = self._ready()[0]
+        states, report = nodes.states, replace(report, mail=nodes.mailbox.used)
         if not states.used:
             return report
         states.stage(start)

@@ -190,7 +190,9 @@ class HostActor:
         self._about = (slot, actor_id(manager))
         recorder = HostNotes(notes)
         recorder.record_faults()
-        self._host = NodeHost(Remote(manager), RayReferences(), recorder)  # type: ignore[arg-type]
+        # Ray's own name of this process, by which it also knows why it ended.
+        life = ray.get_runtime_context().get_worker_id()
+        self._host = NodeHost(Remote(manager), RayReferences(), recorder, life)  # type: ignore[arg-type]
 
     def invoke(self, method: str, *arguments: Any) -> Outcome:
         return outcome_of(lambda: getattr(self._host, method)(*arguments))

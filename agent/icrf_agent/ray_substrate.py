@@ -14,14 +14,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from icrf.errors import IcrfError, LocalError, NodeError, ResourceError, RunError
 from icrf.federation.node import FederatedNode
+from icrf.gangs import shortages
 from icrf.learning.fingerprint import numeric_fingerprint
 from icrf.ports import ClusterFacts
-from icrf.protocol import KINDS_APART, Capacity, Reserve
+from icrf.protocol import KINDS_APART, Capacity, Reserve, Resources
 from icrf.registry import load_attr
 from icrf.spec import FederationConfig
 from icrf_agent.cluster_gateway import GatewaySettings
@@ -39,6 +46,7 @@ from icrf_agent.ray_actors import (
     own_actor_class,
 )
 from icrf_agent.ray_calls import POLL_S, RayCalls
+from icrf_agent.ray_memory import MemoryKills
 from icrf_agent.ray_probe import ClusterWatch, answers, until_gone
 from icrf_agent.substrate import Actor, Shared
 
@@ -61,6 +69,7 @@ class RaySubstrate:
         address: ``HOST:PORT`` of the GCS; None if this process is connected already.
         gateway: how other clusters reach this one; None for a fabric of one cluster.
         num_slots: most hosts at once; None: one per CPU.
+        quota: most slots that one federation may hold at once; None: all.
         renew: called (in a thread) when the cluster has died; returns the ``HOST:PORT`` of the one to use from then
             on, after it has set what that one needs in the environment. None: wait for the same address.
     """
@@ -68,13 +77,15 @@ class RaySubstrate:
     address: str | None
     gateway: GatewaySettings | None = None
     num_slots: int | None = None
+    quota: int | None = None
     renew: Callable[[], str] | None = None
     _groups: dict[str, PlacementGroup] = field(default_factory=dict)
     _watch: ClusterWatch = field(default_factory=ClusterWatch)
     _calls: RayCalls = field(init=False)
     _shared: list[Any] = field(default_factory=list)
+    _kills: MemoryKills = field(default_factory=MemoryKills)
     _resources: dict[str, float] = field(default_factory=dict)
-    _nodes: int = 1
+    _nodes: tuple[Resources, ...] = ()
 
     def __post_init__(self) -> None:
         self._calls = RayCalls(self._watch)
@@ -96,7 +107,7 @@ class RaySubstrate:
         logging.getLogger("ray.actor").addFilter(_is_news)
         self._resources = dict(await self._calls.run(ray.cluster_resources))
         nodes = await self._calls.run(ray.nodes)
-        self._nodes = max(1, sum(1 for node in nodes if node["Alive"]))
+        self._nodes = tuple(_offered(node["Resources"]) for node in nodes if node["Alive"])
         manager = await self._shared_actor(
             ManagerActor, f"{cluster}/topology-manager", (cluster,), 16, lambda actor: _is_up(actor.pid.remote())
         )
@@ -164,7 +175,8 @@ class RaySubstrate:
         cpus = float(self._resources.get("CPU", 0.0))
         gpus = float(self._resources.get("GPU", 0.0))
         slots = self.num_slots if self.num_slots is not None else max(1, int(cpus))
-        capacity = Capacity(slots, cpus, gpus, int(self._resources.get("memory", 0)), self._nodes)
+        memory = int(self._resources.get("memory", 0))
+        capacity = Capacity(slots, cpus, gpus, memory, self._nodes, min(self.quota or 0, slots))
         return ClusterFacts(capacity, numeric_fingerprint(device_of(self._resources), NUM_THREADS))
 
     async def reserve(self, request: Reserve) -> None:
@@ -177,7 +189,7 @@ class RaySubstrate:
             await self.release(request.run_id)
             group = None
         if group is None:
-            self._require_feasible(request, bundle)
+            self._require_feasible(request)
             group = placement_group(
                 bundles, strategy=request.strategy, lifetime="detached", name=_group_name(request.run_id)
             )
@@ -185,11 +197,13 @@ class RaySubstrate:
         if not await self._becomes_ready(request, group):
             await self.release(request.run_id)
             free = await self._calls.run(ray.available_resources)
+            holders = ", ".join(await self._calls.run(_holders)) or "tasks and actors without a placement group"
+            left = _spell({k: free.get(k, 0.0) for k in bundle})
             raise ResourceError(
                 "R003",
-                f"{request.num_slots} slots of {_spell(bundle)} were not free within {request.deadline_s:.0f} s",
-                value=_spell({k: free.get(k, 0.0) for k in bundle}),
-                hint="another program holds them; wait for it or use fewer slots",
+                f"{request.num_slots} slots of {_spell(bundle)} were not free within {request.deadline_s:g} s",
+                value=f"{left} free",
+                hint=f"on this Ray cluster, resources are held by {holders}",
             )
 
     async def _becomes_ready(self, request: Reserve, group: PlacementGroup) -> bool:
@@ -213,21 +227,10 @@ class RaySubstrate:
                 self._groups[run_id] = found
         return self._groups.get(run_id)
 
-    def _require_feasible(self, request: Reserve, bundle: dict[str, float]) -> None:
-        for name, each in bundle.items():
-            needed, total = each * request.num_slots, self._resources.get(name, 0.0)
-            if needed > total + 1e-9:
-                raise ResourceError(
-                    "R001",
-                    f"{request.num_slots} slots x {each:g} {name} = {needed:g} {name} needed, {total:g} in total",
-                    place="resources",
-                )
-        if request.strategy == "STRICT_SPREAD" and request.num_slots > self._nodes:
-            raise ResourceError(
-                "R001",
-                f"STRICT_SPREAD of {request.num_slots} slots over {self._nodes} Ray nodes",
-                place="placement_group_strategy",
-            )
+    def _require_feasible(self, request: Reserve) -> None:
+        found = shortages(request.num_slots, request.resources, self._nodes, request.strategy)
+        if found:
+            raise ResourceError("R001", "; ".join(found), place="resources")
 
     async def create_host(self, setup: HostSetup, name: str, slot: int) -> Actor:
         run_id = setup.activation.run_id
@@ -283,6 +286,9 @@ class RaySubstrate:
             # With the cluster gone, nothing of the run is left on it.
             if not self._watch.reason:
                 raise
+
+    async def starved(self, lives: Collection[str]) -> frozenset[str]:
+        return await self._calls.run(self._kills.among, lives)
 
     async def lost(self) -> str:
         """Never returns for a cluster of this process that nobody could renew: it dies with the process."""
@@ -366,6 +372,23 @@ def _forget_token() -> None:
 
 def _group_name(run_id: str) -> str:
     return f"icrf-{run_id}"
+
+
+def _holders() -> list[str]:
+    """Who holds a part of the cluster through a placement group, with what it takes; foreign programs too."""
+    found = []
+    for group in placement_group_table().values():
+        if group["state"] == "CREATED":
+            bundles = group["bundles"].values()
+            taken = {unit: sum(bundle.get(unit, 0.0) for bundle in bundles) for unit in ("CPU", "GPU")}
+            found.append(
+                f"{group['name'] or 'a group without a name'} ({_spell({u: n for u, n in taken.items() if n})})"
+            )
+    return sorted(found)
+
+
+def _offered(resources: Mapping[str, float]) -> Resources:
+    return Resources(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
 
 
 def _find_group(name: str) -> PlacementGroup | None:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-from icrf.errors import IcrfError, NodeError
-from icrf_agent.host_notes import read_notes
+from icrf.errors import IcrfError, NodeError, make_error
+from icrf_agent.host_notes import noted_residents, read_notes
 from icrf_agent.host_state import HostHeld
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate
 
@@ -72,7 +72,7 @@ class Healer:
             if not run.lives:
                 return RESTORE
             found = await self.lives(run.hosts)
-            self._count(run, found)
+            await self._count(run, found)
             empty = [k for k, held in enumerate(found) if held.generation != run.activation.generation]
             if not run.active or any(run.keeps_state(k) for k in empty):
                 return RESTORE
@@ -130,29 +130,60 @@ class Healer:
         held: HostHeld = await self.answer(host, lambda: host.call("host_held"))
         return held
 
-    def _count(self, run: Hosted, found: list[HostHeld]) -> None:
-        """Note every death since the last look; the third of a host in the same round ends it."""
-        for slot, held in enumerate(found):
-            if held.life == run.lives[slot]:
+    async def _count(self, run: Hosted, found: list[HostHeld]) -> None:
+        """Note every death since the last look; the third of a host in the same round ends it.
+
+        A host that died for want of memory comes back with fewer active nodes, and that is not counted: as long as it
+        has more than one there is something left to try.
+        """
+        dead = [slot for slot, held in enumerate(found) if held.life != run.lives[slot]]
+        if not dead:
+            return
+        starved = await self._substrate.starved([run.lives[slot] for slot in dead])
+        for slot in dead:
+            was_starved = run.lives[slot] in starved
+            run.lives[slot] = found[slot].life
+            index, fault = read_notes(run.setups[slot].notes)
+            if was_starved and self._shrink(run, slot):
                 continue
-            run.lives[slot] = held.life
-            setup = run.setups[slot]
-            host = setup.notes.rpartition("/")[2]
-            key = (run.activation.run_id, run.position[0], host)
-            deaths = self._deaths[key] = self._deaths.get(key, 0) + 1
-            index, fault = read_notes(setup.notes)
-            nodes = [index] if index in setup.nodes else list(setup.nodes)
-            names = ", ".join(run.activation.nodes[i].id for i in nodes[:4]) + (", ..." if len(nodes) > 4 else "")
-            last_words = fault or "killed by a signal, or it ended itself; its worker's log may say more"
-            what = f"host of {names} died in round {run.position[0]}"
-            log.warning("%s on %s (death %d): %s", what, self._cluster, deaths, last_words)
-            self._warn(run.activation.run_id, f"{what} on {self._cluster} (death {deaths}): {last_words}")
-            if deaths >= MAX_DEATHS:
-                run.quarantine = NodeError(
-                    "U004",
-                    f"{names} died {deaths} times in round {run.position[0]}: {last_words}",
-                    place=f"{names} on {self._cluster}",
-                    hint="something it does ends its process",
-                )
+            self._died(run, slot, index, "out of memory" if was_starved else fault)
         if run.quarantine is not None:
             raise run.quarantine
+
+    def _shrink(self, run: Hosted, slot: int) -> bool:
+        """Let half as many nodes be active as there were on a host; whether that is fewer."""
+        setup = run.setups[slot]
+        known = noted_residents(setup.notes)[0] or len(setup.nodes)
+        active = min(known, len(setup.nodes), run.most_active or known)
+        if active <= 1:
+            return False
+        most = active // 2
+        run.allow_active(most)
+        shortage = make_error(
+            "R006",
+            f"{run.host_label(slot)} was killed in round {run.position[0]} because memory ran out with {active} of its "
+            f"{len(setup.nodes)} nodes active; hosts that are set up from now on keep at most {most} active",
+            hint="resident_nodes and resident_memory_mb say it beforehand",
+        )
+        log.warning("%s: %s", self._cluster, shortage)
+        self._warn(run.activation.run_id, str(shortage))
+        return True
+
+    def _died(self, run: Hosted, slot: int, index: int, fault: str) -> None:
+        setup = run.setups[slot]
+        host = setup.notes.rpartition("/")[2]
+        key = (run.activation.run_id, run.position[0], host)
+        deaths = self._deaths[key] = self._deaths.get(key, 0) + 1
+        nodes = [index] if index in setup.nodes else list(setup.nodes)
+        names = ", ".join(run.activation.nodes[i].id for i in nodes[:4]) + (", ..." if len(nodes) > 4 else "")
+        last_words = fault or "killed by a signal, or it ended itself; its worker's log may say more"
+        what = f"host of {names} died in round {run.position[0]}"
+        log.warning("%s on %s (death %d): %s", what, self._cluster, deaths, last_words)
+        self._warn(run.activation.run_id, f"{what} on {self._cluster} (death {deaths}): {last_words}")
+        if deaths >= MAX_DEATHS:
+            run.quarantine = NodeError(
+                "U004",
+                f"{names} died {deaths} times in round {run.position[0]}: {last_words}",
+                place=f"{names} on {self._cluster}",
+                hint="something it does ends its process",
+            )

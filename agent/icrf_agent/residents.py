@@ -71,14 +71,21 @@ class Admission:
         num_hosts: hosts of the run on this cluster.
         kept_bytes: what is kept of an active node in memory from round to round, besides the node itself.
         notes: what an earlier process of the host has noted, and where to note it for a later one.
+        most: no more than so many, whatever is free; None: as many as memory allows.
     """
 
     def __init__(
-        self, config: FederationConfig, num_nodes: int, num_hosts: int, kept_bytes: int, notes: HostNotes
+        self,
+        config: FederationConfig,
+        num_nodes: int,
+        num_hosts: int,
+        kept_bytes: int,
+        notes: HostNotes,
+        most: int | None = None,
     ) -> None:
         self._num_nodes, self._kept, self._notes = num_nodes, kept_bytes, notes
         self._budget = host_budget(config.resident_memory_mb, free_memory(), num_hosts)
-        most = config.resident_nodes or num_nodes
+        most = min(config.resident_nodes or num_nodes, most or num_nodes)
         earlier, taken = notes.earlier_residents
         if earlier and taken * _SUSPICIOUS >= self._budget:
             most = min(most, max(1, earlier // 2))

@@ -120,6 +120,8 @@ class HostedRuntime:
         run_id = request.run_id
         setups = self._setups(request)
         run = Hosted(request, [s.nodes for s in setups], setups)
+        if run_id in self._runs:
+            run.allow_active(self._runs[run_id].most_active)
         loaded = await asyncio.to_thread(run.setups_from, checkpoint)
         async with self._healing:
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())

@@ -16,6 +16,7 @@ class AgentSettings:
         mediator: ``HOST:PORT`` of the mediator that it dials.
         ray_address: ``HOST:PORT`` of the Ray cluster's GCS, also where the cluster is a local one.
         num_slots: how many hosts may live at once; None: as many as the cluster's CPUs allow.
+        quota: how many slots one federation may hold at once; None: all.
         labels: what placement selectors see.
         advertise: ``HOST:PORT`` at which other clusters can dial the gateway; None: through the mediator's relay.
         allow: user code that may run here, ``module:attr`` each; None: whatever is submitted, for a
@@ -28,6 +29,7 @@ class AgentSettings:
     mediator: str
     ray_address: str
     num_slots: int | None
+    quota: int | None
     labels: Mapping[str, str]
     advertise: str | None
     allow: tuple[str, ...] | None

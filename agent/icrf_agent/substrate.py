@@ -61,6 +61,9 @@ class Substrate(Protocol):
     async def revive(self, actor: Actor, hung: bool) -> None:
         """Help an actor that does not answer to come back; one that is `hung` is killed first."""
 
+    async def starved(self, lives: Collection[str]) -> frozenset[str]:
+        """Which of these lives of hosts, all of them over, were ended because memory ran out, as far as it is known."""
+
     async def release(self, run_id: str) -> None:
         """Kill the run's hosts and give its slots back; harmless when nothing is there."""
 
@@ -146,6 +149,16 @@ class Hosted:
     quarantine: NodeError | None = None
     setting_up: asyncio.Future[Activated] | None = None
     tray: Tray = field(default_factory=Tray)
+
+    def allow_active(self, most: int | None) -> None:
+        """From now on, hosts that are set up keep no more of their nodes active at once; None changes nothing."""
+        if most is not None:
+            self.setups = [replace(setup, most_active=most) for setup in self.setups]
+
+    @property
+    def most_active(self) -> int | None:
+        """How many nodes a host may keep active at once, since memory ran out; None: nothing of that kind happened."""
+        return self.setups[0].most_active if self.setups else None
 
     def relink(self, order: Relink) -> None:
         """From now on the run has this graph under this generation; P003 if a later one is in force."""

@@ -254,6 +254,9 @@ def plan(
     mediator: Annotated[
         str | None, typer.Option("--mediator", metavar="HOST:PORT", help="Plan for the clusters of this fabric.")
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also show what other assignment strategies would come to.")
+    ] = False,
     override: Overrides = None,
     json: Json = False,
     plain: Plain = False,
@@ -263,18 +266,24 @@ def plan(
     terminal = session.open(json=json, plain=plain)
     if mediator is not None and clusters is not None:
         raise LocalError("L009", "--clusters plans for this machine and --mediator for a fabric", place="--clusters")
-    from icrf.console.plan_view import show_plan
+    from icrf.comparison import COMPARED, alternatives, compare_plans
+    from icrf.console.plan_view import show_comparison, show_plan
     from icrf.run_folder import plan_to_dict
 
     submission = _submission(_load(file, override), file)
+    strategies = COMPARED if compare else ()
     if mediator is None:
-        found = session.doors.plan_local(submission, clusters or 1)
+        plan_here = partial(session.doors.plan_local, clusters=clusters or 1)
+        plans = compare_plans(plan_here, submission, strategies)
     else:
         with _open(session, mediator) as fabric:
-            found = fabric.plan(submission)
+            plans = fabric.compare(submission, strategies)
+    found = next(iter(plans.values()))
     show_plan(terminal, found)
+    if compare:
+        show_comparison(terminal, plans)
     if json:
-        terminal.json(plan_to_dict(found))
+        terminal.json({**plan_to_dict(found), **({"alternatives": alternatives(plans)} if compare else {})})
     if not found.feasible:
         raise typer.Exit(LocalError("R001", "").exit_code)
 

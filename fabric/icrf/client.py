@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from icrf.comparison import COMPARED, compare_plans
 from icrf.console.format import short_id
 from icrf.errors import ConfigError, IcrfError, LocalError, ResourceError, RunError, error_from_dict
 from icrf.model_file import ARTIFACT, receive_model, write_file
@@ -149,6 +150,12 @@ class Fabric:
     def plan(self, federation: FederationConfig | Submission, **options: Any) -> Plan:
         """Dry run on the clusters registered now: where nodes would go and what would cross. Changes nothing."""
         return self._port.plan(self._resolved(federation, options))
+
+    def compare(
+        self, federation: FederationConfig | Submission, strategies: Sequence[str] = COMPARED, **options: Any
+    ) -> dict[str, Plan]:
+        """Dry runs of a federation under several assignment strategies, by strategy, its own first."""
+        return compare_plans(self._port.plan, self._resolved(federation, options), strategies)
 
     def _resolved(self, federation: FederationConfig | Submission, options: Mapping[str, Any]) -> Submission:
         if not isinstance(federation, Submission):

@@ -99,6 +99,7 @@ CATALOGUE: dict[str, Entry] = {
     "R003": Entry("reservation not ready in time", EXIT_TRY_AGAIN, "DEADLINE_EXCEEDED"),
     "R004": Entry("clusters of different numeric fingerprint", EXIT_CONFIG, "FAILED_PRECONDITION"),
     "R005": Entry("no room for the state of nodes", EXIT_UNAVAILABLE, "RESOURCE_EXHAUSTED"),
+    "R006": Entry("host killed for want of memory", EXIT_UNAVAILABLE, "RESOURCE_EXHAUSTED"),
     "L001": Entry("mediator unreachable", EXIT_UNAVAILABLE, "UNAVAILABLE"),
     "L002": Entry("plaintext off loopback", EXIT_CONFIG, "FAILED_PRECONDITION"),
     "L003": Entry("malformed address", EXIT_USAGE, "INVALID_ARGUMENT"),

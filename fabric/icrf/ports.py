@@ -182,6 +182,7 @@ class PhaseReport:
 
     Attributes:
         node_states: whether nodes of the host have a durable state of their own.
+        mail: whether any of them has ever sent or looked for a message.
         seconds: of a whole cluster's report: host -> part -> seconds in all phases of the attempt so far.
     """
 
@@ -195,6 +196,7 @@ class PhaseReport:
     state_hashes: bytes = b""
     bytes_intra_cluster: int = 0
     node_states: bool = False
+    mail: bool = False
     graph: Graph | None = None
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 

@@ -46,6 +46,7 @@ from icrf.topology import (
     build_topology,
     group_clients,
     hierarchy_of_groups,
+    label_communities,
     mixing_matrix,
     require_connected,
     require_consensus,
@@ -98,6 +99,7 @@ def build_submission(
         graph = _weighted(config, chosen, _graph(config, chosen, adjacency), flow)
         rows = resolve_rows(config, chosen, layout, turns := _schedule(config, chosen))
         config = resolve_vectorize(config, chosen, layout, turns)
+        communities = _communities(config, chosen) if config.do_cluster else ()
     return Submission(
         client_request_id=client_request_id or uuid.uuid4().hex,
         config_json=config.to_json(),
@@ -111,6 +113,7 @@ def build_submission(
         rows=rows,
         schedule=turns,
         profile=profile,
+        communities=communities,
     )
 
 
@@ -208,9 +211,24 @@ def _groups(config: FederationConfig, nodes: Sequence[NodeSpec], parameters: Map
     clients = [nodes[i].id for i in nodes_that("train", nodes)]
     more: dict[str, Any] = {"client_ids": tuple(clients)}
     if wants_labels(config.group_by):
-        labels, parts = _dealt(config, len(clients))
-        more["label_counts"] = np.stack([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
+        more["label_counts"] = _label_counts(config, len(clients))
     return group_clients(config.group_by, len(clients), config.number_of_groups, {**parameters, **more})
+
+
+def _communities(config: FederationConfig, nodes: Sequence[NodeSpec]) -> tuple[int, ...]:
+    """The community of each node by its labels; -1 for one that does not train."""
+    trains = [i for i, node in enumerate(nodes) if "train" in node.role.split("-")]
+    found = [-1] * len(nodes)
+    counts = _label_counts(config, len(trains))
+    for node, community in zip(trains, label_communities(counts, config.seed, config.label_noise), strict=True):
+        found[node] = community
+    return tuple(found)
+
+
+def _label_counts(config: FederationConfig, num_parts: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Training samples per node that trains and label."""
+    labels, parts = _dealt(config, num_parts)
+    return np.stack([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
 
 
 def _weighted(config: FederationConfig, nodes: Sequence[NodeSpec], matrix: HybridAdjacencyMatrix, flow: str) -> Graph:

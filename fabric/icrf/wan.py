@@ -24,6 +24,7 @@ PACED_READ = 16 << 10
 FREE_READ = 64 << 10
 MIN_IN_FLIGHT = 256 << 10
 FREE_IN_FLIGHT = 16 << 20
+_CANCEL_AGAIN_S = 1.0
 
 _PART = re.compile(r"(?:(jitter)=)?(\d+(?:\.\d+)?)(us|ms|s|kbit|mbit|gbit)")
 _PER_SECOND = {"us": 1e6, "ms": 1e3, "s": 1.0}
@@ -177,9 +178,12 @@ class WanLine:
     async def _close(self) -> None:
         for server in self._servers:
             server.close()
-        for task in self._serving:
-            task.cancel()
-        await asyncio.gather(*self._serving, *(server.wait_closed() for server in self._servers))
+        while serving := set(self._serving):
+            # Again and again: a task group that is about to end by itself may lose a cancellation.
+            for task in serving:
+                task.cancel()
+            await asyncio.wait(serving, timeout=_CANCEL_AGAIN_S)
+        await asyncio.gather(*(server.wait_closed() for server in self._servers))
 
     async def _listen(self, target: str, there: _Lane, back: _Lane) -> str:
         host, _, port = target.rpartition(":")

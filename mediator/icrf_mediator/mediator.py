@@ -6,13 +6,12 @@ It has no sockets, no database, no threads and no clock: every call brings the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from icrf.errors import IcrfError, ResourceError, RunError, make_error
+from icrf.errors import IcrfError, RunError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
-    QUEUED,
     STOP,
     TERMINAL,
     Activated,
@@ -27,7 +26,6 @@ from icrf.protocol import (
     Heartbeat,
     Lease,
     ModelStored,
-    Plan,
     Register,
     Reject,
     Release,
@@ -42,11 +40,10 @@ from icrf.protocol import (
     Submission,
     Warned,
 )
-from icrf_mediator.assignment import Assignment
+from icrf_mediator.admission import Admission, Planner, refuse_infeasible
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.membership import Membership
-from icrf_mediator.placement import Placement
-from icrf_mediator.planning import check_submission, decisive, make_plan, slot_resources
+from icrf_mediator.planning import check_submission, make_plan
 from icrf_mediator.run_restore import request_id, restore_run, run_event, run_info
 from icrf_mediator.runs import RunMachine
 
@@ -60,8 +57,6 @@ class Policy:
     reserve_s: float = 60.0
     activate_s: float = 300.0
 
-
-Planner = Callable[[Submission, Sequence[ClusterInfo]], tuple[Plan, Assignment]]
 
 RECENT_RUNS = 64
 """How many ended runs keep their events in memory; those of older ones are read from the journal."""
@@ -91,6 +86,7 @@ class FederationMediator:
         self.policy = policy or Policy()
         self._plan = planner
         self._members = Membership(self.policy.lease_ttl_s)
+        self._admission = Admission(self._members, planner)
         self._runs: dict[str, RunMachine] = {}
         self._archive: dict[str, Archived] = {}
         self._requests: dict[str, str] = {}
@@ -144,7 +140,7 @@ class FederationMediator:
         clusters = self._members.clusters()
         plan, _ = self._plan(submission, clusters)
         if clusters:
-            _refuse_infeasible(plan)
+            refuse_infeasible(plan)
         run = RunMachine(run_id, submission, now, self._members.address, **self._times)
         self._requests[submission.client_request_id] = run_id
         self._runs[run_id] = run
@@ -249,14 +245,15 @@ class FederationMediator:
         held = {run.run_id: run for run in request.held}
         owed = {**self._owed.pop(cluster, {}), **{run_id: what.generation for run_id, what in held.items()}}
         for run_id, generation in owed.items():
-            if run_id not in self._runs or self._runs[run_id].terminal:
-                effects.send(cluster, Release(run_id, generation))
+            known = self._runs.get(run_id)
+            if known is None or known.holds_nothing_for_long:
+                effects.send(cluster, Release(run_id, known.generation if known else generation))
         for run_id, run in list(self._runs.items()):
             if run.placement is not None and cluster in run.clusters and not run.terminal:
-                self._members.take(run_id, {cluster: run.placement.slots[cluster]})
+                self._members.take(run_id, {cluster: run.needs(run.placement, run.held_since)[cluster]})
                 run.cluster_joined(effects, now, cluster, held.get(run_id))
                 self._happened(effects, now, run)
-            elif run.terminal and run.holds(cluster) and run_id not in owed:
+            elif run.holds_nothing_for_long and run.holds(cluster) and run_id not in owed:
                 effects.send(cluster, Release(run_id, run.generation))
         self._admit(effects, now)
         return None, effects
@@ -323,9 +320,10 @@ class FederationMediator:
                 run.model_stored(effects, now, cluster, report)
             elif isinstance(report, Warned):
                 run.warned(effects, now, f"{cluster}: {report.text}")
-            elif run.terminal:
+            elif run.terminal or (run.is_queued and report.generation == run.generation):
                 self._members.give_back(report.run_id, cluster)
                 run.released(cluster)
+                self._admit(effects, now)
         except IcrfError as error:
             # What a report leads to may be impossible, such as a grid for a state that diverged: the run ends with it.
             run.fail(effects, now, error)
@@ -343,6 +341,9 @@ class FederationMediator:
             if not run.terminal:
                 run.tick(effects, now)
                 self._happened(effects, now, run)
+        rested = [run for run in self._runs.values() if run.wakes(now)]
+        if rested:
+            self._admit(effects, now)
         return effects
 
     def commit_took(self, run_id: str, number: int, seconds: float) -> None:
@@ -402,46 +403,9 @@ class FederationMediator:
                 effects.answers.append(CallDone(of_run, call_id, error_json=error.to_json()))
 
     def _admit(self, effects: Effects, now: Now) -> None:
-        """Start queued runs in the order of their submission, as far as slots are free."""
-        for run in list(self._runs.values()):
-            if run.info.status != QUEUED:
-                continue
-            clusters = self._members.clusters()
-            if not clusters:
-                run.queued(effects, now, "a cluster to register (start a fabric-agent)")
-                return
-            try:
-                plan, assignment = self._plan(run.submission, clusters)
-                _refuse_infeasible(plan)
-            except IcrfError as error:
-                run.fail(effects, now, error)
-                self._retire(effects, run)
-                continue
-            lacking = self._members.lacking(plan.slots)
-            if lacking:
-                run.queued(effects, now, lacking)
-                return
-            self._start(effects, now, run, plan, assignment, clusters)
-
-    def _start(
-        self,
-        effects: Effects,
-        now: Now,
-        run: RunMachine,
-        plan: Plan,
-        assignment: Assignment,
-        clusters: Sequence[ClusterInfo],
-    ) -> None:
-        by_name = {c.name: c for c in clusters}
-        used = sorted({clusters[c].name for c in assignment.clusters})
-        plan = replace(plan, clusters=tuple(used), slots={name: plan.slots[name] for name in used})
-        position = {name: k for k, name in enumerate(used)}
-        where = tuple(position[clusters[c].name] for c in assignment.clusters)
-        self._members.take(run.run_id, plan.slots)
-        resources = {n: slot_resources(run.config, by_name[n], plan.slots[n]) for n in plan.clusters}
-        device = str(run.config.get("device") or "cpu")
-        fingerprints = {n: decisive(by_name[n].fingerprint, device) for n in plan.clusters}
-        run.start(effects, now, Placement(plan, where, resources), fingerprints)
+        """Start queued runs in the order of their submission, as far as there is room."""
+        for run in self._admission.admit(list(self._runs.values()), effects, now):
+            self._retire(effects, run)
 
     def _find(self, run_id: str) -> RunMachine | Archived:
         known = self._runs.get(run_id) or self._archive.get(run_id)
@@ -470,18 +434,3 @@ class FederationMediator:
                 hint="call materialize_all() or train() first",
             )
         return run
-
-
-def _refuse_infeasible(plan: Plan) -> None:
-    if plan.feasible:
-        return
-    if any("fingerprint" in problem for problem in plan.problems):
-        raise ResourceError(
-            "R004",
-            "; ".join(plan.problems),
-            place="determinism",
-            hint="use clusters with equal software and processors, or set determinism: recorded",
-        )
-    raise ResourceError(
-        "R001", "; ".join(plan.problems), place="resources", hint="`fabric plan` shows what each cluster would hold"
-    )

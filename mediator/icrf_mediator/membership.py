@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from icrf.daemon import CLUSTER_NAME
 from icrf.errors import AgentError, ConfigError, IcrfError, ProtocolError
 from icrf.protocol import PROTOCOL_VERSION, Capacity, ClusterInfo, Register
+from icrf_mediator.holdings import Holding, Lack, lack_on
 
 
 @dataclass
@@ -20,11 +21,11 @@ class Member:
     agent_id: str = ""
     draining: bool = False
     connected: bool = True
-    slots_by_run: dict[str, int] = field(default_factory=dict)
+    holdings: dict[str, Holding] = field(default_factory=dict)
 
     @property
     def free_slots(self) -> int:
-        return self.info.capacity.num_slots - sum(self.slots_by_run.values())
+        return self.info.capacity.num_slots - sum(held.slots for held in self.holdings.values())
 
 
 class Membership:
@@ -67,7 +68,7 @@ class Membership:
                 value=request.cluster,
                 hint="give this cluster another name, or stop the other agent first",
             )
-        kept = held.slots_by_run if held and same else {}
+        kept = held.holdings if held and same else {}
         info = ClusterInfo(
             name=request.cluster,
             incarnation=request.incarnation,
@@ -76,9 +77,7 @@ class Membership:
             labels=dict(request.labels),
             address=request.address,
         )
-        self._members[request.cluster] = Member(
-            info, peer, now_s + self._ttl_s, request.agent_id, slots_by_run=dict(kept)
-        )
+        self._members[request.cluster] = Member(info, peer, now_s + self._ttl_s, request.agent_id, holdings=dict(kept))
         return None
 
     def heartbeat(self, cluster: str, incarnation: str, now_s: float) -> bool:
@@ -127,11 +126,11 @@ class Membership:
             return None
         return member.agent_id or member.info.incarnation
 
-    def take(self, run_id: str, slots: Mapping[str, int]) -> None:
-        """Account the slots of a run on the clusters that are there."""
-        for cluster, count in slots.items():
+    def take(self, run_id: str, needs: Mapping[str, Holding]) -> None:
+        """Account what a run holds by cluster, on the clusters that are there."""
+        for cluster, need in needs.items():
             if cluster in self._members:
-                self._members[cluster].slots_by_run[run_id] = count
+                self._members[cluster].holdings[run_id] = need
 
     def address(self, cluster: str) -> str:
         """Where the gateway of a cluster can be dialled; empty when only the relay reaches it."""
@@ -154,20 +153,21 @@ class Membership:
         """Free what a run held on a cluster; harmless when it held nothing."""
         member = self._members.get(cluster)
         if member:
-            member.slots_by_run.pop(run_id, None)
+            member.holdings.pop(run_id, None)
 
-    def lacking(self, slots: Mapping[str, int]) -> str:
-        """What a run with these slots has to wait for; empty when everything is free."""
-        for cluster in sorted(slots):
+    def lacking(self, needs: Mapping[str, Holding]) -> Lack | None:
+        """What a run that needs this, by cluster, has to wait for; None when everything is free."""
+        found = []
+        for cluster in sorted(needs):
             member = self._members.get(cluster)
             if member is None:
-                return f"cluster {cluster} to register"
-            if not member.connected:
-                return f"cluster {cluster} to come back"
-            if member.free_slots < slots[cluster]:
-                users = ", ".join(run[:8] for run in sorted(member.slots_by_run))
-                return f"{slots[cluster]} slots on {cluster} ({member.free_slots} free; held by {users})"
-        return ""
+                found.append(Lack(f"cluster {cluster} to register"))
+            elif not member.connected:
+                found.append(Lack(f"cluster {cluster} to come back"))
+            elif lack := lack_on(cluster, member.info.capacity, member.holdings, needs[cluster]):
+                found.append(lack)
+        # Whoever has used up its own share keeps nobody from the rest, wherever else it would have to wait.
+        return min(found, key=lambda lack: not lack.own, default=None)
 
     def clusters(self) -> list[ClusterInfo]:
         """All clusters by name, with their free slots."""

@@ -7,10 +7,9 @@ back as sentences in the plan; only what is wrong with the submission itself is 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,10 @@ from icrf.protocol import (
     CENTRALIZED,
     DECENTRALIZED,
     HIERARCHICAL,
-    KINDS_APART,
     STAGES,
     ClusterInfo,
-    Fingerprint,
     LinkBytes,
     Plan,
-    Resources,
     Submission,
     element_type,
     nodes_of,
@@ -37,17 +33,24 @@ from icrf.protocol import (
 )
 from icrf.residency import host_budget, resident_nodes
 from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing, mixing_matrix
-from icrf_mediator.assignment import Assignment, Pins, assign, assign_groups, resolve_pins
+from icrf_mediator.assignment import (
+    Assignment,
+    Hints,
+    MeasuredLink,
+    Pins,
+    assign,
+    assign_groups,
+    link_costs,
+    resolve_pins,
+)
 from icrf_mediator.coded_bytes import coded_bytes
+from icrf_mediator.feasibility import lacking
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
 # submits them may be of another version.
 _CLUSTERED = "ClusterFederatedLearning"
 # A host with torch imported and one optimizer step made (measured), before any model.
 HOST_BYTES = 360 * 1_000_000
-
-# Ray counts resources in units of 1/10,000; more digits would round up and no longer fit.
-_RAY_UNITS = 10_000
 
 _FLOAT32, _FLOAT64 = 4, 8
 
@@ -76,12 +79,11 @@ class _Settings:
     global_every: int
     assignment_strategy: str
     placement: Mapping[str, str | Mapping[str, str]]
-    placement_group_strategy: str
+    seed: int
+    max_slots: int | None
     mixing: str
     adaptation: str
     adaptation_period: int
-    device: str
-    determinism: str
     number_of_models: int
     resident_nodes: int | None
     resident_memory_mb: int | None
@@ -97,12 +99,11 @@ class _Settings:
             global_every=config.get("global_every", 1),
             assignment_strategy=config.get("assignment_strategy") or "locality",
             placement=config.get("placement") or {},
-            placement_group_strategy=config.get("placement_group_strategy") or "PACK",
+            seed=config.get("seed") or 0,
+            max_slots=config.get("max_slots_per_cluster"),
             mixing=config.get("mixing") or "metropolis_hastings",
             adaptation=config.get("topology_adaptation_strategy") or STATIC,
             adaptation_period=config.get("adaptation_period", 1),
-            device=config.get("device") or "cpu",
-            determinism=config.get("determinism") or "strict",
             number_of_models=config.get("number_of_models") or 1 if clustered else 1,
             resident_nodes=config.get("resident_nodes"),
             resident_memory_mb=config.get("resident_memory_mb"),
@@ -132,10 +133,19 @@ class _Settings:
         return -(-self.rounds // max(1, self.global_every))
 
 
-def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
+def make_plan(
+    submission: Submission,
+    clusters: Sequence[ClusterInfo],
+    measured: Sequence[MeasuredLink] = (),
+    previous: Mapping[str, str] | None = None,
+) -> tuple[Plan, Assignment]:
     """Plan a federation on these clusters.
 
     The assignment's cluster indices are positions in `clusters` and in ``plan.clusters``.
+
+    Args:
+        measured: the links between clusters, as far as they are known.
+        previous: node id -> name of its cluster until now, of which as few nodes as possible move.
 
     Raises:
         ConfigErrors: C014 for every pin that names no node or no cluster.
@@ -150,21 +160,15 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
     node_ids = [node.id for node in submission.nodes]
     if clusters:
         pins = resolve_pins(settings.placement, node_ids, clusters)
-        assignment = _assign(submission, settings.assignment_strategy, adjacency, clusters, pins)
+        hints = _hints(submission, settings, clusters, measured, previous)
+        assignment = _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
     else:
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
     owners = assignment.clusters or (0,) * adjacency.num_nodes
     exchange = compile_exchange(submission.flow, adjacency, [n.role for n in submission.nodes], owners, submission.rows)
-    slots = _slots(assignment, clusters)
     num_parameters = shared_size(submission.layout)
-    residents = _residents(exchange, settings, slots, clusters, num_parameters)
-    # Whether and when a condition will hold nobody knows yet: as if it always did.
-    participation = Participation(submission, {**config, "wave_condition": None})
-    links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
-    per_round = sum(links.values())
     per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
-    problems = _problems(settings, config, clusters, slots)
     plan = Plan(
         federation=settings.federation_id,
         flow=submission.flow,
@@ -172,20 +176,13 @@ def make_plan(submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[
         assignment={i: clusters[c].name for i, c in zip(node_ids, assignment.clusters, strict=False)},
         num_edges=adjacency.cut_edges(np.arange(adjacency.num_nodes)),
         cut_edges=adjacency.cut_edges(owners),
-        links=tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
-        bytes_inter_cluster_per_round=per_round,
-        bytes_inter_cluster_per_evaluation=exchange.evaluation_bytes(num_parameters),
-        bytes_inter_cluster_total=settings.total(per_round, exchange.evaluation_bytes(num_parameters), per_adaptation),
-        peak_memory_bytes=_peak_memory_bytes(exchange, slots, clusters, num_parameters, residents, settings.width),
-        slots=slots,
-        feasible=not problems,
-        problems=problems,
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
-        residents=residents,
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
+        **_crossed(submission, config, settings, clusters, exchange, per_adaptation),
+        **_room(config, settings, clusters, assignment, exchange, num_parameters),
         **_mixed(submission, settings),
         **_adapted(settings, per_adaptation),
         **coded_bytes(exchange, submission.layout, config),
@@ -198,7 +195,8 @@ def check_submission(submission: Submission) -> None:
     """Refuse what no mediator can run, before anything is kept of it.
 
     Raises:
-        ConfigError: C001, C006, C016, C010 about the configuration or the stage; C008 no node trains.
+        ConfigError: C001, C006, C016, C010 about the configuration or the stage; C008 no node trains, or communities of
+            other nodes.
     """
     config = _parse(submission.config_json)
     for key, kinds in {**_NEEDED, **(_NEEDED_OF_GROUPS if submission.flow == HIERARCHICAL else {})}.items():
@@ -210,6 +208,9 @@ def check_submission(submission: Submission) -> None:
         raise ConfigError("C007", "global_every < 1", place="config_json", value=config["global_every"])
     if submission.stage not in STAGES:
         raise ConfigError("C010", f"no such stage: {submission.stage!a}", place="stage", allowed=", ".join(STAGES))
+    if submission.communities and len(submission.communities) != len(submission.nodes):
+        found, nodes = len(submission.communities), len(submission.nodes)
+        raise ConfigError("C008", f"communities of {found} nodes for {nodes}", place="communities")
     if not nodes_that("train", submission.nodes):
         raise ConfigError("C008", "no node trains", place="nodes")
 
@@ -234,28 +235,25 @@ class PlanMemo:
         return outcome
 
 
-def slot_resources(config: Mapping[str, Any], cluster: ClusterInfo, num_slots: int) -> Resources:
-    """What one of `num_slots` slots takes on this cluster.
-
-    ``resources: uniform`` shares the cluster: at most one CPU a slot and, with ``device: cuda``, an equal part of one
-    GPU, small enough that whole slots fit on each GPU. Otherwise the configured numbers are taken as they are.
-
-    Args:
-        config: the resolved configuration; its keys ``resources`` and ``device`` are read.
-    """
-    wanted: Any = config.get("resources") or "uniform"
-    if isinstance(wanted, Mapping):
-        return Resources(float(wanted.get("num_cpus", 1.0)), float(wanted.get("num_gpus", 0.0)))
-    slots = max(1, num_slots)
-    num_gpus = 0.0
-    if config.get("device") == "cuda" and cluster.capacity.num_gpus > 0:
-        # Three GPUs among four slots are two slots a GPU: 3/4 of a GPU each would leave the fourth slot without.
-        slots_per_gpu = math.ceil(slots / cluster.capacity.num_gpus)
-        num_gpus = _ray_floor(min(1.0 / slots_per_gpu, cluster.capacity.num_gpus / slots))
-    return Resources(_ray_floor(min(1.0, cluster.capacity.num_cpus / slots)), num_gpus)
-
-
 # ---------------------------------------------------------------- parts of the plan
+
+
+def _hints(
+    submission: Submission,
+    settings: _Settings,
+    clusters: Sequence[ClusterInfo],
+    measured: Sequence[MeasuredLink],
+    previous: Mapping[str, str] | None,
+) -> Hints:
+    names = [cluster.name for cluster in clusters]
+    index = {name: k for k, name in enumerate(names)}
+    payload = shared_size(submission.layout) * _itemsize(submission)
+    return Hints(
+        seed=settings.seed,
+        previous=tuple(index.get(previous.get(node.id, ""), -1) for node in submission.nodes) if previous else (),
+        costs=link_costs(names, measured, payload),
+        communities=submission.communities,
+    )
 
 
 def _assign(
@@ -264,6 +262,7 @@ def _assign(
     adjacency: HybridAdjacencyMatrix,
     clusters: Sequence[ClusterInfo],
     pins: Pins,
+    hints: Hints,
 ) -> Assignment:
     """Where nodes live; groups of a hierarchy are kept whole where the strategy is to keep neighbours together."""
     if submission.flow == HIERARCHICAL and strategy == "locality":
@@ -271,7 +270,53 @@ def _assign(
         whole = assign_groups(hierarchy, [node.id for node in submission.nodes], clusters, pins)
         if whole is not None:
             return whole
-    return assign(strategy, adjacency, clusters, pins)
+    return assign(strategy, adjacency, clusters, pins, hints)
+
+
+def _crossed(
+    submission: Submission,
+    config: Mapping[str, Any],
+    settings: _Settings,
+    clusters: Sequence[ClusterInfo],
+    exchange: ExchangePlan,
+    per_adaptation: int,
+) -> dict[str, Any]:
+    """What a plan says about the bytes between clusters."""
+    num_parameters = shared_size(submission.layout)
+    # Whether and when a condition will hold nobody knows yet: as if it always did.
+    participation = Participation(submission, {**config, "wave_condition": None})
+    links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
+    per_round, per_evaluation = sum(links.values()), exchange.evaluation_bytes(num_parameters)
+    return {
+        "links": tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
+        "bytes_inter_cluster_per_round": per_round,
+        "bytes_inter_cluster_per_evaluation": per_evaluation,
+        "bytes_inter_cluster_total": settings.total(per_round, per_evaluation, per_adaptation),
+    }
+
+
+def _room(
+    config: Mapping[str, Any],
+    settings: _Settings,
+    clusters: Sequence[ClusterInfo],
+    assignment: Assignment,
+    exchange: ExchangePlan,
+    num_parameters: int,
+) -> dict[str, Any]:
+    """What a plan says about slots, memory and whether it fits."""
+    slots = _slots(assignment, clusters, settings.max_slots)
+    residents = _residents(exchange, settings, slots, clusters, num_parameters)
+    memory = _peak_memory(exchange, slots, clusters, num_parameters, residents, settings.width)
+    lacks = lacking(config, clusters, slots)
+    return {
+        "peak_memory_bytes": max(memory.values(), default=0),
+        "memory": memory,
+        "slots": slots,
+        "residents": residents,
+        "feasible": not lacks,
+        "problems": tuple(problem for problems in lacks.values() for problem in problems),
+        "lacking": {name: "; ".join(problems) for name, problems in lacks.items() if name},
+    }
 
 
 def _mixed(submission: Submission, settings: _Settings) -> dict[str, Any]:
@@ -344,10 +389,13 @@ def _itemsize(submission: Submission) -> int:
     return np.dtype(element_type(submission.layout)).itemsize if submission.layout else _FLOAT32
 
 
-def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo]) -> dict[str, int]:
-    """Slots per cluster that hosts a node: as many as it allows, no more than it has nodes, at least one."""
+def _slots(assignment: Assignment, clusters: Sequence[ClusterInfo], most: int | None) -> dict[str, int]:
+    """Slots per cluster that hosts a node: as many as it and the federation allow, no more than nodes, at least one."""
     counts = Counter(assignment.clusters)
-    return {clusters[c].name: max(1, min(clusters[c].capacity.num_slots, counts[c])) for c in sorted(counts)}
+    return {
+        clusters[c].name: max(1, min(clusters[c].capacity.most_slots, counts[c], most or counts[c]))
+        for c in sorted(counts)
+    }
 
 
 def _kept_bytes(exchange: ExchangePlan, num_parameters: int) -> int:
@@ -377,15 +425,15 @@ def _residents(
     return found
 
 
-def _peak_memory_bytes(
+def _peak_memory(
     exchange: ExchangePlan,
     slots: Mapping[str, int],
     clusters: Sequence[ClusterInfo],
     num_parameters: int,
     residents: Mapping[str, int],
     width: int = 0,
-) -> int:
-    """An estimate of the largest memory that one cluster needs, Ray itself and the data sets not counted.
+) -> dict[str, int]:
+    """An estimate of the largest memory that each cluster needs, Ray itself and the data sets not counted.
 
     Per slot: a host with torch, and of the model (4 bytes a parameter) the weights, the gradients and the received
     rows, plus its partial sum (8 bytes); where nodes train together, weights and gradients of `width` more.
@@ -399,7 +447,7 @@ def _peak_memory_bytes(
     arriving: Counter[int] = Counter()
     for transfer in exchange.merging or exchange.transfers + exchange.evaluation + exchange.adaptation:
         arriving[transfer.target] += exchange.transfer_bytes(transfer, num_parameters)
-    peak = 0
+    peak: dict[str, int] = {}
     for index, cluster in enumerate(clusters):
         if cluster.name not in slots:
             continue
@@ -415,81 +463,5 @@ def _peak_memory_bytes(
                 needed += _FLOAT32 * rows.gathered * len(exchange.assignment)
         else:
             needed += 2 * model * len(set(exchange.local_nodes(index)) & set(exchange.aggregators)) + partial
-        peak = max(peak, needed + keeping * _kept_bytes(exchange, num_parameters))
+        peak[cluster.name] = needed + keeping * _kept_bytes(exchange, num_parameters)
     return peak
-
-
-def _ray_floor(amount: float) -> float:
-    return math.floor(amount * _RAY_UNITS + 1e-6) / _RAY_UNITS
-
-
-# ---------------------------------------------------------------- feasibility
-
-
-def _problems(
-    settings: _Settings, config: Mapping[str, Any], clusters: Sequence[ClusterInfo], slots: Mapping[str, int]
-) -> tuple[str, ...]:
-    """Why the federation cannot run on these clusters, one sentence each."""
-    if not clusters:
-        return ("no cluster is registered: start a fabric-agent",)
-    used = [cluster for cluster in clusters if cluster.name in slots]
-    found = [problem for cluster in used for problem in _lacks(settings, config, cluster, slots[cluster.name])]
-    if settings.determinism == "strict":
-        found += fingerprint_differences(used, settings.device)
-        found += [problem for cluster in used for problem in _mixed_gpus(cluster, settings.device)]
-    return tuple(found)
-
-
-def _lacks(settings: _Settings, config: Mapping[str, Any], cluster: ClusterInfo, num_slots: int) -> list[str]:
-    capacity, name = cluster.capacity, cluster.name
-    each = slot_resources(config, cluster, num_slots)
-    found = []
-    if capacity.num_slots < 1:
-        found.append(f"cluster {name}: 1 slot needed, 0 slots in total")
-    for per_slot, total, unit in ((each.num_cpus, capacity.num_cpus, "CPU"), (each.num_gpus, capacity.num_gpus, "GPU")):
-        needed = num_slots * per_slot
-        if needed > total + 1e-9:
-            found.append(
-                f"cluster {name}: {num_slots} slots x {per_slot:g} {unit} = {needed:g} {unit} needed, "
-                f"{total:g} {unit} in total"
-            )
-    if settings.device == "cuda" and capacity.num_gpus <= 0:
-        found.append(f"cluster {name}: device cuda needs a GPU, 0 GPU in total")
-    if settings.placement_group_strategy == "STRICT_SPREAD" and num_slots > capacity.num_ray_nodes:
-        found.append(
-            f"cluster {name}: STRICT_SPREAD needs {num_slots} Ray nodes for {num_slots} slots, "
-            f"{capacity.num_ray_nodes} in total"
-        )
-    return found
-
-
-def _mixed_gpus(cluster: ClusterInfo, device: str) -> list[str]:
-    """Hosts of one cluster get whichever of its GPUs are free: these must compute alike."""
-    kinds = cluster.fingerprint.device
-    if device != "cuda" or KINDS_APART not in kinds:
-        return []
-    text = f"cluster {cluster.name}: numeric fingerprint differs within it, device {kinds}"
-    return [f"{text}; determinism strict needs GPUs of one kind"]
-
-
-def decisive(found: Fingerprint, device: str) -> Fingerprint:
-    """What of a fingerprint decides the bits of a federation on this `device`: its GPUs, if any use is made of them."""
-    return found if device == "cuda" else replace(found, device=device)
-
-
-def fingerprint_differences(used: Sequence[ClusterInfo], device: str = "cpu") -> list[str]:
-    """What makes the arithmetic of clusters differ from that of the first one, a sentence each.
-
-    Args:
-        device: that of the federation.
-    """
-    found = []
-    for other in used[1:]:
-        for field in fields(Fingerprint):
-            here, there = (getattr(decisive(c.fingerprint, device), field.name) for c in (used[0], other))
-            if here != there:
-                found.append(
-                    f"clusters {used[0].name} and {other.name}: numeric fingerprint differs in {field.name}, "
-                    f"{here} against {there}; determinism strict needs it equal"
-                )
-    return found

@@ -33,6 +33,7 @@ import grpc
 
 from icrf.errors import AgentError, IcrfError, ProtocolError
 from icrf.wire._generated.icrf.v1 import gateway_pb2
+from icrf.wire.addresses import SERVER_OPTIONS
 from icrf.wire.codec import parse
 from icrf.wire.frames import read_opening
 from icrf.wire.gateway_rpc import ATTACH, RECEIVE, RELAY_SERVICE, SEND, Reply, encode_reply
@@ -298,6 +299,28 @@ class RelayServicer:
         for transfer in self._transfers.values():
             if transfer.to is attachment:
                 transfer.fail(reason)
+
+
+class RelayServer:
+    """A relay that listens alone, without the rest of the mediator: for tests and measurements of gateways."""
+
+    def __init__(self) -> None:
+        self.relay = RelayServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> str:
+        """Listen on this machine (port 0: any free one); the address to dial."""
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.relay.register(self._server)
+        bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+        return f"127.0.0.1:{bound}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Give transfers so long to end."""
+        self.relay.close()
+        if self._server is not None:
+            await self._server.stop(grace_s)
 
 
 async def _parse(raw: bytes, message_class: type[Any], context: _Context) -> Any:

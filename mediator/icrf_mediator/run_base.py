@@ -9,6 +9,7 @@ from icrf.errors import IcrfError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
     IDLE,
+    QUEUED,
     READY,
     RUNNING,
     AbortAttempt,
@@ -121,6 +122,15 @@ class RunBase:
         """Whether a cluster may still have something of this run."""
         return cluster in self._held
 
+    def released(self, cluster: str) -> None:
+        """A cluster freed what it held."""
+        self._held.discard(cluster)
+
+    @property
+    def holds_nothing_for_long(self) -> bool:
+        """Whether clusters have to release what they still have of it: it is over, or back in line."""
+        return self.terminal or self.info.status == QUEUED
+
     @property
     def is_activated(self) -> bool:
         """Whether its nodes are live on their hosts."""
@@ -129,7 +139,7 @@ class RunBase:
     @property
     def clusters(self) -> tuple[str, ...]:
         """The clusters it is placed on; none while it is queued."""
-        return self.placement.clusters if self.placement else ()
+        return self.placement.clusters if self.placement and self.info.status != QUEUED else ()
 
     def may_leave(self, cluster: str) -> bool:
         """Whether nothing of this run is lost when `cluster` goes now."""
@@ -193,7 +203,7 @@ class RunBase:
     def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
         open_attempt = self._ledger.open if self._ledger else None
         # Clusters that are away are told when they come back: they may hold a reservation that they do not know of.
-        self._held = set(self.clusters) if self.generation else set()
+        self._held |= set(self.clusters) if self.generation else set()
         for cluster in sorted(self._held):
             if open_attempt:
                 start = open_attempt.start

@@ -55,7 +55,8 @@ def round_profile(row: Mapping[str, Any]) -> RoundProfile:
 def submission_of(row: Mapping[str, Any]) -> Submission:
     """A row of ``submissions``."""
     parts = dict(row)
-    parts["schedule"] = tuple(parts.get("schedule", ()))
+    for key in ("schedule", "communities"):
+        parts[key] = tuple(parts.get(key, ()))
     parts["nodes"] = tuple(NodeSpec(**node) for node in parts["nodes"])
     parts["graph"] = graph_of(parts["graph"])
     parts["layout"] = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in parts["layout"])
@@ -85,7 +86,7 @@ def restore_run(
     if goals:
         run.load_goal(goals[-1].row)
     if not assignments:
-        run.record.status(effects, now, QUEUED)
+        run.rejoin_queue(effects, now)
         return run
     run.load_placement(int(assignments[-1].key[1]), Placement.from_row(assignments[-1].row))
     run.load_progress(
@@ -114,7 +115,7 @@ def restore_run(
         {int(row.key[1]): int(row.row["round"]) for row in activations},
         {int(row.key[1]): int(row.row["round"]) for row in _rows(tables, "relinks", run_id)},
     )
-    run.rejoin(effects, now)
+    (run.rejoin_queue if info.status == QUEUED else run.rejoin)(effects, now)
     return run
 
 

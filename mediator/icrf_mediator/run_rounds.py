@@ -33,10 +33,10 @@ from icrf_mediator.effects import Effects, Now
 from icrf_mediator.graphs import graph_differs, graph_row
 from icrf_mediator.placement import Placement
 from icrf_mediator.rounds import Commit, differs
-from icrf_mediator.run_base import RunBase
+from icrf_mediator.run_queue import RunQueue
 
 
-class RunRounds(RunBase):
+class RunRounds(RunQueue):
     """What a run asks of its clusters once their nodes are live."""
 
     # ------------------------------------------------------------ out of the journal
@@ -269,7 +269,7 @@ class RunRounds(RunBase):
         """What will be asked for after a round unless something comes in between; None where that cannot be told, or
         where a cluster that has begun with it could not go back."""
         assert self._ledger is not None
-        if self.submission.flow != CENTRALIZED or self.submission.rows.anybody_keeps or self._quorum.lateness.weighs:
+        if self.submission.flow != CENTRALIZED or self.submission.rows.clients_keep or self._quorum.lateness.weighs:
             return None
         may_be_the_last = self.config.get("target_accuracy") is not None and self._evaluates(number)
         in_between = self._gone or self.leaving or self._returning

@@ -2,7 +2,7 @@
 
 ::
 
-    QUEUED ─ start ─> RESERVING ─> RESERVED ─> ACTIVATING ─> READY ─> RUNNING ─┬─> IDLE (kept) ─ finish ─┐
+    QUEUED <─ start, no room ─> RESERVING ─> RESERVED ─> ACTIVATING ─> READY ─> RUNNING ─┬─> IDLE (kept) ─ finish ─┐
                        ^    │           │            │          │         │    └────────────────────────┴─> COMPLETED
                        │    └───────────┴────────────┴──────────┴─────────┴─> FAILED, CANCELLED
                   RECOVERING <─ a death, a lost or a leaving cluster, a restart of the mediator
@@ -68,15 +68,13 @@ class RunMachine(RunRounds):
         self.record.preparing.planned(planned_s)
         effects.writes.append(Write("submissions", (self.run_id,), asdict(self.submission)))
         self._save_goal(effects)
+        self._wait_from(now)
         self.record.status(effects, now, QUEUED)
-
-    def queued(self, effects: Effects, now: Now, waiting_for: str) -> None:
-        """Say what a queued run waits for, once per reason."""
-        self.record.waits(effects, now, waiting_for)
 
     def start(self, effects: Effects, now: Now, placement: Placement, fingerprints: Mapping[str, Fingerprint]) -> None:
         """Leave the queue: reserve on every cluster of the placement."""
-        self._place(placement)
+        if self.placement is None:
+            self._place(placement)
         self.record.change(clusters=placement.clusters)
         self._reserve(effects, now)
         self.record.fingerprints(effects, now, self.config.get("determinism", ""), fingerprints)
@@ -111,7 +109,7 @@ class RunMachine(RunRounds):
         self._save_goal(effects)
         if self.info.status == IDLE:
             self._go_on(effects, now)
-        elif self.info.status not in (RUNNING, RECOVERING):
+        elif self.info.status not in (RUNNING, RECOVERING) and not (self.is_queued and self.info.rounds_done):
             self._end(effects, now, CANCELLED, RunError("F003", "finished before its first round"))
 
     def _stop(self, effects: Effects, now: Now) -> None:
@@ -139,8 +137,10 @@ class RunMachine(RunRounds):
         if self.info.status != RESERVING or report.generation != self.generation or cluster not in self._pending:
             return
         if report.error_json:
-            return self._setback(effects, now, error_of(cluster, report.error_json))
+            error = error_of(cluster, report.error_json)
+            return (self.requeue if error.code == "R003" else self._setback)(effects, now, error)
         if self._arrived(cluster):
+            self._has_room()
             self.record.status(effects, now, RESERVED)
             self._go_on(effects, now)
 
@@ -216,10 +216,6 @@ class RunMachine(RunRounds):
         self.record.change(model_sha256=report.sha256)
         self._end(effects, now, COMPLETED, None)
 
-    def released(self, cluster: str) -> None:
-        """A cluster freed what it held."""
-        self._held.discard(cluster)
-
     def warned(self, effects: Effects, now: Now, text: str) -> None:
         """Pass on what an agent wants the user to see."""
         if not self.terminal:
@@ -229,7 +225,9 @@ class RunMachine(RunRounds):
 
     def cluster_lost(self, effects: Effects, now: Now, cluster: str) -> None:
         """The lease of a cluster ran out, or its agent left."""
-        if self.terminal or self.info.status == QUEUED or cluster not in self.clusters:
+        if self.is_queued:
+            self._held.discard(cluster)
+        if self.terminal or cluster not in self.clusters:
             return
         self._held.discard(cluster)
         error = AgentError(
@@ -291,6 +289,8 @@ class RunMachine(RunRounds):
 
     def tick(self, effects: Effects, now: Now) -> None:
         """Check the deadline of what the run waits for."""
+        if self.is_queued:
+            return self._tick_queued(effects, now)
         if self.terminal or now.monotonic_s < self._deadline_s or self._drop_late(effects, now):
             return
         if self.info.status == RECOVERING and self._away and self._may_go_on(self._away):
@@ -340,7 +340,7 @@ class RunMachine(RunRounds):
         """Reserving or activating failed: final in a first attempt, or if it is not a death."""
         if self.generation == 1 and self._recoveries == 0 and error.code != "U003":
             return self.fail(effects, now, error)
-        if error.code in ("U003", "R003", "P003", "L008"):
+        if error.code in ("U003", "P003", "L008"):
             return self.recover(effects, now, error.message, lost_state=True)
         self.fail(effects, now, error)
 
@@ -367,8 +367,8 @@ class RunMachine(RunRounds):
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
         self._promised, self._in_vain = None, 0
         effects.writes.append(self.placement.row(self.run_id, self.generation))
-        self._held = set(self.clusters)
-        self.record.status(effects, now, RESERVING, f"reservations on {', '.join(self.clusters)}")
+        self._held = set(self.placement.clusters)
+        self.record.status(effects, now, RESERVING, f"reservations on {', '.join(sorted(self._held))}")
         strategy = self.config["placement_group_strategy"]
         federation = self.info.federation
         orders = self.placement.reserve(self.run_id, self.generation, federation, strategy, self._reserve_s)

@@ -33,8 +33,9 @@ from icrf.protocol import (
 )
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.fail_places import BEFORE, DURABLE, TOLD, pass_by
+from icrf_mediator.feasibility import fingerprint_differences
 from icrf_mediator.mediator import FederationMediator, Policy
-from icrf_mediator.planning import PlanMemo, fingerprint_differences, make_plan
+from icrf_mediator.planning import PlanMemo, make_plan
 from icrf_mediator.run_restore import run_event
 
 log = logging.getLogger("icrf.mediator")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.crossing import CASES, Crossing, Job
@@ -35,8 +36,10 @@ class Side:
 
     def __init__(self, job: Job) -> None:
         command = [sys.executable, "-m", "benchmarks.crossing", json.dumps(asdict(job))]
+        paths = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", ""))
+        environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **_ENVIRONMENT}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def __enter__(self) -> Side:

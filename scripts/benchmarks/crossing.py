@@ -7,7 +7,6 @@ fast as gRPC in Python goes; ``grpc-copy`` also copies what comes in into the me
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
@@ -272,20 +271,12 @@ def icrf_source(job: Job) -> list[float]:
 
 def relay() -> None:
     """The mediator's relay alone."""
-    from icrf_mediator.relay import RelayServicer  # noqa: PLC0415
+    from icrf.testing.relay_thread import RelayThread  # noqa: PLC0415
 
-    async def serve() -> None:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        servicer = RelayServicer()
-        servicer.register(server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        say(address=f"127.0.0.1:{port}")
-        await asyncio.to_thread(sys.stdin.read)
-        servicer.close()
-        await server.stop(None)
-
-    asyncio.run(serve())
+    serving = RelayThread()
+    say(address=serving.address)
+    sys.stdin.read()
+    serving.stop()
 
 
 def main() -> None:

@@ -207,7 +207,7 @@ def active(rig: Rig) -> Iterator[tuple[Activate, Activated]]:
 
 def test_a_runtime_says_what_it_found(rig: Rig) -> None:
     capacity = rig.facts.capacity
-    assert (capacity.num_slots, capacity.num_cpus, capacity.num_ray_nodes) == (4, 4.0, 1)
+    assert (capacity.num_slots, capacity.num_cpus, len(capacity.machines)) == (4, 4.0, 1)
     assert rig.facts.fingerprint.num_threads == 1
     assert bool(rig.facts.gateway_address) == rig.is_ray
 
@@ -229,7 +229,7 @@ def test_a_repeated_activation_is_the_same_one(rig: Rig, active: tuple[Activate,
 
 def test_what_never_fits_is_refused_with_numbers(rig: Rig) -> None:
     error = rig.fails("R001", rig.reserve(rig.activation(), num_cpus=2.5))
-    assert all(number in str(error) for number in ("2 slots", "2.5 CPU", "5 CPU", "4 in total"))
+    assert all(number in str(error) for number in ("2 slots", "2.5 CPU", "5 CPU", "4 CPU in total"))
 
 
 def test_nothing_is_created_without_a_reservation(rig: Rig) -> None:
@@ -426,6 +426,14 @@ def test_a_release_during_the_set_up_leaves_nothing(rig: Rig) -> None:
     assert_gone(rig, activation.run_id)
 
 
+def test_what_was_given_back_can_be_reserved_again_at_once(rig: Rig) -> None:
+    activation = rig.activation()
+    for _ in range(4):
+        rig.call(rig.reserve(activation, num_cpus=1.5))
+        rig.call(rig.runtime.release(activation.run_id))
+    assert_gone(rig, activation.run_id)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("rig", ["ray"], indirect=True)
 def test_a_reservation_that_is_released_while_it_waits_ends(rig: Rig) -> None:
@@ -442,7 +450,7 @@ def test_a_reservation_that_is_released_while_it_waits_ends(rig: Rig) -> None:
     outcome = rig.call(overlap())
     assert isinstance(outcome, IcrfError) and outcome.code == "F005"
     late = rig.fails("R003", rig.reserve(second, num_cpus=1.0, deadline_s=0.5))
-    assert "1 CPU" in str(late)
+    assert "1 CPU" in str(late) and f"held by icrf-{first.run_id} (3 CPU)" in str(late)
     rig.call(rig.runtime.release(first.run_id))
     assert_gone(rig, first.run_id)
 

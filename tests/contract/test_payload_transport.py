@@ -1,6 +1,5 @@
 """One suite for every way a payload can take between clusters: in-process, gRPC direct, gRPC through the relay."""
 
-import asyncio
 import contextlib
 import itertools
 import queue
@@ -16,15 +15,15 @@ import pytest
 from icrf.errors import InternalError, LocalError, ProtocolError, RoutingError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
+from icrf.testing.relay_thread import RelayThread
 from icrf.testing.waiting import until
-from icrf.wan import WanLine, WanShape
 from icrf.wire._generated.icrf.v1 import gateway_pb2
-from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
+from icrf.wire.addresses import CHANNEL_OPTIONS
 from icrf.wire.frames import CHUNK_BYTES, FrameWriter
 from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, decode_reply
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
-from icrf_mediator.relay import MAX_QUEUE_FRAMES, QUEUE_FRAMES, RelayServicer
+from icrf_mediator.relay import MAX_QUEUE_FRAMES, QUEUE_FRAMES
 
 WAIT_S = 20.0
 
@@ -41,10 +40,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def never_ending(*messages):
+def never_ending(message, over):
     """Requests of a stream whose other side must not hear an end."""
-    yield from messages
-    threading.Event().wait(WAIT_S)
+    yield message
+    over.wait(WAIT_S)
 
 
 class Inbox:
@@ -58,35 +57,6 @@ class Inbox:
 
     def get(self):
         return self.items.get(timeout=WAIT_S)
-
-
-class RelayThread:
-    """A real grpc.aio server with a relay, in a thread."""
-
-    def __init__(self, port=0):
-        self.started = threading.Event()
-        self.thread = threading.Thread(target=asyncio.run, args=(self.main(port),))
-        self.thread.start()
-        assert self.started.wait(WAIT_S)
-
-    async def main(self, port):
-        self.loop = asyncio.get_running_loop()
-        self.ending = asyncio.Event()
-        self.relay = RelayServicer()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        self.relay.register(server)
-        self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
-        await server.start()
-        self.started.set()
-        await self.ending.wait()
-        self.relay.close()
-        await server.stop(0.2)
-
-    def stop(self):
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.ending.set)
-            self.thread.join(WAIT_S)
-        assert not self.thread.is_alive()
 
 
 class InProcess:
@@ -483,7 +453,7 @@ def test_a_restarted_relay_is_found_again(relayed, sending):
 def test_a_gateway_that_dies_amid_a_transfer_is_replaced_and_the_payload_sent_again(relayed, sending):
     sender, _ = relayed.join("eu-west")
     array = np.random.default_rng(0).random(4_000_000)
-    inbox = Inbox()
+    inbox, over = Inbox(), threading.Event()
     with grpc.insecure_channel(relayed.server.address, options=CHANNEL_OPTIONS) as channel:
         attach = gateway_pb2.RelayAttach(cluster="us-east", incarnation="x").SerializeToString()
         offers = channel.unary_stream("/icrf.v1.Relay/Attach")(attach, timeout=WAIT_S)
@@ -491,126 +461,10 @@ def test_a_gateway_that_dies_amid_a_transfer_is_replaced_and_the_payload_sent_ag
         sent = sending.submit(sender.send, header_for(array), array, PeerAddress("us-east", ""), WAIT_S)
         offer = gateway_pb2.RelayOffer.FromString(next(offers))
         asked = gateway_pb2.RelayReceive(transfer_id=offer.transfer_id, incarnation="x").SerializeToString()
-        frames = channel.stream_stream("/icrf.v1.Relay/Receive")(never_ending(asked), timeout=WAIT_S)
+        frames = channel.stream_stream("/icrf.v1.Relay/Receive")(never_ending(asked, over), timeout=WAIT_S)
         next(frames)
         next(frames)
+    over.set()
     relayed.join("us-east", inbox)
     sent.result(WAIT_S)
     assert np.array_equal(inbox.get()[1], array)
-
-
-# ---------------------------------------------------------------- a line that breaks
-
-WINDOW = 1 << 20
-
-
-@contextlib.contextmanager
-def over_a_line(kind, shape=None, receive=None, **options):
-    """Two gateways with the receiver's line between them: (sender, peer, line, inbox)."""
-    with contextlib.ExitStack() as stack:
-        way = stack.enter_context(opened(kind()))
-        line = stack.enter_context(WanLine(shape or WanShape()))
-        inbox = Inbox()
-        if kind is Direct:
-            _, peer = way.join("us-east", receive or inbox, window_bytes=WINDOW, **options)
-            peer = PeerAddress("us-east", line.way_in(peer.address))
-            line.payload_way = peer.address
-            sender, _ = way.join("eu-west")
-        else:
-            sender, _ = way.join("eu-west")
-            way.server.address = line.payload_way = line.way_out(way.server.address)
-            _, peer = way.join("us-east", receive or inbox, window_bytes=WINDOW, **options)
-        yield sender, peer, line, inbox
-
-
-gateways = pytest.mark.parametrize("kind", [Direct, Relayed], ids=["direct", "relayed"])
-
-
-@gateways
-def test_a_reset_at_forty_percent_costs_at_most_a_window(kind):
-    array = np.random.default_rng(0).random(2_500_000)
-    with over_a_line(kind) as (sender, peer, line, inbox):
-        line.reset_after(int(0.4 * array.nbytes), line.payload_way)
-        sender.send(header_for(array), array, peer, WAIT_S)
-        header, got, wire_bytes = inbox.get()
-        assert np.array_equal(got, array)
-        assert wire_bytes == FrameWriter(header, array).wire_bytes
-        # The window, a chunk that begins within it, and two per cent for headers and replies.
-        assert array.nbytes < line.bytes_down <= 1.02 * array.nbytes + WINDOW + CHUNK_BYTES
-        assert inbox.items.empty()
-
-
-@gateways
-def test_a_line_that_is_cut_again_and_again_delivers_in_the_end(kind):
-    array = np.random.default_rng(0).random(2_000_000)
-    with over_a_line(kind, WanShape(bytes_per_s=4e7)) as (sender, peer, line, inbox):
-        cuts = [threading.Timer(0.05 * cut, line.reset) for cut in range(1, 6)]
-        for cut in cuts:
-            cut.start()
-        sender.send(header_for(array), array, peer, WAIT_S)
-        assert np.array_equal(inbox.get()[1], array)
-        for cut in cuts:
-            cut.join()
-
-
-@gateways
-def test_patience_begins_anew_with_every_chunk_that_arrives(kind):
-    """The whole takes longer than the sender may wait without progress."""
-    array = np.random.default_rng(0).random(1_000_000)
-    with over_a_line(kind, WanShape(bytes_per_s=4e6)) as (sender, peer, _, inbox):
-        began = time.monotonic()
-        sender.send(header_for(array), array, peer, 1.2)
-        assert time.monotonic() - began > 1.2
-        assert np.array_equal(inbox.get()[1], array)
-
-
-@gateways
-def test_an_answer_that_was_lost_is_given_again_and_the_payload_processed_once(kind):
-    """The line is cut while the receiver works on the whole payload."""
-    array = np.random.default_rng(0).random(1_000_000)
-    came = []
-
-    def receive(header, array, wire_bytes):
-        came.append(array.nbytes)
-        cut.wait(WAIT_S)
-
-    cut = threading.Event()
-    with over_a_line(kind, receive=receive) as (sender, peer, line, _), ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(sender.send, header_for(array), array, peer, WAIT_S)
-        until(lambda: came)
-        line.reset()
-        cut.set()
-        sent.result(WAIT_S)
-        assert came == [array.nbytes]
-        assert line.bytes_down < 1.02 * array.nbytes + CHUNK_BYTES
-
-
-@gateways
-def test_a_stalled_line_is_given_up_after_the_senders_patience(kind):
-    array = np.random.default_rng(0).random(1_000_000)
-    with over_a_line(kind) as (sender, peer, line, _):
-        sender.send(header_for(array), array, peer, WAIT_S)
-        line.stall()
-        with pytest.raises(ProtocolError, match="P030"):
-            sender.send(header_for(array, attempt=2), array, peer, 0.5)
-        line.go_on()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@gateways
-def test_a_payload_of_more_than_four_gibibytes_arrives(kind):
-    """Sizes and offsets beyond 32 bits; the sender's pages but a few are the kernel's one page of zeros."""
-    array = np.zeros((4 << 30) + 12_345_678, dtype=np.uint8)
-    marks = [0, (1 << 31) + 5, (1 << 32) - 1, 1 << 32, array.size - 1]
-    array[marks] = [1, 2, 3, 4, 5]
-    came = []
-
-    def receive(header, array, wire_bytes):
-        came.append((array.nbytes, array[marks].tolist(), int(np.count_nonzero(array)), wire_bytes))
-
-    with over_a_line(kind, receive=receive) as (sender, peer, line, _):
-        line.reset_after(int(0.9 * array.nbytes), line.payload_way)
-        sender.send(header_for(array), array, peer, 120.0)
-        assert came == [(array.nbytes, [1, 2, 3, 4, 5], 5, FrameWriter(header_for(array), array).wire_bytes)]
-        assert line.bytes_down < 1.001 * array.nbytes + 2 * WINDOW

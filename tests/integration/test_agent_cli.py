@@ -58,7 +58,7 @@ import os, sys, types
 async def serve_agent(settings, stop):
     assert "ray" not in sys.modules
     assert os.path.exists(os.environ["RAY_AUTH_TOKEN_PATH"])
-    print(settings.cluster, settings.ray_address, settings.num_slots, flush=True)
+    print(settings.cluster, settings.ray_address, settings.num_slots, settings.quota, flush=True)
     print(dict(settings.labels), settings.allow, settings.advertise, flush=True)
     await stop.wait()
     return 5
@@ -86,11 +86,11 @@ def line(process: subprocess.Popen[str]) -> str:
 @pytest.mark.timeout(120)
 def test_a_local_cluster_survives_its_agents_crash_and_ends_with_its_agent(tmp_path: Path) -> None:
     state = tmp_path / "state"
-    flags = ("--object-store-mb", "100", "--label", "zone=a", "--allow", "my.mod:Node", "--slots", "3")
+    flags = ("--object-store-mb", "100", "--label", "zone=a", "--allow", "my.mod:Node", "--slots", "3", "--quota", "2")
     with agent(state, *flags) as first:
         assert line(first).startswith("cluster us-east: starting a local Ray cluster (1 CPUs) ... ")
         kept = json.loads((state / keeper.STATE_NAME).read_text())
-        assert line(first) == f"us-east {kept['address']} 3"
+        assert line(first) == f"us-east {kept['address']} 3 2"
         assert line(first) == "{'zone': 'a'} ('my.mod:Node',) None"
         first.send_signal(signal.SIGKILL)
     assert keeper.session_members(kept["session_id"]) != []

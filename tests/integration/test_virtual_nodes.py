@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from icrf.client import Fabric
-from icrf.errors import ConfigErrors
+from icrf.errors import ConfigErrors, error_from_json
 from icrf.federation.base import FederatedBase
 from icrf.federation.node import FederatedNode
 from icrf.learning.datasets import Dataset
@@ -80,6 +80,7 @@ def hashes(
     clusters: int = 1,
     template: type | None = None,
     watch: Callable[[InlineFabric, str, int], None] | None = None,
+    warnings: list[str] | None = None,
 ) -> list[str]:
     """The hashes of all rounds; `watch` is told of every event with the number of rounds that are done."""
     templates = {"local:Node": template} if template else None
@@ -88,6 +89,8 @@ def hashes(
         run = fabric.port.submit(build_submission(config))
         found = {}
         for event in fabric.port.watch(run.run_id):
+            if event.kind == "warning" and warnings is not None:
+                warnings.append(event.text)
             if event.round:
                 found[event.round.number] = event.round.model_sha256
                 if watch:
@@ -328,6 +331,52 @@ def test_a_host_that_may_have_died_of_its_nodes_comes_back_with_half_of_them(
     admission(first, resident_memory_mb=megabytes).note(80)
     second = admission(HostNotes(prefix), resident_memory_mb=megabytes)
     assert next((n for n in range(1, 80) if second.limit(n) is not None), None) == expected
+
+
+@pytest.mark.parametrize(
+    "keys", [{**RING, "number_of_clients": 40}, {**STAR, "client_fraction": 1.0}], ids=["ring", "star"]
+)
+def test_hosts_under_which_memory_ran_out_come_back_smaller_with_the_same_bits(keys: dict[str, Any]) -> None:
+    """Four deaths in one round: more than a host has that dies of its nodes' own code."""
+    here: list[Any] = []
+    killed: list[int] = []
+    told: list[str] = []
+    last, mine = (39, 20) if keys["number_of_clients"] == 40 else (60, 30)
+
+    class Hungry(FederatedNode):
+        def train(self, **kwargs: Any) -> dict[str, float]:
+            if self.round == 2 and self.context.index == last and len(killed) < 4:
+                killed.append(self.context.index)
+                here[0].substrates["local-1"].kill_host(here[1], 1, starved=True)
+            return super().train(**kwargs)
+
+    def remember(fabric: InlineFabric, run_id: str, done: int) -> None:
+        here[:] = [fabric, run_id]
+
+    assert hashes(keys, 1, Hungry, remember, told) == hashes(keys)
+    lines = [text for text in told if "R006" in text]
+    wanted = [mine, mine // 2, mine // 4, mine // 8]
+    assert [int(line.split("memory ran out with ")[1].split()[0]) for line in lines] == wanted
+    assert lines[-1].startswith("local-1: R006 host-1 was killed in round 2")
+    assert f"at most {mine // 16} active" in lines[-1]
+
+
+def test_a_host_with_one_node_has_nothing_left_to_give_up() -> None:
+    here: list[Any] = []
+
+    class Hungry(FederatedNode):
+        def train(self, **kwargs: Any) -> dict[str, float]:
+            if self.round == 2:
+                here[0].substrates["local-1"].kill_host(here[1], 1, starved=True)
+            return super().train(**kwargs)
+
+    with InlineFabric(1, templates={"local:Node": Hungry}) as fabric:
+        config = FederationConfig.from_mapping({**RING, "number_of_clients": 4, "client_template": "local:Node"})
+        run = fabric.port.submit(build_submission(config))
+        here[:] = [fabric, run.run_id]
+        list(fabric.port.watch(run.run_id))
+        error = error_from_json(fabric.port.get(run.run_id).error_json)
+    assert error.code == "U004" and "died 3 times in round 2: out of memory" in error.message
 
 
 def test_a_share_of_what_is_free_is_the_budget() -> None:

@@ -182,6 +182,37 @@ def test_runs_that_do_without_lost_clusters_count_whom_they_recorded(monkeypatch
     assert len(decided) > 3
 
 
+# ---------------------------------------------------------------- clusters that others use too
+
+
+def crowded(kind: str, seeds: int = 16) -> list[str]:
+    """How runs end whose clusters are taken by other programs now and then."""
+    return [
+        status
+        for seed in range(seeds)
+        for status in simulate(seed, kinds=(kind,), gap_s=40.0, crowded=True).statuses.values()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["cluster dies", "agent dies", "mediator is killed", "stream breaks", "line is cut"])
+def test_runs_that_find_their_slots_taken_end_as_without_that(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[int] = []
+    wrap(monkeypatch, RunMachine, "requeue", lambda requeue, self, *rest: (refused.append(1), requeue(self, *rest)))
+    assert crowded(kind).count(COMPLETED) >= 12
+    assert len(refused) > 3
+
+
+def test_a_run_that_keeps_what_it_has_reserved_while_it_waits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hold_on(requeue: Any, self: RunMachine, effects: Any, *rest: Any) -> None:
+        sent = len(effects.sends)
+        requeue(self, effects, *rest)
+        del effects.sends[sent:]
+
+    wrap(monkeypatch, RunMachine, "requeue", hold_on)
+    with pytest.raises(SimulationFailed):
+        crowded("stream breaks")
+
+
 # ---------------------------------------------------------------- graphs that change
 
 

@@ -174,7 +174,7 @@ class Core:
                 parts.get("incarnation", f"i-{name}"),
                 parts.get("protocol", 1),
                 "0.1",
-                Capacity(slots, float(slots), 0.0, 1 << 33),
+                parts.get("capacity", Capacity(slots, float(slots), 0.0, 1 << 33)),
                 parts.get("fingerprint", AVX2),
                 parts.get("labels", {}),
                 agent_id=parts.get("agent_id", ""),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import assignment
 from benchmarks.cases import Case, judge, parse_case
 from benchmarks.catalogue import DEFAULT_CASES, DEFAULT_SYSTEMS, SYSTEMS, System
 from benchmarks.document import read_part, table, write_part
@@ -201,3 +202,23 @@ def test_a_family_is_all_that_a_process_has_started_and_ends_with_it() -> None:
     parent.communicate()
     assert parent.returncode
     assert not family.members()
+
+
+# ---------------------------------------------------------------- assignment
+
+
+def test_assignments_are_compared_on_the_same_graph() -> None:
+    make, num_nodes = assignment.parse_case("blocks1k")
+    rows = assignment.compare("blocks1k", make(num_nodes), ["icrf", "pymetis", "louvain"], 2)
+    lines = {row.system: json.loads(row.line()) for row in rows}
+    for line in lines.values():
+        assert line.keys() >= {"case", "system", "median", "min", "max", "unit", "ratio_to_reference", "versions"}
+        assert line["unit"] == "s" and line["repeats"] == 2 and line["nodes"] == 1000
+    assert lines["pymetis"]["ratio_to_reference"] == lines["pymetis"]["cut_ratio_to_reference"] == 1
+    assert lines["icrf"]["imbalance"] == 1 and lines["icrf"]["cut_ratio_to_reference"] <= 1.05
+
+
+@pytest.mark.parametrize("name", ["kreg", "kreg10", "blocks1m", "star1k"])
+def test_cases_of_assignment_that_are_none(name: str) -> None:
+    with pytest.raises(ValueError, match="no case"):
+        assignment.parse_case(name)

@@ -179,9 +179,9 @@ def test_one_failed_reservation_gives_everything_back(core: Any) -> None:
     run = core.submit(num_nodes=6)
     core.take(Reserve)
     core.report("asia", Reserved(run.run_id, 1))
-    core.report("eu", Reserved(run.run_id, 1, ResourceError("R003", "2 slots were not free").to_json()))
+    core.report("eu", Reserved(run.run_id, 1, ResourceError("R001", "2 slots will never be free").to_json()))
     assert core.get(run).status == "FAILED"
-    assert core.error(run).code == "R003" and "cluster eu" in str(core.error(run))
+    assert core.error(run).code == "R001" and "cluster eu" in str(core.error(run))
     assert {cluster for cluster, i in core.queue if isinstance(i, Release)} == {"asia", "eu", "us"}
     core.report("us", Reserved(run.run_id, 1))
     assert [c.free_slots for c in core.mediator.clusters()] == [0, 0, 0]
@@ -202,7 +202,9 @@ def test_runs_queue_for_slots_first_come_first_served(core: Any) -> None:
     first, second, third = core.submit(), core.submit(), core.submit(num_nodes=2)
     core.play(hold=(StartRound,))
     assert [core.get(r).status for r in (first, second, third)] == ["RUNNING", "QUEUED", "QUEUED"]
-    assert core.get(second).waiting_for == f"2 slots on eu (0 free; held by {first.run_id[:8]})"
+    since = "since 2001-09-09 02:03:20 UTC"
+    assert core.get(second).waiting_for == f"2 slots on eu (0 of 2 free; held by fed (run {first.run_id[:8]}) {since})"
+    assert core.get(third).waiting_for.startswith("1 slots on eu (0 of 2 free")
     core.cancel(first)
     core.take(StartRound, AbortAttempt)
     (one, order), other = core.take(Release)

@@ -271,7 +271,7 @@ def test_an_agents_error_ends_the_run_with_that_error_and_its_cluster(core: Any,
     run = brought_to(core, status)
     (cluster, order), *_ = core.queue
     answer = core.answer(cluster, order)
-    core.report(cluster, replace(answer, error_json=ResourceError("R003", "no room", hint="wait").to_json()))
+    core.report(cluster, replace(answer, error_json=ResourceError("R001", "no room", hint="wait").to_json()))
     assert core.get(run).status == "FAILED"
     error = core.error(run)
     assert (type(error), error.message, error.hint) == (ResourceError, f"cluster {cluster}: no room", "wait")

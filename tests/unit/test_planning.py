@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from icrf.comparison import COMPARED, alternatives, compare_plans
 from icrf.console.plan_view import limit_text, show_plan
 from icrf.console.terminal import Terminal
 from icrf.errors import ConfigError, ConfigErrors, RoutingError, TopologyError
@@ -19,11 +20,14 @@ from icrf.protocol import (
     Fingerprint,
     LinkBytes,
     NodeSpec,
+    Resources,
     Submission,
     TensorSpec,
 )
 from icrf.topology import build_topology
-from icrf_mediator.planning import HOST_BYTES, make_plan, slot_resources
+from icrf_mediator.assignment import MeasuredLink
+from icrf_mediator.feasibility import slot_resources
+from icrf_mediator.planning import HOST_BYTES, make_plan
 
 AVX2 = Fingerprint("2.13", "AVX2", "on", 1, "cpu")
 AVX512 = Fingerprint("2.13", "AVX512", "on", 1, "cpu")
@@ -32,7 +36,8 @@ AVX512 = Fingerprint("2.13", "AVX512", "on", 1, "cpu")
 def cluster(
     name: str, slots: int = 2, cpus: float = 2.0, gpus: float = 0.0, ray_nodes: int = 1, like: Fingerprint = AVX2
 ) -> ClusterInfo:
-    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, ray_nodes), like)
+    machines = (Resources(cpus / ray_nodes, gpus / ray_nodes),) * ray_nodes
+    return ClusterInfo(name, "x", Capacity(slots, cpus, gpus, 8 << 30, machines), like)
 
 
 def submission(topology: str, num_nodes: int, flow: str = DECENTRALIZED, **config: Any) -> Submission:
@@ -75,6 +80,47 @@ def test_a_star_over_three_clusters() -> None:
     assert plan.bytes_inter_cluster_per_round == 3 * 2 * 400
     assert plan.bytes_inter_cluster_per_evaluation == 0 and plan.bytes_inter_cluster_total == 24_000
     assert (plan.slem, plan.slem_kind, plan.rounds_to_consensus) == (-1.0, "none", -1)
+
+
+def test_a_plan_tells_what_each_cluster_needs_and_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    clusters = [cluster("a"), cluster("b", like=AVX512), cluster("c", ray_nodes=1)]
+    plan, _ = make_plan(submission("ring", 9), clusters)
+    assert plan.memory.keys() == {"a", "b", "c"} and max(plan.memory.values()) == plan.peak_memory_bytes
+    assert plan.lacking.keys() == {"b"} and "AVX512" in plan.lacking["b"] and not plan.feasible
+    show_plan(Terminal(plain=True), plan)
+    fits = [line.split() for line in capsys.readouterr().out.splitlines() if line[:2] in ("a ", "b ", "c ")]
+    assert [line[5] for line in fits[:3]] == ["yes", "no", "yes"]
+    assert make_plan(submission("ring", 9), [])[0].lacking == {}
+
+
+def test_strategies_are_compared_on_the_same_clusters() -> None:
+    clusters = [cluster("a"), cluster("b")]
+    plans = compare_plans(lambda asked: make_plan(asked, clusters)[0], submission("ring", 8, seed=3))
+    assert next(iter(plans)) == "locality" and {name: plan.strategy for name, plan in plans.items()} == {
+        name: name for name in COMPARED
+    }
+    assert (plans["locality"].cut_edges, plans["capacity"].cut_edges, plans["round_robin"].cut_edges) == (2, 2, 8)
+    assert min(plan.bytes_inter_cluster_total for plan in plans.values()) == (
+        plans["locality"].bytes_inter_cluster_total
+    )
+    assert alternatives(plans)["round_robin"]["cut_edges"] == 8
+
+
+def test_a_plan_made_again_moves_as_few_nodes_as_possible() -> None:
+    ring = submission("ring", 12)
+    before, _ = make_plan(ring, [cluster("a"), cluster("b"), cluster("c")])
+    after, _ = make_plan(ring, [cluster("a"), cluster("c")], previous=before.assignment)
+    moved = [node for node, where in after.assignment.items() if where != before.assignment[node]]
+    assert moved == [node for node, where in before.assignment.items() if where == "b"]
+    assert after.cut_edges == 2 and all("its cluster is gone" in after.explanation[node] for node in moved)
+
+
+def test_slow_links_are_avoided() -> None:
+    line = submission("line", 9)
+    clusters = [cluster("a"), cluster("b"), cluster("c")]
+    slow = [MeasuredLink("a", "b", 1e3, 1.0), MeasuredLink("b", "c", 1e8, 0.01), MeasuredLink("a", "c", 1e8, 0.01)]
+    plan, _ = make_plan(line, clusters, measured=slow)
+    assert {frozenset((link.source, link.target)) for link in plan.links} == {frozenset("ac"), frozenset("bc")}
 
 
 def test_a_plan_tells_how_many_models_a_server_learns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,8 +205,9 @@ def test_without_a_cluster() -> None:
         ),
         (
             {"placement_group_strategy": "STRICT_SPREAD"},
-            [cluster("a", slots=4, cpus=4, ray_nodes=3)],
-            "cluster a: STRICT_SPREAD needs 4 Ray nodes for 4 slots, 3 in total",
+            [cluster("a", slots=4, cpus=6, ray_nodes=3)],
+            "cluster a: STRICT_SPREAD needs 4 slots of 1 CPU on a Ray node each, 3 fit; "
+            "3 Ray nodes in total, the largest has 2 CPU",
         ),
         ({"device": "cuda"}, [cluster("a")], "cluster a: device cuda needs a GPU, 0 GPU in total"),
         ({}, [cluster("a", slots=0)], "cluster a: 1 slot needed, 0 slots in total"),

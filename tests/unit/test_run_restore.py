@@ -36,6 +36,7 @@ WHOLE = Submission(
     rows=Rows(down=2, client_scalars=3, nodes_keep=True),
     schedule=("01", "02"),
     profile=True,
+    communities=(0, -1),
 )
 
 

@@ -6,8 +6,11 @@ import threading
 import time
 
 import pytest
+from typer.testing import CliRunner
 
+from icrf.cli import Doors, app
 from icrf.errors import LocalError
+from icrf.local import LocalFabric
 from icrf.wan import WanLine, WanShape, parse_wan
 
 WAIT_S = 20.0
@@ -168,3 +171,33 @@ def test_a_target_that_does_not_listen_looks_like_that():
         target = f"127.0.0.1:{gone.getsockname()[1]}"
     with WanLine(WanShape()) as line, dial(line.way_out(target)) as connection, contextlib.suppress(ConnectionError):
         assert connection.recv(1) == b""
+
+
+# ---------------------------------------------------------------- the option of the commands
+
+
+@pytest.mark.parametrize("command", [["demo"], ["run", "fed.yaml", "--clusters", "2"]])
+def test_a_command_puts_the_line_between_its_clusters(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fed.yaml").write_text(
+        "federation_id: f\nschema: StarFederatedLearning\nfederated_learning_topology: star\n"
+    )
+    asked = []
+
+    def local(clusters, state, progress, wan=None):
+        asked.append((clusters, wan))
+        raise LocalError("L008", "no cluster today")
+
+    doors = Doors(local=local)
+    for option, shape in ((["--wan", "80ms,50mbit"], WanShape(0.08, 0.0, 6_250_000.0)), ([], None)):
+        result = CliRunner().invoke(app, [*command, *option], obj=doors)
+        assert "no cluster today" in result.stderr
+        assert asked.pop() == (2, shape)
+    result = CliRunner().invoke(app, [*command, "--wan", "slow"], obj=doors)
+    assert (result.exit_code, asked) == (2, []) and "L009 --wan" in result.stderr
+
+
+def test_one_cluster_has_no_line(tmp_path):
+    with pytest.raises(LocalError, match="L009 --wan"):
+        LocalFabric(1, state_dir=tmp_path / "state", wan=WanShape(0.08))
+    assert not (tmp_path / "state").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from rich.text import Text
 
@@ -70,6 +71,24 @@ def _groups(plan: Plan) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def show_comparison(terminal: Terminal, plans: Mapping[str, Plan]) -> None:
+    """Print what assignment strategies come to, that of the federation first."""
+    rows = [
+        (
+            name,
+            f"{plan.cut_edges:,}",
+            format_bytes(plan.bytes_inter_cluster_per_round),
+            format_bytes(plan.bytes_inter_cluster_total),
+            format_bytes(plan.peak_memory_bytes),
+            "yes" if plan.feasible else "no",
+        )
+        for name, plan in plans.items()
+    ]
+    columns = ("placed by", "cut edges", "bytes per round", "whole run", "peak memory", "feasible")
+    terminal.line()
+    terminal.table(columns, rows, right=columns[1:5])
+
+
 def show_plan(terminal: Terminal, plan: Plan) -> None:
     """Print a plan."""
     title = Text.assemble((safe_text(plan.federation), "bold"), f"  {plan.flow}, placed by ", (plan.strategy, "cyan"))
@@ -80,11 +99,14 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
             name,
             f"{len(nodes):,}",
             str(plan.slots.get(name, 0)),
+            format_bytes(plan.memory[name]) if name in plan.memory else "",
+            "no" if name in plan.lacking else "yes",
             compress_names(nodes),
         )
         for name, nodes in nodes_by_cluster(plan).items()
     ]
-    terminal.table(("cluster", "nodes", "slots", "which"), rows, right=("nodes", "slots"), wrap=("which",))
+    columns = ("cluster", "nodes", "slots", "memory", "fits", "which")
+    terminal.table(columns, rows, right=("nodes", "slots", "memory"), wrap=("which",))
     terminal.line()
     if plan.groups:
         terminal.table(("group of", "nodes", "on", "which"), _groups(plan), right=("nodes",), wrap=("which",))
@@ -116,7 +138,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
     if plan.codec != NONE:
         facts.append((f"with {plan.codec}", f"at most {format_bytes(plan.bytes_coded_per_round)} per round"))
     if mixing := consensus_text(plan):
-        facts += [("mixing", mixing), ("", limit_text(plan))]
+        facts += [("mixing", mixing), ("", f"spectral gap {1 - plan.slem:.6f}"), ("", limit_text(plan))]
     if plan.adaptation:
         facts.append(("graph", adaptation_text(plan)))
     facts.append(("peak memory", f"{format_bytes(plan.peak_memory_bytes)} on the busiest cluster"))

@@ -25,7 +25,7 @@ from icrf.console.live import RoundTable, plain_round
 from icrf.console.terminal import Terminal
 from icrf.errors import error_from_dict
 from icrf.model_file import ARTIFACT
-from icrf.protocol import CANCELLED, COMPLETED, FAILED, HIERARCHICAL, TERMINAL, RoundResult, RunInfo
+from icrf.protocol import CANCELLED, COMPLETED, FAILED, HIERARCHICAL, QUEUED, TERMINAL, RoundResult, RunInfo
 
 # Metrics that a summary shows by themselves, or that belong to training.
 _ELSEWHERE = ("accuracy", "loss", "train_loss")
@@ -67,12 +67,19 @@ def show_runs(terminal: Terminal, runs: Sequence[RunInfo], now: float) -> None:
             f"{run.rounds_done}/{run.rounds_planned}",
             format_metric(run.accuracy if run.accuracy >= 0 else None),
             format_age(now - run.created_at),
-            ", ".join(run.clusters) or MISSING,
+            _where(run),
         )
         for run in runs
     ]
     columns = ("run", "federation", "status", "rounds", "accuracy", "created", "clusters")
     terminal.table(columns, rows, right=("rounds", "accuracy"))
+
+
+def _where(run: RunInfo) -> str:
+    """The clusters of a run, or what it waits for while it has none."""
+    if run.status == QUEUED and run.waiting_for:
+        return f"waits for {safe_text(run.waiting_for)}"
+    return ", ".join(run.clusters) or MISSING
 
 
 def show_run(terminal: Terminal, info: RunInfo, rounds: Sequence[RoundResult], now: float) -> None:

@@ -178,6 +178,8 @@ class Submission:
         schedule: who takes part in rounds 1, 2, ... as bitmaps in hexadecimal, and from the start again; empty: the
             mediator draws the participants.
         profile: tell with each round where its time went; changes nothing else.
+        communities: community per node by what its data look like, for placement, -1 for a node in none; empty where
+            placement does not look at data.
     """
 
     client_request_id: str
@@ -192,6 +194,7 @@ class Submission:
     rows: Rows = field(default_factory=Rows)
     schedule: tuple[str, ...] = ()
     profile: bool = False
+    communities: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,13 +207,30 @@ class Resources:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster offers. `num_slots` is how many hosts the agent allows at once."""
+    """What a cluster offers.
+
+    Attributes:
+        num_slots: how many hosts the agent allows at once.
+        ray_nodes: what each of its Ray nodes has; empty: one has all of it.
+        quota: how many slots one federation may hold at once, all of its runs together; 0: all of them.
+    """
 
     num_slots: int
     num_cpus: float
     num_gpus: float
     memory_bytes: int
-    num_ray_nodes: int = 1
+    ray_nodes: tuple[Resources, ...] = ()
+    quota: int = 0
+
+    @property
+    def machines(self) -> tuple[Resources, ...]:
+        """What each Ray node has, at least one."""
+        return self.ray_nodes or (Resources(self.num_cpus, self.num_gpus),)
+
+    @property
+    def most_slots(self) -> int:
+        """How many slots one federation gets at most."""
+        return min(self.num_slots, self.quota) if self.quota else self.num_slots
 
 
 @dataclass(frozen=True)
@@ -305,6 +325,8 @@ class Plan:
             on the graph is said of the one that the run starts with.
         adaptation_period: rounds from one decision on the graph to the next; 0 where it stays as it is.
         bytes_inter_cluster_per_adaptation: payload bytes that such a decision adds.
+        memory: cluster name -> peak memory that it needs, an estimate; `peak_memory_bytes` is the largest of these.
+        lacking: cluster name -> what it lacks, in a sentence or more; those that are not named have what it takes.
         codec: the configuration's ``inter_cluster_codec``. All other bytes are those without it.
         bytes_coded_per_round: a bound on the payload bytes of a round under it, without evaluation and messages; how
             much less it will be depends on the values. 0 for ``none``.
@@ -340,6 +362,8 @@ class Plan:
     adaptation_period: int = 0
     bytes_inter_cluster_per_adaptation: int = 0
     residents: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, str] = field(default_factory=dict)
     codec: str = "none"
     bytes_coded_per_round: int = 0
 

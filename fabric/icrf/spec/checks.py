@@ -77,9 +77,19 @@ def _unusable_names(values: Values) -> Iterator[Problem]:
 def _only_today(values: Values) -> Iterator[Problem]:
     if values.get("clustering_period", 0) != 0:
         yield not_built("clustering_period", values["clustering_period"], "0")
-    for key, wanted in (("do_cluster", False), ("store_node_models", False)):
-        if values.get(key, wanted) is not wanted:
-            yield not_built(key, not wanted, str(wanted).lower())
+    if values.get("store_node_models", False) is not False:
+        yield not_built("store_node_models", True, "false")
+
+
+def _communities(values: Values) -> Iterator[Problem]:
+    if not values["do_cluster"]:
+        return
+    strategy, schema = values["assignment_strategy"], values["federated_learning_schema"]
+    other = f"assignment_strategy '{strategy}', which does not look at data" if strategy != "locality" else ""
+    if in_groups(schema, values["federated_learning_topology"]):
+        other = f"federated_learning_schema {schema}, whose groups are kept whole; group_by labels looks at data"
+    if other:
+        yield Problem("C008", ("do_cluster",), f"do_cluster contradicts {other}", allowed="false")
 
 
 def _device(values: Values) -> Iterator[Problem]:
@@ -415,6 +425,7 @@ CHECKS: tuple[Check, ...] = (
     unread_settings,
     _models,
     _byzantine,
+    _communities,
     *PARTICIPATION_CHECKS,
     codec_problems,
     _optimizer_state,

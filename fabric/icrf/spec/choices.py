@@ -168,7 +168,9 @@ CHOICES: dict[str, Choice] = {
         kind="mixing",
         import_path=True,
     ),
-    "assignment_strategy": Choice(("locality", "round_robin"), ("random", "metis", "louvain"), kind="assignment"),
+    "assignment_strategy": Choice(
+        ("locality", "round_robin", "capacity", "random", "metis", "louvain"), kind="assignment"
+    ),
     "placement_group_strategy": Choice(("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")),
     "topology_adaptation_strategy": Choice(
         (STATIC, COSINE_SIMILARITY, "random_rewire", "prune_unavailable", "densify", "sparsify"),

@@ -234,13 +234,21 @@ class FederationConfig(BaseModel):
 
     # ---- where it runs
     assignment_strategy: Text = "locality"
-    """How nodes are spread over clusters: ``locality`` keeps neighbours together, ``round_robin`` deals them out."""
+    """How nodes are spread over clusters, in shares that follow their slots: ``locality`` cuts as few edges as it can,
+    ``metis`` and ``louvain`` divide the graph in one way alone, ``capacity`` keeps the order of the nodes,
+    ``round_robin`` deals them out, ``random`` draws by the seed. See docs/assignment.md."""
     placement: Placement = Field(default_factory=dict)
     """Nodes that must be somewhere: node id -> cluster name, or node id -> {label: value} that its cluster carries."""
     placement_group_strategy: Text = "PACK"
     """How Ray spreads a cluster's slots over its machines: ``PACK``, ``SPREAD``, ``STRICT_PACK``, ``STRICT_SPREAD``."""
     resources: SlotShare = "uniform"
     """What one slot takes: ``uniform`` (an equal share), or ``{num_cpus, num_gpus}``."""
+    max_slots_per_cluster: Count | None = None
+    """Most slots that the federation takes on one cluster, which leaves the rest to others; null: as many as the
+    cluster's agent lets one federation have, but no more than it has nodes there."""
+    queue_deadline_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
+    """Seconds that a run may wait for room, in line or because another program holds what it needs, before it fails
+    with who has it; null: as long as it takes."""
     resident_nodes: Nodes | None = None
     """Most nodes of one host that are active at once, the least recently used making room first; what is kept of the
     others lies on the host's disk. null: as many as ``resident_memory_mb`` allows."""
@@ -257,7 +265,9 @@ class FederationConfig(BaseModel):
     clustering_period: CountOrZero = 0
     """Re-plan the assignment every so many rounds; 0: never."""
     do_cluster: bool = False
-    """Place nodes by the similarity of their label distributions."""
+    """Place nodes by the similarity of their label distributions: communities come first, cut edges second."""
+    label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Scale of the Laplace noise on each count of the histograms that ``do_cluster`` compares; drawn by the seed."""
 
     # ---- policy of a round
     round_deadline_s: Deadline = DEFAULT_ROUND_DEADLINE_S

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,7 +31,7 @@ from icrf.errors import LocalError
 from icrf.testing.daemons import Daemon, Supervisor
 from icrf.testing.processes import ACTORS, actors, await_end, end_all, programs, send
 from icrf.testing.waiting import until
-from icrf_agent.keeper import STATE_NAME, session_members
+from icrf_agent.keeper import STATE_NAME, ray_environment, session_members
 
 MARK = "ICRF_TEST"
 START_S = 120.0
@@ -54,6 +54,8 @@ class FabricEnvironment:
         state_dir: where states and logs lie; a temporary folder by default. It is kept if it is named.
         failpoints: see :mod:`icrf.failpoints`; `arm` changes them later.
         supervise: start daemons again that die.
+        variables: what all of its processes have in their environment besides.
+        beside: another environment whose Ray clusters are used, one by one, instead of clusters of its own.
 
     Attributes:
         address: ``HOST:PORT`` of the mediator, the same over all its lives.
@@ -74,13 +76,17 @@ class FabricEnvironment:
         state_dir: Path | None = None,
         failpoints: str = "",
         supervise: bool = False,
+        variables: Mapping[str, str] | None = None,
+        beside: FabricEnvironment | None = None,
     ) -> None:
         names = [f"local-{k + 1}" for k in range(clusters)] if isinstance(clusters, int) else list(clusters)
         self._owns_dir = state_dir is None
         # Short on purpose: sockets lie below it.
         self.folder = Path(tempfile.mkdtemp(prefix="icrf-")) if state_dir is None else Path(state_dir).resolve()
         self._mark = uuid.uuid4().hex
-        self._slots, self._relay = slots, relay
+        self._slots, self._relay, self._variables = slots, relay, dict(variables or {})
+        others = [beside._keeper(name) for name in beside.agents] if beside is not None else []
+        self._joined = dict(zip(names, others, strict=False))
         self._cpus = cpus or max(slots or 1, (os.cpu_count() or 1) // len(names))
         self._points = self.folder / "failpoints"
         self._points.mkdir(parents=True, exist_ok=True)
@@ -88,8 +94,10 @@ class FabricEnvironment:
         self._listen = "127.0.0.1:0"
         self._supervisor: Supervisor | None = None
         self.mediator = self._daemon("fabric-mediator", self._mediator_command, _SERVING, "L001")
-        self.agents = {
-            name: self._daemon(f"agent-{name}", lambda name=name: self._agent_command(name), _CONNECTED, "A003")
+        self.agents: dict[str, Daemon] = {
+            name: self._daemon(
+                f"agent-{name}", lambda name=name: self._agent_command(name), _CONNECTED, "A003", self._joined.get(name)
+            )
             for name in names
         }
         try:
@@ -221,7 +229,9 @@ class FabricEnvironment:
         if supervise:
             self._supervisor = Supervisor(self.daemons)
 
-    def _daemon(self, name: str, command: object, ready: re.Pattern[str], code: str) -> Daemon:
+    def _daemon(
+        self, name: str, command: object, ready: re.Pattern[str], code: str, joined: Mapping[str, str] | None = None
+    ) -> Daemon:
         environment = {
             **os.environ,
             # Whatever this process can import, the daemons can.
@@ -231,6 +241,8 @@ class FabricEnvironment:
             MARK: self._mark,
             points.VARIABLE: points.FROM_FILE,
             points.FOLDER_VARIABLE: str(self._points),
+            **self._variables,
+            **(ray_environment(joined["token_path"]) if joined else {}),
         }
         environment.pop("RAY_ADDRESS", None)
         return Daemon(name, command, environment, self.folder / f"{name}.log", ready, code)  # type: ignore[arg-type]
@@ -241,7 +253,10 @@ class FabricEnvironment:
 
     def _agent_command(self, name: str) -> list[str]:
         command = [sys.executable, "-m", "icrf_agent.cli", "--cluster", name, "--mediator", self.address]
-        command += ["--ray-address", "local", "--cpus", str(self._cpus), "--object-store-mb", str(OBJECT_STORE_MB)]
+        if name in self._joined:
+            command += ["--ray-address", self._joined[name]["address"]]
+        else:
+            command += ["--ray-address", "local", "--cpus", str(self._cpus), "--object-store-mb", str(OBJECT_STORE_MB)]
         command += ["--state", str(self.folder / f"agent-{name}"), "--trust-submitter"]
         if self._slots is not None:
             command += ["--slots", str(self._slots)]

@@ -14,9 +14,9 @@ from types import TracebackType
 from icrf.daemon import MonotonicClock
 from icrf.loop_thread import LoopThread
 from icrf.ports import AgentLink, Clock, MediatorPort, PayloadTransport
-from icrf.protocol import Capacity
+from icrf.protocol import Capacity, Warned
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
-from icrf_agent.inline_substrate import InlineSubstrate
+from icrf_agent.inline_substrate import InlineCpus, InlineSubstrate
 from icrf_agent.runtime import HostedRuntime
 from icrf_agent.service import AgentIdentity, AgentService
 from icrf_mediator.blobs import MemoryBlobs
@@ -34,6 +34,8 @@ class InlineFabric:
         num_slots: hosts per cluster.
         templates: node classes by ``local:NAME``.
         labels: labels by cluster name.
+        cpus: what clusters reserve from, by name, where somebody else does too; else each has enough.
+        quota: slots of a cluster that one federation may hold at once; 0: all.
         policy: times of the mediator.
         clock: the mediator's time; by default that of this machine.
 
@@ -49,6 +51,8 @@ class InlineFabric:
         num_slots: int = 2,
         templates: Mapping[str, type] | None = None,
         labels: Mapping[str, Mapping[str, str]] | None = None,
+        cpus: Mapping[str, InlineCpus] | None = None,
+        quota: int = 0,
         policy: Policy | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -56,7 +60,8 @@ class InlineFabric:
         self._thread = LoopThread("icrf-inline-fabric")
         self._hub = TransportHub()
         self.store, self.blobs = MemoryStore(), MemoryBlobs()
-        self._capacity = Capacity(num_slots, float(num_slots), 0.0, 1 << 33)
+        self._capacity = Capacity(num_slots, float(num_slots), 0.0, 1 << 33, quota=quota)
+        self._cpus = dict(cpus or {})
         self._templates = dict(templates or {})
         self._labels = {k: dict(v) for k, v in (labels or {}).items()}
         self._policy, self._clock = policy, clock or MonotonicClock()
@@ -88,9 +93,18 @@ class InlineFabric:
 
     async def _add(self, service: MediatorService, name: str) -> None:
         identity = AgentIdentity(name, uuid.uuid4().hex, self._labels.get(name, {}))
-        substrate = self.substrates[name] = InlineSubstrate(self._capacity, lambda: self._transport(identity))
-        runtime = HostedRuntime(name, substrate, templates=self._templates)
-        agent = AgentService(identity, self._link(name), runtime)
+        substrate = InlineSubstrate(self._capacity, lambda: self._transport(identity))
+        if name in self._cpus:
+            substrate.cpus = self._cpus[name]
+        self.substrates[name] = substrate
+        link = self._link(name)
+        runtime = HostedRuntime(
+            name,
+            substrate,
+            templates=self._templates,
+            warn=lambda run_id, text: link.report(Warned(run_id, text)),
+        )
+        agent = AgentService(identity, link, runtime)
         await agent.start()
         self._serving.append(asyncio.create_task(agent.serve()))
         await agent.registered.wait()

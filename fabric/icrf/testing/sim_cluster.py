@@ -25,6 +25,7 @@ RETRY, RESTORE = "retry", "restore"
 DEATHS = frozenset({"U003", "P003", "P030"})
 MAX_SENDS = 12
 RESERVE_POLL_S = 1.0
+ANOTHER_PROGRAM = "another program"
 # Beyond the deadline of a round, where late clusters are survived.
 LATE_S, LATE_ODDS, MAX_LATE = (160.0, 300.0), 0.5, 2
 WIRE_HEADER_BYTES = 100
@@ -144,6 +145,15 @@ class SimCluster:
     def agent_died(self) -> None:
         """What only the agent's process knew is forgotten; hosts and manager live on."""
         self.runs = {}
+
+    def occupy(self, seconds: float) -> None:
+        """Another program takes what is free, and what becomes free, for so long."""
+        self.reserved[ANOTHER_PROGRAM] = self.num_slots
+
+        def leave() -> None:
+            self.reserved.pop(ANOTHER_PROGRAM, None)
+
+        self._world.after(seconds, ("leaves", ANOTHER_PROGRAM, self.name), leave)
 
     # ------------------------------------------------------------ setting up
 

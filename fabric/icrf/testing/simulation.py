@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
 from icrf.errors import IcrfError
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, RunEvent
 from icrf.testing.sim_agent import SimAgent
-from icrf.testing.sim_cluster import Network, SimCluster
+from icrf.testing.sim_cluster import ANOTHER_PROGRAM, Network, SimCluster
 from icrf.testing.sim_invariants import Checker
 from icrf.testing.sim_mediator import Away, SimMediator
 from icrf.testing.sim_tally import ADAPTATION, Tally, tally_submission
@@ -125,6 +126,7 @@ class Fabric:
         quorum: long stars over several clusters that do without those that are lost.
         adapting: long runs of peers whose graph changes.
         gap_s: mean time between faults of these kinds.
+        crowded: other programs take the slots of clusters now and then.
     """
 
     def __init__(
@@ -135,10 +137,11 @@ class Fabric:
         quorum: bool = False,
         gap_s: float = 3.0,
         adapting: bool = False,
+        crowded: bool = False,
     ) -> None:
         self.world = world = World(seed, len(FAULTS), trace)
         if kinds:
-            options = f"kinds={tuple(kinds)!r}, quorum={quorum}, gap_s={gap_s}, adapting={adapting}"
+            options = f"kinds={tuple(kinds)!r}, quorum={quorum}, gap_s={gap_s}, adapting={adapting}, crowded={crowded}"
             world.repeat = f"simulate({seed}, trace=True, {options})"
             world.concentrate([float(kind in kinds) for kind in FAULTS], gap_s)
         policy = Policy()
@@ -159,6 +162,15 @@ class Fabric:
         self.users = [self._user(k) for k in range(rng.choice((1, 1, 2)))]
         self._deaths: dict[tuple[str, tuple[int, ...]], int] = {}
         world.soon(0.0, 2.0 * world.odds.gap_s, None, self._strike)
+        for cluster in self.clusters if crowded else ():
+            world.soon(0.0, 10.0, None, partial(self._crowd, cluster))
+
+    def _crowd(self, cluster: SimCluster) -> None:
+        """Another program comes to a cluster, for a while, and again later; in the end there is none."""
+        if self.world.now_s < HEAL_S:
+            stays_s = self.world.rng.choice((20.0, 100.0, 200.0))
+            cluster.occupy(stays_s)
+            self.world.soon(stays_s + 1.0, stays_s + 200.0, None, partial(self._crowd, cluster))
 
     def run(self) -> Outcome:
         """Let things happen until every run has ended and nothing is left.
@@ -297,7 +309,7 @@ class Fabric:
 
     def _nothing_is_left(self) -> None:
         for cluster in self.clusters:
-            left = sorted({run_id for run_id, _ in cluster.hosts()} | cluster.reserved.keys())
+            left = sorted({run_id for run_id, _ in cluster.hosts()} | cluster.reserved.keys() - {ANOTHER_PROGRAM})
             self.checker.require(not left, f"I11: {cluster.name} still holds {left}")
 
 
@@ -308,6 +320,7 @@ def simulate(
     quorum: bool = False,
     gap_s: float = 3.0,
     adapting: bool = False,
+    crowded: bool = False,
 ) -> Outcome:
     """One history.
 
@@ -318,11 +331,12 @@ def simulate(
         quorum: long stars over several clusters that do without those that are lost.
         adapting: long runs of peers whose graph changes.
         gap_s: mean seconds between faults of these kinds.
+        crowded: other programs take the slots of clusters now and then.
 
     Raises:
         SimulationFailed: an invariant does not hold.
     """
-    return Fabric(seed, trace, kinds, quorum, gap_s, adapting).run()
+    return Fabric(seed, trace, kinds, quorum, gap_s, adapting, crowded).run()
 
 
 # ---------------------------------------------------------------- kinds of faults that strike from outside

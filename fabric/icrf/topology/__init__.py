@@ -20,6 +20,7 @@ from icrf.topology.builders import (
     require_connected,
 )
 from icrf.topology.check import check_mixing, require_consensus
+from icrf.topology.communities import label_communities
 from icrf.topology.csv_matrix import read_adjacency_csv, read_weights_csv
 from icrf.topology.gossip import Gossip
 from icrf.topology.grouping import GROUPINGS, group_clients, register_grouping, wants_labels
@@ -58,6 +59,7 @@ __all__ = [
     "from_network",
     "group_clients",
     "hierarchy_of_groups",
+    "label_communities",
     "metropolis_hastings",
     "mixing_matrix",
     "mixing_row",

@@ -4,26 +4,41 @@ from collections.abc import Sequence
 
 from icrf.protocol import ClusterInfo
 from icrf.topology import HybridAdjacencyMatrix
-from icrf_mediator.assignment.base import ASSIGNMENTS, Assignment, AssignmentStrategy, Pins, resolve_pins
+from icrf_mediator.assignment.base import ASSIGNMENTS, Assignment, AssignmentStrategy, Hints, Pins, resolve_pins
 from icrf_mediator.assignment.groups import assign_groups
+from icrf_mediator.assignment.links import MeasuredLink, link_costs
 from icrf_mediator.assignment.locality import LocalityAwareAssignment
-from icrf_mediator.assignment.round_robin import RoundRobinAssignment
+from icrf_mediator.assignment.partitions import LouvainAssignment, MetisAssignment
+from icrf_mediator.assignment.plain import CapacityAssignment, RandomAssignment, RoundRobinAssignment
 
 __all__ = [
     "ASSIGNMENTS",
     "Assignment",
     "AssignmentStrategy",
+    "CapacityAssignment",
+    "Hints",
     "LocalityAwareAssignment",
+    "LouvainAssignment",
+    "MeasuredLink",
+    "MetisAssignment",
     "Pins",
+    "RandomAssignment",
     "RoundRobinAssignment",
     "assign",
     "assign_groups",
+    "link_costs",
     "resolve_pins",
 ]
 
 
-def assign(strategy: str, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins) -> Assignment:
+def assign(
+    strategy: str,
+    adj: HybridAdjacencyMatrix,
+    clusters: Sequence[ClusterInfo],
+    pins: Pins,
+    hints: Hints = Hints(),
+) -> Assignment:
     """Assign with the strategy registered under this name; C010 for an unknown one, C017 for one that raises."""
     kind = ASSIGNMENTS.get(strategy)
     with ASSIGNMENTS.calling(strategy):
-        return kind().assign(adj, clusters, pins)
+        return kind().assign(adj, clusters, pins, hints)

@@ -27,15 +27,38 @@ class Assignment:
     explanation: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What a strategy may look at beside graph, clusters and pins.
+
+    Attributes:
+        seed: of the federation.
+        previous: cluster index per node under the assignment before, -1 for a node whose cluster is no longer there;
+            empty for a first assignment.
+        costs: what an edge between two clusters costs, see :func:`icrf_mediator.assignment.links.link_costs`; None: all
+            the same.
+        communities: community per node by what their data look like, -1 for a node in none; empty where that does not
+            matter.
+    """
+
+    seed: int = 0
+    previous: tuple[int, ...] = ()
+    costs: tuple[tuple[int, ...], ...] | None = None
+    communities: tuple[int, ...] = ()
+
+
 class AssignmentStrategy(Protocol):
     """Decides where nodes live. Pure: equal arguments give an equal result, and nothing is kept between calls."""
 
-    def assign(self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins) -> Assignment:
+    def assign(
+        self, adj: HybridAdjacencyMatrix, clusters: Sequence[ClusterInfo], pins: Pins, hints: Hints = Hints()
+    ) -> Assignment:
         """Assign every node to one cluster.
 
         Args:
             clusters: at least one; their order defines the cluster indices.
             pins: node index -> indices of the clusters that may host it; nodes not named may live anywhere.
+            hints: a strategy may leave them aside.
         """
 
 
@@ -108,6 +131,13 @@ def place_pinned(pins: Pins, num_nodes: int, slots: Sequence[int]) -> tuple[list
         clusters[node] = best
         counts[best] += 1
     return clusters, counts
+
+
+def room_for(num_nodes: int, clusters: Sequence[ClusterInfo], pins: Pins) -> tuple[list[int], Shares]:
+    """Where pinned nodes go, -1 for the others, and how many nodes each cluster takes."""
+    slots = cluster_slots(clusters)
+    pinned, counts = place_pinned(pins, num_nodes, slots)
+    return pinned, fair_shares(num_nodes, slots, counts)
 
 
 def resolve_pins(

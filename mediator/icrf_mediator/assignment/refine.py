@@ -8,30 +8,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from icrf_mediator.assignment.base import Pins
+from icrf_mediator.assignment.crossing import Costs, Neighbours
 
 MAX_PASSES = 12
 # Moves without a new best after which a pass gives up.
 _MIN_PATIENCE, _PATIENCE = 100, 400
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """An undirected graph as CSR lists; plain lists, because the loops below read single entries."""
-
-    indptr: list[int]
-    indices: list[int]
-
-    @property
-    def num_nodes(self) -> int:
-        return len(self.indptr) - 1
-
-    def of(self, node: int) -> list[int]:
-        return self.indices[self.indptr[node] : self.indptr[node + 1]]
 
 
 def refine(
@@ -41,23 +26,25 @@ def refine(
     high: Sequence[int],
     pins: Pins,
     passes: int = MAX_PASSES,
+    costs: Costs | None = None,
 ) -> list[int]:
-    """Move nodes between clusters while that cuts fewer edges.
+    """Move nodes between clusters while that makes what crosses cheaper.
 
     Args:
         clusters: cluster per node to start from; not changed.
         low: fewest nodes per cluster; a start below it is kept from shrinking further.
         high: most nodes per cluster; a start above it is kept from growing further.
         pins: node -> allowed clusters.
+        costs: what an edge between two clusters costs; None: all the same.
 
     Returns:
-        cluster per node, cutting at most as many edges as the start.
+        cluster per node; the edges that it cuts cost at most what those of the start do.
     """
     sizes = np.bincount(clusters, minlength=len(low)).tolist()
     low = [min(a, b) for a, b in zip(low, sizes, strict=True)]
     high = [max(a, b) for a, b in zip(high, sizes, strict=True)]
     for _ in range(passes):
-        one = _Pass(graph, clusters, low, high, pins)
+        one = _Pass(graph, clusters, low, high, pins, costs)
         improved = one.run()
         if improved <= 0:
             break
@@ -65,15 +52,46 @@ def refine(
     return clusters
 
 
+def mend(
+    graph: Neighbours,
+    clusters: list[int],
+    low: Sequence[int],
+    high: Sequence[int],
+    pins: Pins,
+    costs: Costs | None = None,
+) -> list[int]:
+    """Bring the sizes within their bounds, as far as pins allow, with the fewest moves.
+
+    Each move is the one that costs least at the time.
+
+    Args:
+        clusters: cluster per node to start from; not changed.
+        low, high: fewest and most nodes per cluster, which sum to at most and at least the number of nodes.
+        pins: node -> allowed clusters.
+    """
+    sizes = np.bincount(clusters, minlength=len(low)).tolist()
+    if all(least <= size <= most for least, size, most in zip(low, sizes, high, strict=True)):
+        return clusters
+    one = _Mending(graph, clusters, low, high, pins, costs)
+    one.run()
+    return one.best()
+
+
 class _Pass:
     """One pass. `connections[v * k + c]` counts the neighbours of v in cluster c."""
 
     def __init__(
-        self, graph: Neighbours, clusters: Sequence[int], low: Sequence[int], high: Sequence[int], pins: Pins
+        self,
+        graph: Neighbours,
+        clusters: Sequence[int],
+        low: Sequence[int],
+        high: Sequence[int],
+        pins: Pins,
+        costs: Costs | None,
     ) -> None:
         self._graph = graph
         self._clusters = list(clusters)
-        self._low, self._high, self._pins = low, high, pins
+        self._low, self._high, self._pins, self._costs = low, high, pins, costs
         self._k = len(low)
         self._all = range(self._k)
         self._sizes: list[int] = np.bincount(self._clusters, minlength=self._k).tolist()
@@ -94,7 +112,7 @@ class _Pass:
             self._push(node, self._all)
 
     def run(self) -> int:
-        """Make the moves; returns how many edges fewer the best prefix cuts."""
+        """Make the moves; returns how much less the best prefix costs."""
         gained, best = 0, 0
         n = self._graph.num_nodes
         patience = max(_MIN_PATIENCE, min(_PATIENCE, n // 5), n // 50)
@@ -117,18 +135,23 @@ class _Pass:
             result[node] = source
         return result
 
-    def _gain(self, node: int, target: int) -> int:
+    def _cost(self, node: int, cluster: int) -> int:
+        """What the edges of a node cost if it lives on `cluster`, but for a summand that is the same for all."""
         base = node * self._k
-        return self._connections[base + target] - self._connections[base + self._clusters[node]]
+        if self._costs is None:
+            return -self._connections[base + cluster]
+        there = self._costs[cluster]
+        return sum(self._connections[base + other] * there[other] for other in self._all)
 
     def _push(self, node: int, targets: Iterable[int]) -> None:
         source, base = self._clusters[node], node * self._k
-        internal = self._connections[base + source]
+        present = self._cost(node, source)
         allowed = self._pins.get(node)
         for target in targets:
             external = self._connections[base + target]
             if target != source and external and (allowed is None or target in allowed):
-                heapq.heappush(self._heaps.setdefault((source, target), []), (internal - external, node))
+                cost = (-external if self._costs is None else self._cost(node, target)) - present
+                heapq.heappush(self._heaps.setdefault((source, target), []), (cost, node))
 
     def _pop(self) -> tuple[int, int, int] | None:
         """The best move that the sizes allow: (gain, node, target)."""
@@ -154,7 +177,7 @@ class _Pass:
             if self._locked[node] or self._clusters[node] != source or not self._connections[node * self._k + target]:
                 heapq.heappop(heap)
                 continue
-            present = -self._gain(node, target)
+            present = self._cost(node, target) - self._cost(node, source)
             if present <= cost:
                 return
             heapq.heapreplace(heap, (present, node))
@@ -186,7 +209,49 @@ class _Pass:
             self._connections[base + source] -= 1
             self._connections[base + target] += 1
             home = self._clusters[neighbour]
-            if self._locked[neighbour] or home == target:
+            if self._locked[neighbour] or (home == target and self._costs is None):
                 continue
-            # Leaving a cluster that lost a neighbour became better for every target, else only joining the new one.
-            self._push(neighbour, self._all if home == source else (target,))
+            # Leaving a cluster that lost a neighbour became better for every target, else only joining the new one;
+            # where links differ in what they cost, any of them may have.
+            self._push(neighbour, self._all if home == source or self._costs is not None else (target,))
+
+
+class _Mending(_Pass):
+    """Moves that bring sizes within their bounds, and no others."""
+
+    _next = 0
+
+    def run(self) -> int:
+        """Make the moves; returns how many there were."""
+        while self._outside:
+            self._over = {c for c in self._all if self._sizes[c] > self._high[c]}
+            self._under = {c for c in self._all if self._sizes[c] < self._low[c]}
+            move = self._pop() or self._unconnected()
+            if move is None:
+                break
+            _, node, target = move
+            self._moves.append((node, self._clusters[node]))
+            self._apply(node, target)
+        self._kept = len(self._moves)
+        return self._kept
+
+    def _fits(self, source: int, target: int) -> bool:
+        """Whether a move leads from where there are too many to where there are too few, as far as there are both."""
+        gives = source in self._over if self._over else self._sizes[source] > self._low[source]
+        takes = target in self._under if self._under else self._sizes[target] < self._high[target]
+        return source != target and gives and takes
+
+    def _unconnected(self) -> tuple[int, int, int] | None:
+        """The next node that may move, where none has a neighbour where it is wanted."""
+        n = self._graph.num_nodes
+        # From where the last one was found, and around: what was passed over may have to move after all.
+        for step in range(n):
+            node = (self._next + step) % n
+            if self._locked[node]:
+                continue
+            source, allowed = self._clusters[node], self._pins.get(node, self._all)
+            targets = [target for target in self._all if target in allowed and self._fits(source, target)]
+            if targets:
+                self._next = node
+                return 0, node, min(targets, key=lambda target: (self._cost(node, target), target))
+        return None

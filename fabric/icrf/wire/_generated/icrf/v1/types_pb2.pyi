@@ -169,6 +169,7 @@ class Submission(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    COMMUNITIES_FIELD_NUMBER: _builtins.int
     client_request_id: _builtins.str
     config_json: _builtins.str
     flow: _builtins.str
@@ -188,6 +189,8 @@ class Submission(_message.Message):
     def schedule(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """hexadecimal bitmaps"""
 
+    @_builtins.property
+    def communities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -203,10 +206,11 @@ class Submission(_message.Message):
         rows: Global___Rows | None = ...,
         schedule: _abc.Iterable[_builtins.str] | None = ...,
         profile: _builtins.bool = ...,
+        communities: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "profile", b"profile", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_request_id", b"client_request_id", "code_path", b"code_path", "communities", b"communities", "config_json", b"config_json", "flow", b"flow", "graph", b"graph", "keep", b"keep", "layout", b"layout", "nodes", b"nodes", "profile", b"profile", "rows", b"rows", "schedule", b"schedule", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,12 +246,15 @@ class Capacity(_message.Message):
     NUM_CPUS_FIELD_NUMBER: _builtins.int
     NUM_GPUS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
-    NUM_RAY_NODES_FIELD_NUMBER: _builtins.int
+    RAY_NODES_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     num_slots: _builtins.int
     num_cpus: _builtins.float
     num_gpus: _builtins.float
     memory_bytes: _builtins.int
-    num_ray_nodes: _builtins.int
+    quota: _builtins.int
+    @_builtins.property
+    def ray_nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Resources]: ...
     def __init__(
         self,
         *,
@@ -255,11 +262,12 @@ class Capacity(_message.Message):
         num_cpus: _builtins.float = ...,
         num_gpus: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
-        num_ray_nodes: _builtins.int = ...,
+        ray_nodes: _abc.Iterable[Global___Resources] | None = ...,
+        quota: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "num_cpus", b"num_cpus", "num_gpus", b"num_gpus", "num_ray_nodes", b"num_ray_nodes", "num_slots", b"num_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "num_cpus", b"num_cpus", "num_gpus", b"num_gpus", "num_slots", b"num_slots", "quota", b"quota", "ray_nodes", b"ray_nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -483,6 +491,46 @@ class Plan(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MemoryEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LackingEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FEDERATION_FIELD_NUMBER: _builtins.int
     FLOW_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
@@ -513,6 +561,8 @@ class Plan(_message.Message):
     ADAPTATION_PERIOD_FIELD_NUMBER: _builtins.int
     BYTES_INTER_CLUSTER_PER_ADAPTATION_FIELD_NUMBER: _builtins.int
     RESIDENTS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    LACKING_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     BYTES_CODED_PER_ROUND_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
@@ -557,6 +607,10 @@ class Plan(_message.Message):
     def groups(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def residents(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def memory(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def lacking(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -590,12 +644,14 @@ class Plan(_message.Message):
         adaptation_period: _builtins.int = ...,
         bytes_inter_cluster_per_adaptation: _builtins.int = ...,
         residents: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        memory: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        lacking: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         codec: _builtins.str = ...,
         bytes_coded_per_round: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "adaptation_period", b"adaptation_period", "assignment", b"assignment", "bytes_coded_per_round", b"bytes_coded_per_round", "bytes_inter_cluster_per_adaptation", b"bytes_inter_cluster_per_adaptation", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "codec", b"codec", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "links", b"links", "mixing", b"mixing", "num_edges", b"num_edges", "num_models", b"num_models", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "residents", b"residents", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "adaptation_period", b"adaptation_period", "assignment", b"assignment", "bytes_coded_per_round", b"bytes_coded_per_round", "bytes_inter_cluster_per_adaptation", b"bytes_inter_cluster_per_adaptation", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "codec", b"codec", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "lacking", b"lacking", "links", b"links", "memory", b"memory", "mixing", b"mixing", "num_edges", b"num_edges", "num_models", b"num_models", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "residents", b"residents", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
