@@ -12,6 +12,7 @@ from icrf.protocol import RoundResult
 from icrf.run_folder import summarize
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
+from icrf.testing import SocketFabric
 from icrf.testing.inline import InlineFabric
 from icrf.testing.runs import completed, facts, follow_until
 
@@ -146,6 +147,18 @@ def test_the_plan_has_a_bound_that_no_round_passes(codec: str, more: dict[str, A
     for r in within:
         assert 0 < r.bytes_inter_cluster + r.bytes_saved - plan.bytes_inter_cluster_per_round < headers
     assert summarize(info, rounds)["bytes_saved"] == sum(r.bytes_saved for r in rounds)
+
+
+@pytest.mark.parametrize("relay", [False, True], ids=["direct", "relayed"])
+def test_what_is_counted_is_what_passes_the_sockets(relay: bool) -> None:
+    model, rounds = alone("top_k", top_k_fraction=0.05)
+    with SocketFabric(2, relay=relay) as fabric:
+        info, found = completed(fabric, build_submission(configured("top_k", top_k_fraction=0.05)))
+        passed = fabric.payload_bytes()
+    assert (info.model_sha256, [facts(r) for r in found]) == (model, rounds)
+    if not relay:
+        assert passed == pytest.approx(crossed(found), rel=0.05)
+    assert sum(r.bytes_saved for r in found) > 2 * crossed(found)
 
 
 def test_without_a_codec_nothing_is_said_of_one() -> None:
