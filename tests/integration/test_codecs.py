@@ -175,3 +175,10 @@ def test_a_lossless_codec_changes_no_bit_and_a_lossy_one_does() -> None:
     hashes = {codec: alone(codec)[0] for codec in ("none", "zstd", "bf16", "top_k")}
     assert hashes["none"] == hashes["zstd"]
     assert len(set(hashes.values())) == 3
+
+
+@pytest.mark.parametrize("codec, more", [("top_k", {}), ("bf16", PEERS)], ids=["star", "ring"])
+def test_nodes_that_take_turns_keep_what_they_have_left_out(codec: str, more: dict[str, Any]) -> None:
+    """Rows of nodes that are not active lie on disk."""
+    model, rounds = outcome(codec, 2, resident_nodes=1, **more)
+    assert (model, [facts(r) for r in rounds]) == alone(codec, **more)
