@@ -74,7 +74,7 @@ class PayloadCoder:
         if header.coding != DELTA or not self._send_delta(header, array, deliver):
             deliver(replace(header, coding=PACKED), pack(array))
         if header.coding == DELTA:
-            self._keep(_key(header, ""), array.copy(), header.target)
+            self._keep(_key(header, ""), array, header.target)
 
     def _send_delta(self, header: PayloadHeader, array: Array, deliver: Deliver) -> bool:
         """Whether it could be delivered against what its receiver has acknowledged last."""
@@ -134,18 +134,23 @@ class PayloadCoder:
                 del self._kept[key]
 
     def _keep(self, key: _Key, array: Array, target: str) -> None:
+        """Keep an array that came in, or a copy of one that was sent: what it lies in may be used again."""
         identity = xxhash.xxh3_128_hexdigest(array.view(np.uint8).data)
         with self._lock:
             kept = self._kept.setdefault(key, _Kept())
             self._kept.move_to_end(key)
-            kept.versions.setdefault(identity, array)
+            if identity not in kept.versions:
+                kept.versions[identity] = array.copy() if target else array
             kept.versions.move_to_end(identity)
             if target:
                 kept.acknowledged[target] = identity
             while len(kept.versions) > _VERSIONS:
                 kept.versions.popitem(last=False)
             while sum(k.nbytes for k in self._kept.values()) > self._max_kept_bytes:
-                self._kept.popitem(last=False)
+                oldest = next(iter(self._kept))
+                self._kept[oldest].versions.popitem(last=False)
+                if not self._kept[oldest].versions:
+                    del self._kept[oldest]
 
 
 def coding_of(codec: str, kind: str) -> str:

@@ -175,9 +175,10 @@ def test_what_is_never_alike_is_packed_by_itself_and_other_errors_are_the_sender
         line.there.decode(header, np.zeros(3, np.uint8))
 
 
-def test_bases_take_no_more_memory_than_they_may() -> None:
+@pytest.mark.parametrize("room, second", [(3_999, PACKED), (4_000, DELTA)])
+def test_bases_take_no_more_memory_than_they_may(room: int, second: str) -> None:
     line = Line()
-    line.here, line.there = PayloadCoder(max_kept_bytes=1_000), PayloadCoder(max_kept_bytes=1_000)
-    for _ in range(2):
-        line.send(normal(1_000))
-    assert line.codings == [PACKED, PACKED]
+    line.here, line.there = PayloadCoder(max_kept_bytes=room), PayloadCoder(max_kept_bytes=room)
+    for k in range(3):
+        line.send(normal(1_000, seed=k))
+    assert line.codings == [PACKED, second, second]
