@@ -1,8 +1,9 @@
 """Who may reserve next: one line per cluster, in the order of submission. Pure.
 
 A run asks for all of its slots on all of its clusters at once, and waits without holding any. Who came first goes first
-wherever two need the same cluster; who waits for a cluster that is away is not in line. So every wait in line is for a run that is earlier in one and the same order, or that holds
-slots and will give them back, and no two can wait for each other.
+wherever two need the same cluster; who waits for a cluster that is away is not in line. So every wait in line is for a
+run that is earlier in one and the same order, or that holds slots and will give them back, and no two can wait for each
+other.
 """
 
 from __future__ import annotations
