@@ -107,7 +107,7 @@ class HybridClusterGateway:
         else:
             # In a list, because an actor would get the array itself in place of a bare reference. Known ones arrive
             # too: an earlier life of the gateway may have died before it could tell; its reader knows what it has.
-            self._manager.deliver(header, [self._references.put(array)], wire_bytes)
+            self._manager.deliver(header, [self._references.put(array, header.kind)], wire_bytes)
         with self._came:
             self._arrivals.append(Arrival(header, wire_bytes))
             self._came.notify_all()
