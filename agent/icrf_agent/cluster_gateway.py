@@ -16,6 +16,7 @@ import numpy as np
 from icrf.exchange import MESSAGE
 from icrf.ports import Arrival, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
+from icrf.wire.tls import TlsFiles
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.topology_manager import HybridTopologyManager, References
 
@@ -31,15 +32,17 @@ class GatewaySettings:
         incarnation: whose gateway it is: the id of the agent, over all its lives.
         listen: ``HOST:PORT`` to accept peers on (port 0: any); None takes payloads through the relay only.
         relay: address of the mediator's relay.
+        tls: where the cluster's certificate lies on the gateway's machine; None: plaintext.
     """
 
     cluster: str
     incarnation: str
     listen: str | None
     relay: str | None
+    tls: TlsFiles | None = None
 
     def transport(self) -> PayloadTransport:
-        return GrpcTransport(self.listen, self.relay, self.cluster, self.incarnation)
+        return GrpcTransport(self.listen, self.relay, self.cluster, self.incarnation, tls=self.tls)
 
 
 class HybridClusterGateway:

@@ -72,11 +72,16 @@ class Advance:
 
 @dataclass(frozen=True)
 class Discard:
-    """Drop everything of an attempt."""
+    """Drop everything of an attempt.
+
+    Attributes:
+        ahead: whether nobody has asked for it: whatever still works on it shall leave off.
+    """
 
     run_id: str
     round: int
     attempt: int
+    ahead: bool = False
 
 
 Action = Say | Perform | Advance | Discard
@@ -143,6 +148,10 @@ class AgentCore:
             return [Perform(instruction)]
         if isinstance(instruction, Lease | Dismiss | Reject):
             return []
+        run = self._runs.get(instruction.run_id)
+        if run is not None and isinstance(instruction, SaveCheckpoint | StoreModel):
+            # What comes in between must not wait for what may never be asked for.
+            return [*self._drop_ahead(run), Perform(instruction)]
         return [Perform(instruction)]
 
     def arrived(self, arrival: Arrival, now_s: float) -> list[Action]:
@@ -299,7 +308,7 @@ class AgentCore:
     def _drop_ahead(self, run: _Run) -> list[Action]:
         """What was begun ahead is not what comes next."""
         machine, run.ahead, run.found_ahead = run.ahead, None, None
-        return [Discard(machine.start.run_id, *position_of(machine.start))] if machine else []
+        return [Discard(machine.start.run_id, *position_of(machine.start), ahead=True)] if machine else []
 
     def _abort(self, abort: AbortAttempt) -> list[Action]:
         run = self._runs.get(abort.run_id)

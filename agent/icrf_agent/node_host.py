@@ -113,6 +113,10 @@ class NodeHost:
         rounds = flow.rounds or (nodes.states.rounds if nodes.states.used else ())
         return HostHeld(self.life, generation, tuple(nodes.indices), rounds, nodes.states.used)
 
+    def host_leave_off(self, round_number: int, attempt: int) -> None:
+        """An attempt is given up: no further node is trained for it. Heard at any time, also before it begins here."""
+        self._tray.left_off = (round_number, attempt)
+
     def host_checkpoint(self, round_number: int) -> bytes:
         """This host's part of the committed state of a round; F006 if it is not here."""
         nodes, flow = self._ready()

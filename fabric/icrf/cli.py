@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from icrf.protocol import Plan, Submission
     from icrf.sinks import MetricsSink
     from icrf.spec import FederationConfig
+    from icrf.wan import WanShape
 
 DEFAULT_MEDIATOR = "127.0.0.1:7443"
 EXIT_TERMINATED = 143
@@ -65,23 +66,39 @@ Profile = Annotated[
     typer.Option("--profile", help="Show where the rounds' time went, per host; profile.jsonl has each round."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/ID")]
+Wan = Annotated[
+    str | None,
+    typer.Option(
+        "--wan",
+        metavar="SHAPE",
+        help="Put lines like this between the clusters, for example 80ms,50mbit: round trip, rate[, jitter=5ms].",
+        show_default=False,
+    ),
+]
 Clusters = Annotated[int, typer.Option("--clusters", min=1, max=64, metavar="N", help="How many local Ray clusters.")]
 Mediator = Annotated[
     str,
     typer.Option("--mediator", envvar="ICRF_MEDIATOR", metavar="HOST:PORT", help="The fabric's mediator."),
 ]
+TlsDir = Annotated[
+    Path | None,
+    typer.Option("--tls-dir", envvar="ICRF_TLS_DIR", metavar="DIR", help="Your certificate.", show_default="plaintext"),
+]
 
 
-def _remote(address: str) -> MediatorPort:
+def _remote(address: str, tls: Path | None) -> MediatorPort:
     from icrf.wire.mediator_client import GrpcMediator
+    from icrf.wire.tls import TlsFiles
 
-    return GrpcMediator(address)
+    return GrpcMediator(address, tls=TlsFiles.at(tls))
 
 
-def _local(clusters: int, state_dir: Path | None, on_progress: Callable[[str], None]) -> LocalHandle:
+def _local(
+    clusters: int, state_dir: Path | None, on_progress: Callable[[str], None], wan: WanShape | None = None
+) -> LocalHandle:
     from icrf.local import open_local
 
-    return open_local(clusters, state_dir=state_dir, on_progress=on_progress)
+    return open_local(clusters, state_dir=state_dir, on_progress=on_progress, wan=wan)
 
 
 def _plan_local(submission: Submission, clusters: int) -> Plan:
@@ -94,8 +111,8 @@ def _plan_local(submission: Submission, clusters: int) -> Plan:
 class Doors:
     """How the commands get at a fabric. Tests hand in others."""
 
-    remote: Callable[[str], MediatorPort] = _remote
-    local: Callable[[int, Path | None, Callable[[str], None]], LocalHandle] = _local
+    remote: Callable[[str, Path | None], MediatorPort] = _remote
+    local: Callable[..., LocalHandle] = _local
     plan_local: Callable[[Submission, int], Plan] = _plan_local
     wall_s: Callable[[], float] = field(default=time.time)
 
@@ -156,6 +173,7 @@ def run(
     ] = False,
     profile: Profile = False,
     log: Log = None,
+    wan: Wan = None,
     override: Overrides = None,
     json: Json = False,
     plain: Plain = False,
@@ -175,7 +193,7 @@ def run(
         }
         if place := next((option for option, given in changes.items() if given), ""):
             raise LocalError("L009", f"--resume goes on with what was started; {place} changes it", place=place)
-        summary, status = resume_here(terminal, session.doors, resume, clusters, _sinks(log))
+        summary, status = resume_here(terminal, _doors(session, wan), resume, clusters, _sinks(log))
     elif file is None:
         raise LocalError(
             "L009", "a federation is needed", place="FED.yaml", hint="or --resume DIR for one that was begun"
@@ -183,7 +201,7 @@ def run(
     else:
         submission = _submission(_load(file, override), file, profile=profile)
         begin = run_twice if verify else run_here
-        summary, status = begin(terminal, session.doors, submission, clusters or 1, out, _sinks(log))
+        summary, status = begin(terminal, _doors(session, wan), submission, clusters or 1, out, _sinks(log))
     _finish(terminal, summary, status, json)
 
 
@@ -191,6 +209,7 @@ def run(
 def demo(
     context: typer.Context,
     clusters: Clusters = 2,
+    wan: Wan = None,
     out: Out = None,
     json: Json = False,
     plain: Plain = False,
@@ -200,9 +219,10 @@ def demo(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import demo_file, run_demo
 
+    doors = _doors(session, wan)
     with demo_file() as file:
         submission = _submission(_load(file, None), file)
-    summary, status = run_demo(terminal, session.doors, submission, clusters, out)
+    summary, status = run_demo(terminal, doors, submission, clusters, out)
     _finish(terminal, summary, status, json)
 
 
@@ -239,6 +259,7 @@ def plan(
     mediator: Annotated[
         str | None, typer.Option("--mediator", metavar="HOST:PORT", help="Plan for the clusters of this fabric.")
     ] = None,
+    tls_dir: TlsDir = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also show what other assignment strategies would come to.")
     ] = False,
@@ -262,7 +283,7 @@ def plan(
         plan_here = partial(session.doors.plan_local, clusters=clusters or 1)
         plans = compare_plans(plan_here, submission, strategies)
     else:
-        with _open(session, mediator) as fabric:
+        with _open(session, mediator, tls_dir) as fabric:
             plans = fabric.compare(submission, strategies)
     # That of the federation itself comes first, or there is none at all.
     found = next(plan for plan in plans.values() if isinstance(plan, Plan))
@@ -283,6 +304,7 @@ def submit(
     context: typer.Context,
     file: FedFile,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run and write its folder.")] = False,
     out: Out = None,
     profile: Profile = False,
@@ -299,21 +321,25 @@ def submit(
     if log and not (watch or out):
         raise LocalError("L009", "--log needs somebody who follows the run", place="--log", hint="add --watch")
     submission = _submission(_load(file, override), file, profile=profile)
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         summary, status = submit_there(terminal, fabric, submission, watch or out is not None, out, _sinks(log))
     _finish(terminal, summary, status, json)
 
 
 @command(THERE, "list")
 def list_runs(
-    context: typer.Context, mediator: Mediator = DEFAULT_MEDIATOR, json: Json = False, plain: Plain = False
+    context: typer.Context,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
+    json: Json = False,
+    plain: Plain = False,
 ) -> None:
     """All runs, newest first."""
     session: Session = context.obj
     terminal = session.open(json=json, plain=plain)
     from icrf.console.runs_view import run_dict, show_runs
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         infos = fabric.port.list_runs()
     show_runs(terminal, infos, session.doors.wall_s())
     if json:
@@ -325,6 +351,7 @@ def show(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     json: Json = False,
     plain: Plain = False,
 ) -> None:
@@ -334,7 +361,7 @@ def show(
     from icrf.console.runs_view import run_dict, show_run
     from icrf.run_folder import round_line
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         found = fabric.run(run_id)
         info, rounds = found.info(), found.committed_rounds()
     show_run(terminal, info, rounds, session.doors.wall_s())
@@ -347,6 +374,7 @@ def watch(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     json: Json = False,
     plain: Plain = False,
 ) -> None:
@@ -355,7 +383,7 @@ def watch(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import watch_there
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         summary, status = watch_there(terminal, fabric.run(run_id))
     _finish(terminal, summary, status, json)
 
@@ -365,6 +393,7 @@ def cancel(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     json: Json = False,
     plain: Plain = False,
 ) -> None:
@@ -373,7 +402,7 @@ def cancel(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.runs_view import run_dict, status_line
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         info = fabric.port.cancel(run_id)
     terminal.line(status_line(info))
     if json:
@@ -385,6 +414,7 @@ def fetch(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     out: Out = None,
     json: Json = False,
     plain: Plain = False,
@@ -394,7 +424,7 @@ def fetch(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import fetch_there
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         summary, status = fetch_there(terminal, fabric.run(run_id), out)
     _finish(terminal, summary, status, json)
 
@@ -414,16 +444,26 @@ def _submission(config: FederationConfig, file: Path, *, profile: bool = False) 
     return build_submission(config, code_path=str(file.resolve().parent), profile=profile)
 
 
+def _doors(session: Session, wan: str | None) -> Doors:
+    """The session's, with local clusters as far apart as asked for."""
+    doors: Doors = session.doors
+    if wan is None:
+        return doors
+    from icrf.wan import parse_wan
+
+    return replace(doors, local=partial(doors.local, wan=parse_wan(wan)))
+
+
 def _sinks(specs: list[str] | None) -> list[MetricsSink]:
     from icrf.sinks import open_sink
 
     return [open_sink(spec) for spec in specs or ()]
 
 
-def _open(session: Session, address: str) -> Fabric:
+def _open(session: Session, address: str, tls: Path | None) -> Fabric:
     from icrf.client import Fabric
 
-    return Fabric(session.doors.remote(address))
+    return Fabric(session.doors.remote(address, tls))
 
 
 def _finish(terminal: Terminal, summary: dict[str, Any], exit_code: int, json: bool) -> None:

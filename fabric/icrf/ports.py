@@ -278,8 +278,12 @@ class ClusterRuntime(Protocol):
         Returns the activation that is in force now; P003 if a later generation is. A repeated call completes what an
         earlier one has left undone."""
 
-    async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
-        """Drop everything of that attempt. Late results and payloads of it are refused from now on."""
+    async def abort(self, run_id: str, round_number: int, attempt: int, leave_off: bool = False) -> None:
+        """Drop everything of that attempt. Late results and payloads of it are refused from now on.
+
+        Args:
+            leave_off: whoever trains for it does not begin with another node.
+        """
 
     async def arrivals(self) -> AsyncIterator[Arrival]:
         """Payloads as they come in, each once."""

@@ -122,14 +122,14 @@ def test_what_was_begun_ahead_goes_on_whenever_it_is_asked_for() -> None:
 def test_what_was_begun_ahead_is_dropped_where_something_else_is_asked_for(asked: StartRound) -> None:
     core, publish = gone_ahead()
     actions = core.instructed(asked, 2.0)
-    assert actions[0] == Discard(RUN, 2, 1) and steps_of(actions) == [PUBLISH]
+    assert actions[0] == Discard(RUN, 2, 1, ahead=True) and steps_of(actions) == [PUBLISH]
     if asked.attempt != 1:
         assert do(core, publish) == []
 
 
 def test_the_round_before_can_be_repeated_while_the_next_is_under_way() -> None:
     core, publish = gone_ahead()
-    assert core.instructed(AbortAttempt(RUN, 1, 1), 2.0) == [Discard(RUN, 1, 1), Discard(RUN, 2, 1)]
+    assert core.instructed(AbortAttempt(RUN, 1, 1), 2.0) == [Discard(RUN, 1, 1), Discard(RUN, 2, 1, ahead=True)]
     assert do(core, publish) == []
     actions = core.instructed(replace(announced(1, 2), ahead=None), 3.0)
     assert [(r.round, r.attempt) for r in reports_of(core, actions)] == [(1, 2)]
