@@ -120,7 +120,7 @@ class HybridClusterGateway:
         else:
             # In a list, because an actor would get the array itself in place of a bare reference. Known ones arrive
             # too: an earlier life of the gateway may have died before it could tell; its reader knows what it has.
-            self._manager.deliver(header, [self._references.put(array)], wire_bytes, saved)
+            self._manager.deliver(header, [self._references.put(array, header.kind)], wire_bytes, saved)
             if coded:
                 self._coder.accepted(header, array)
         with self._came:

@@ -86,9 +86,9 @@ class MeteredReferences:
     def __init__(self, references: References, meter: HostMeter) -> None:
         self._references, self._meter = references, meter
 
-    def put(self, array: np.ndarray[Any, Any]) -> Any:
+    def put(self, array: np.ndarray[Any, Any], kind: str) -> Any:
         with self._meter.doing(EXCHANGING):
-            return self._references.put(array)
+            return self._references.put(array, kind)
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]:
         with self._meter.doing(EXCHANGING):

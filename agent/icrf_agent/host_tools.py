@@ -91,7 +91,7 @@ class HostTools:
                 start.attempt,
                 kind,
                 tuple(senders),
-                self.references.put(array),
+                self.references.put(array, kind),
                 **more,
             )
         )

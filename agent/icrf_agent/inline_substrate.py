@@ -65,7 +65,7 @@ _HOST_THREAD = _HostThread()
 class InlineReferences:
     """References that are the arrays themselves: copied in, read-only out, like an object store's."""
 
-    def put(self, array: np.ndarray[Any, Any]) -> Any:
+    def put(self, array: np.ndarray[Any, Any], kind: str) -> Any:
         kept = np.array(array)
         kept.setflags(write=False)
         return kept

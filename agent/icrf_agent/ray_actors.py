@@ -19,6 +19,7 @@ import numpy as np
 import ray
 
 from icrf.errors import IcrfError, InternalError, NodeError, error_from_json
+from icrf.exchange import MODEL, PARTIAL
 from icrf_agent.cluster_gateway import GatewaySettings, HybridClusterGateway
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_state import CONTROL_METHODS
@@ -77,16 +78,18 @@ def death_of(name: str, what: str, error: BaseException) -> NodeError:
     )
 
 
-# Ray sends an argument of up to 100 KiB along with the call; a put and a get of the same cost a call each.
+# Ray sends an argument of up to 100 KiB along with the call; a put and a get of the same cost a call each. But what
+# goes along goes to every host: only what hosts make one of each, and not what grows with the number of nodes.
 _ALONG_BYTES = 88 << 10
+_ALONG = frozenset({MODEL, PARTIAL})
 
 
 class RayReferences:
     """The object store of the Ray cluster; references are ObjectRefs, possibly in lists so that Ray lets them be, or
-    small arrays themselves."""
+    small models and partials themselves."""
 
-    def put(self, array: np.ndarray[Any, Any]) -> Any:
-        return array.copy() if array.nbytes <= _ALONG_BYTES else ray.put(array)
+    def put(self, array: np.ndarray[Any, Any], kind: str) -> Any:
+        return array.copy() if kind in _ALONG and array.nbytes <= _ALONG_BYTES else ray.put(array)
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]:
         while isinstance(reference, list):

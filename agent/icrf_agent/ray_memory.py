@@ -1,4 +1,5 @@
-"""Whether a process of a Ray cluster was ended because memory ran out: what Ray's monitor and the kernel know."""
+"""Whether a process of a Ray cluster was ended because memory ran out: what Ray's monitor and this machine's kernel
+know."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from ray._private import gcs_utils, state
 class MemoryKills:
     """Tells which workers were killed for memory; asked after their deaths.
 
-    Ray says it of what its own monitor has killed. The kernel only counts its kills, for this machine: a worker that
-    ended without a word while the count grew is taken for one of them. To be wrong about it costs speed, not bits.
+    Ray says it of what its own monitor has killed, on all machines of its cluster. The kernel only counts its kills,
+    and only this machine's count is read: a worker that ended without a word while the count grew is taken for one of
+    them, wherever it ran, and kills on other machines of the Ray cluster are not seen. To be wrong about it costs
+    speed, not bits.
     """
 
     def __init__(self) -> None:

@@ -60,9 +60,14 @@ class Step:
 
 @dataclass
 class _Seconds:
-    """When things began and how long they took, in the shell's monotonic seconds."""
+    """When things began and how long they took, in the shell's monotonic seconds.
 
-    began: float = 0.0
+    Attributes:
+        asked: when somebody asked for the attempt; when it was begun, until somebody does.
+        phases: when they began and ended.
+    """
+
+    asked: float = 0.0
     train: float = 0.0
     exchange_from: float = -1.0
     exchange: float = 0.0
@@ -104,7 +109,7 @@ class RoundMachine:
 
     def begin(self, now_s: float) -> list[Step]:
         """The first steps, and what has to arrive."""
-        self._seconds.began = now_s
+        self._seconds.asked = now_s
         plan, here = self.plan, self.cluster
         kinds = [MODEL, PARTIAL, UPDATE, MERGED]
         if self._mixes_consensus or plan.flow != DECENTRALIZED:
@@ -121,8 +126,11 @@ class RoundMachine:
         return self._train_when_there(now_s)
 
     def confirmed(self, start: StartRound, now_s: float) -> list[Step]:
-        """What was begun ahead is asked for now."""
+        """What was begun ahead is asked for now: what it has cost so far passed during the round before."""
         self.start, self.ahead = start, False
+        self._seconds.asked, self._seconds.exchange = now_s, 0.0
+        if self._seconds.exchange_from >= 0.0:
+            self._seconds.exchange_from = now_s
         return self._go_on(now_s)
 
     def arrived(self, arrival: Arrival, source: int, now_s: float) -> list[Step]:
@@ -145,8 +153,7 @@ class RoundMachine:
         if self._finished:
             return []
         if step.kind != SEND:
-            ended_s = now_s - self._seconds.began
-            self._seconds.phases.append(PhaseSpan(step.kind, ended_s - took_s, ended_s))
+            self._seconds.phases.append(PhaseSpan(step.kind, now_s - took_s, now_s))
         if step.kind == PUBLISH:
             sends = [Step(SEND, t) for t in self.plan.outbound(self.cluster, MODEL)]
             self._sending += len(sends)
@@ -292,13 +299,24 @@ class RoundMachine:
         return [Step(REPORT, report=report)]
 
     def _profile(self) -> ClusterProfile:
-        """What the hosts did. While payloads cross between clusters no phase runs here: all of them wait for that."""
+        """What the hosts did since the attempt was asked for. While payloads cross between clusters no phase runs here:
+        all of them wait for that."""
+        asked = self._seconds.asked
+        spans = [PhaseSpan(s.name, s.began_s - asked, s.ended_s - asked) for s in self._seconds.phases]
         hosts: dict[str, dict[str, float]] = {}
-        for phase in self._merged:
-            hosts.update({name: dict(seconds) for name, seconds in phase.seconds.items()})
-        for seconds in hosts.values():
+        before: dict[str, dict[str, float]] = {}
+        for span, phase in zip((s for s in spans if s.name != PUBLISH), self._merged, strict=True):
+            for name, seconds in phase.seconds.items():
+                # Of a phase that ran when the question came, all parts count by how much of it was left.
+                if span.began_s < 0.0:
+                    share = -span.began_s / (span.ended_s - span.began_s) if span.ended_s > 0.0 else 1.0
+                    before[name] = {part: share * value for part, value in seconds.items()}
+                hosts[name] = dict(seconds)
+        for name, seconds in hosts.items():
+            for part, value in before.get(name, {}).items():
+                seconds[part] -= value
             seconds[EXCHANGING] = seconds.get(EXCHANGING, 0.0) + self._seconds.exchange
-        return ClusterProfile(hosts, tuple(self._seconds.phases))
+        return ClusterProfile(hosts, tuple(spans))
 
 
 def _key(kind: str, sender: int, source: int, recipients: Sequence[int]) -> _Expected:

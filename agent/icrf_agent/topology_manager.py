@@ -29,9 +29,9 @@ _FROM_A_NODE = (MODEL, UPDATE, MERGED)
 
 
 class References(Protocol):
-    """The cluster's own object store: arrays in, references out."""
+    """The cluster's own object store: arrays of payloads, of some kind of :mod:`icrf.exchange`, in, references out."""
 
-    def put(self, array: np.ndarray[Any, Any]) -> Any: ...
+    def put(self, array: np.ndarray[Any, Any], kind: str) -> Any: ...
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]: ...
 
@@ -258,7 +258,7 @@ class HybridTopologyManager:
             for array in arrays[1:]:
                 total += array
         weight = sum(p.weight for p in postings)
-        reference = self._references.put(total)
+        reference = self._references.put(total, kind)
         return Posting(
             run_id, first.generation, round_number, attempt, kind, senders, reference, first.recipients, weight
         )

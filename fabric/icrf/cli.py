@@ -274,6 +274,7 @@ def plan(
         raise LocalError("L009", "--clusters plans for this machine and --mediator for a fabric", place="--clusters")
     from icrf.comparison import COMPARED, alternatives, compare_plans
     from icrf.console.plan_view import show_comparison, show_plan
+    from icrf.protocol import Plan
     from icrf.run_folder import plan_to_dict
 
     submission = _submission(_load(file, override), file)
@@ -284,7 +285,8 @@ def plan(
     else:
         with _open(session, mediator, tls_dir) as fabric:
             plans = fabric.compare(submission, strategies)
-    found = next(iter(plans.values()))
+    # That of the federation itself comes first, or there is none at all.
+    found = next(plan for plan in plans.values() if isinstance(plan, Plan))
     show_plan(terminal, found)
     if compare:
         show_comparison(terminal, plans)

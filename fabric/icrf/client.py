@@ -161,8 +161,9 @@ class Fabric:
 
     def compare(
         self, federation: FederationConfig | Submission, strategies: Sequence[str] = COMPARED, **options: Any
-    ) -> dict[str, Plan]:
-        """Dry runs of a federation under several assignment strategies, by strategy, its own first."""
+    ) -> dict[str, Plan | IcrfError]:
+        """Dry runs of a federation under several assignment strategies, by strategy, its own first; of one that makes
+        no plan, the error."""
         return compare_plans(self._port.plan, self._resolved(federation, options), strategies)
 
     def _resolved(self, federation: FederationConfig | Submission, options: Mapping[str, Any]) -> Submission:

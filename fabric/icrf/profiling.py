@@ -71,8 +71,8 @@ def profile_line(result: RoundResult, profile: RoundProfile) -> dict[str, Any]:
     """A line of ``profile.jsonl``; seconds, to the microsecond.
 
     Under ``hosts`` a row per host with the parts of :data:`ROUND_PARTS`, which add up to ``whole_s``; under ``phases``
-    each cluster's phases as name, beginning and end since the cluster was asked. What the mediator took is in a
-    host's ``commit`` and ``idle`` already.
+    each cluster's phases as name, beginning and end since the cluster was asked, negative if begun ahead. What the
+    mediator took is in a host's ``commit`` and ``idle`` already.
     """
     whole = round(whole_s(result, profile), _DIGITS)
     hosts = []

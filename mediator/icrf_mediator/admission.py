@@ -1,8 +1,9 @@
 """Who may reserve next: one line per cluster, in the order of submission. Pure.
 
 A run asks for all of its slots on all of its clusters at once, and waits without holding any. Who came first goes first
-wherever two need the same cluster; so every wait is for a run that is earlier in one and the same order, or that holds
-slots and will give them back, and no two can wait for each other.
+wherever two need the same cluster; who waits for a cluster that is away is not in line. So every wait in line is for a
+run that is earlier in one and the same order, or that holds slots and will give them back, and no two can wait for each
+other.
 """
 
 from __future__ import annotations
@@ -67,12 +68,14 @@ class Admission:
                 run.start(effects, now, placement, fingerprints)
                 continue
             run.queued(effects, now, lack.text)
-            if not lack.own:
+            if not lack.aside:
                 for name in placement.clusters:
                     line.setdefault(name, run)
         return failed
 
     def _lack(self, run: RunMachine, placement: Placement, line: dict[str, RunMachine], now: Now) -> Lack | None:
+        if absent := self._members.absent(placement.clusters):
+            return absent
         if reason := run.not_yet(now):
             return Lack(reason)
         lack = self._members.lacking(run.needs(placement, now.wall_s))

@@ -28,11 +28,12 @@ class Lack:
 
     Attributes:
         text: what it waits for, and who has it.
-        own: the federation has all that it may have; what is free is for others, and nobody has to wait behind it.
+        aside: what is free is of no use to it: nobody has to wait behind it, wherever else it would have to wait. Its
+            federation has all that it may have, or a cluster is not there, and nobody knows for how long.
     """
 
     text: str
-    own: bool = False
+    aside: bool = False
 
 
 def lack_on(cluster: str, capacity: Capacity, holdings: Mapping[str, Holding], need: Holding) -> Lack | None:
@@ -42,7 +43,7 @@ def lack_on(cluster: str, capacity: Capacity, holdings: Mapping[str, Holding], n
     if capacity.quota and slots + need.slots > capacity.quota:
         has = f"it has {slots} by {_holders(mine)}"
         text = f"{need.slots} slots on {cluster}, where a federation may hold {capacity.quota}: {has}"
-        return Lack(text, own=True)
+        return Lack(text, aside=True)
     held = _holders(holdings)
     free = capacity.num_slots - sum(held.slots for held in holdings.values())
     if free < need.slots:

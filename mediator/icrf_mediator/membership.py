@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from icrf.daemon import CLUSTER_NAME
@@ -157,17 +157,23 @@ class Membership:
 
     def lacking(self, needs: Mapping[str, Holding]) -> Lack | None:
         """What a run that needs this, by cluster, has to wait for; None when everything is free."""
-        found = []
-        for cluster in sorted(needs):
+        if absent := self.absent(needs):
+            return absent
+        members = {cluster: self._members[cluster] for cluster in sorted(needs)}
+        lacks = (lack_on(name, m.info.capacity, m.holdings, needs[name]) for name, m in members.items())
+        return min((lack for lack in lacks if lack), key=lambda lack: not lack.aside, default=None)
+
+    def absent(self, clusters: Iterable[str]) -> Lack | None:
+        """Which of these clusters takes nobody now, because its agent is away or leaves; None when all are there."""
+        for cluster in sorted(clusters):
             member = self._members.get(cluster)
             if member is None:
-                found.append(Lack(f"cluster {cluster} to register"))
-            elif not member.connected:
-                found.append(Lack(f"cluster {cluster} to come back"))
-            elif lack := lack_on(cluster, member.info.capacity, member.holdings, needs[cluster]):
-                found.append(lack)
-        # Whoever has used up its own share keeps nobody from the rest, wherever else it would have to wait.
-        return min(found, key=lambda lack: not lack.own, default=None)
+                return Lack(f"cluster {cluster} to register", aside=True)
+            if not member.connected:
+                return Lack(f"cluster {cluster} to come back", aside=True)
+            if member.draining:
+                return Lack(f"cluster {cluster} to come back (its agent is leaving)", aside=True)
+        return None
 
     def clusters(self) -> list[ClusterInfo]:
         """All clusters by name, with their free slots."""

@@ -276,9 +276,9 @@ def test_references_are_freed_with_their_round(monkeypatch: pytest.MonkeyPatch) 
         put = InlineReferences.put
 
         def counting(
-            self: InlineReferences, array: Any, put: Any = put, alive: Any = alive, counts: Any = counts
+            self: InlineReferences, array: Any, kind: str, put: Any = put, alive: Any = alive, counts: Any = counts
         ) -> Any:
-            kept = put(self, array).view(_Referable)
+            kept = put(self, array, kind).view(_Referable)
             alive.add(kept)
             counts.append(len(alive))
             return kept

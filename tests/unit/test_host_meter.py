@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from icrf.exchange import UPDATE
 from icrf.protocol import EVALUATING, EXCHANGING, HOST_PARTS, OTHER, SUMMING, TRAINING
 from icrf_agent.host_meter import HostMeter, MeteredReferences
 
@@ -75,7 +76,7 @@ def test_a_phase_that_raises_ends_too(meter: HostMeter, clock: Clock) -> None:
 
 def test_the_object_store_takes_time_of_exchange(meter: HostMeter, clock: Clock) -> None:
     class Slow:
-        def put(self, array: object) -> object:
+        def put(self, array: object, kind: str = UPDATE) -> object:
             clock.pass_(2.0)
             return array
 
@@ -84,5 +85,5 @@ def test_the_object_store_takes_time_of_exchange(meter: HostMeter, clock: Clock)
     references = MeteredReferences(Slow(), meter)  # type: ignore[arg-type]
     array = np.zeros(2)
     with meter.phase((1, 1), SUMMING):
-        assert references.get(references.put(array)) is array
+        assert references.get(references.put(array, UPDATE)) is array
     assert (meter.seconds[EXCHANGING], meter.seconds[SUMMING]) == (4.0, 0.0)

@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 
 from icrf.errors import ResourceError
-from icrf.protocol import Capacity, HeldRun, Release, Released, Reserve, Reserved, Resources, StartRound
+from icrf.protocol import (
+    Capacity,
+    Dismiss,
+    Draining,
+    Goodbye,
+    HeldRun,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+    Resources,
+    StartRound,
+)
 from icrf_mediator.run_queue import MAX_PAUSE_S, pause_s
 
 NAMES = ("eu", "us")
@@ -198,6 +210,41 @@ def test_a_run_that_rests_keeps_its_place_in_line(core: Any) -> None:
     core.pass_time(60.0, beating=NAMES)
     core.play()
     assert status(core, first, second) == ["COMPLETED", "COMPLETED"]
+
+
+@pytest.mark.parametrize("gone", ["for good", "until it comes back"])
+def test_who_waits_for_a_cluster_that_is_away_keeps_nobody_from_the_others(core: Any, gone: str) -> None:
+    core.register(*NAMES)
+    first = core.submit()
+    refuse(core)
+    core.play()
+    if gone == "for good":
+        core.report("us", Goodbye("i-us", "stopped"))
+    else:
+        core.mediator.disconnected("us", "i-us")
+    second = core.submit(**everything_on("eu", 2), federation_id="other")
+    core.play()
+    assert status(core, first, second) == ["QUEUED", "COMPLETED"]
+    assert core.get(first).waiting_for.startswith("cluster us to ")
+    core.register("us")
+    core.pass_time(MAX_PAUSE_S, beating=NAMES)
+    core.play()
+    assert status(core, first) == ["COMPLETED"]
+
+
+def test_nothing_new_is_placed_on_a_cluster_whose_agent_leaves(core: Any) -> None:
+    core.register("us", slots=8)
+    busy = core.submit(**everything_on("us", 2), resources={"num_cpus": 1.0}, max_slots_per_cluster=2)
+    core.play(hold=(StartRound,))
+    core.report("us", Draining("i-us"))
+    fresh = core.submit(**everything_on("us", 2), resources={"num_cpus": 1.0}, max_slots_per_cluster=2)
+    assert core.take(Reserve) == [] and status(core, fresh) == ["QUEUED"]
+    assert core.get(fresh).waiting_for == "cluster us to come back (its agent is leaving)"
+    core.take(Dismiss)
+    core.report("us", Goodbye("i-us", "stopped"))
+    core.register("us", slots=8)
+    core.play()
+    assert status(core, busy, fresh) == ["COMPLETED", "COMPLETED"]
 
 
 @pytest.mark.parametrize(

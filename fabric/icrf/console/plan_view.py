@@ -10,6 +10,7 @@ from rich.text import Text
 from icrf.codecs import NONE
 from icrf.console.format import compress_names, format_bytes, format_count, safe_text
 from icrf.console.terminal import Terminal
+from icrf.errors import IcrfError
 from icrf.protocol import CENTRALIZED, Plan
 
 
@@ -71,10 +72,12 @@ def _groups(plan: Plan) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def show_comparison(terminal: Terminal, plans: Mapping[str, Plan]) -> None:
-    """Print what assignment strategies come to, that of the federation first."""
+def show_comparison(terminal: Terminal, plans: Mapping[str, Plan | IcrfError]) -> None:
+    """Print what assignment strategies come to, that of the federation first; of one that makes no plan, why."""
     rows = [
-        (
+        (name, "", "", "", "", safe_text(str(plan)))
+        if isinstance(plan, IcrfError)
+        else (
             name,
             f"{plan.cut_edges:,}",
             format_bytes(plan.bytes_inter_cluster_per_round),
@@ -86,7 +89,7 @@ def show_comparison(terminal: Terminal, plans: Mapping[str, Plan]) -> None:
     ]
     columns = ("placed by", "cut edges", "bytes per round", "whole run", "peak memory", "feasible")
     terminal.line()
-    terminal.table(columns, rows, right=columns[1:5])
+    terminal.table(columns, rows, right=columns[1:5], wrap=columns[5:])
 
 
 def _traffic(plan: Plan) -> Iterator[tuple[str, str]]:

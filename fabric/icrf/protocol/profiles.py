@@ -12,7 +12,10 @@ HOST_PARTS = (TRAINING, EVALUATING, SUMMING, EXCHANGING, OTHER)
 
 @dataclass(frozen=True)
 class PhaseSpan:
-    """When a cluster's phase of an attempt began and ended, in seconds since the cluster was asked for the attempt."""
+    """When a cluster's phase of an attempt began and ended, in seconds since the cluster was asked for the attempt.
+
+    Negative where it was begun ahead, before anybody asked.
+    """
 
     name: str
     began_s: float
@@ -24,7 +27,7 @@ class ClusterProfile:
     """What the hosts of one cluster did in one attempt.
 
     Attributes:
-        hosts: host -> part, one of :data:`HOST_PARTS` -> seconds. No second counts twice.
+        hosts: host -> part, one of :data:`HOST_PARTS` -> seconds since the cluster was asked. No second counts twice.
         phases: in the order they ended.
     """
 
@@ -43,8 +46,8 @@ class RoundProfile:
         activate_s: likewise: reserving, and setting up the nodes.
         clusters: cluster -> what its hosts did.
         mediator_s: since the round before was decided on: deciding on what clusters reported of rounds, writing that
-            into the journal, and handing the next orders to the clusters' streams. With several clusters a part of it
-            passes while others still work.
+            into the journal, and handing the next orders to the clusters' streams. A part of it passes while clusters
+            work: others, where there are several, and those that have begun the next round ahead.
     """
 
     working_s: float

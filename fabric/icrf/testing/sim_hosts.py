@@ -26,7 +26,7 @@ from icrf_agent.topology_manager import HybridTopologyManager, Posting
 class References:
     """The object store: an array is its own reference."""
 
-    def put(self, array: Vector) -> Vector:
+    def put(self, array: Vector, kind: str) -> Vector:
         return array
 
     def get(self, reference: Any) -> Vector:
