@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from icrf.errors import IcrfError
-from icrf.exchange import MESSAGE, ExchangePlan, compile_exchange
+from icrf.exchange import ExchangePlan, compile_exchange
 from icrf.ports import Arrival, PhaseReport
 from icrf.protocol import (
     AbortAttempt,
@@ -72,11 +72,16 @@ class Advance:
 
 @dataclass(frozen=True)
 class Discard:
-    """Drop everything of an attempt."""
+    """Drop everything of an attempt.
+
+    Attributes:
+        ahead: whether nobody has asked for it: whatever still works on it shall leave off.
+    """
 
     run_id: str
     round: int
     attempt: int
+    ahead: bool = False
 
 
 Action = Say | Perform | Advance | Discard
@@ -96,8 +101,6 @@ class _Run:
     # What is expected to be asked for next, and what it has come to if that is known already.
     ahead: RoundMachine | None = None
     found_ahead: RoundReport | None = None
-    # Whether nodes keep states or exchange messages, so that what was begun could not be taken back.
-    stays: bool = False
 
     @property
     def position(self) -> tuple[int, int]:
@@ -145,8 +148,10 @@ class AgentCore:
             return [Perform(instruction)]
         if isinstance(instruction, Lease | Dismiss | Reject):
             return []
-        if isinstance(instruction, CallNode | SendMessage) and instruction.run_id in self._runs:
-            self._runs[instruction.run_id].stays = True
+        run = self._runs.get(instruction.run_id)
+        if run is not None and isinstance(instruction, SaveCheckpoint | StoreModel):
+            # What comes in between must not wait for what may never be asked for.
+            return [*self._drop_ahead(run), Perform(instruction)]
         return [Perform(instruction)]
 
     def arrived(self, arrival: Arrival, now_s: float) -> list[Action]:
@@ -155,7 +160,6 @@ class AgentCore:
         run = self._runs.get(header.run_id)
         if run is None or header.generation != run.activation.generation:
             return []
-        run.stays |= header.kind == MESSAGE
         position = (header.round, header.attempt)
         if position > run.position:
             run.early.append(arrival)
@@ -175,7 +179,6 @@ class AgentCore:
         machine = run.open_machine(start) if run else None
         if run is None or machine is None:
             return []
-        run.stays |= result is not None and (result.node_states or result.mail)
         return self._actions(run, machine, machine.done(step, result, took_s, now_s), now_s)
 
     def is_open(self, start: StartRound) -> bool:
@@ -212,7 +215,6 @@ class AgentCore:
         """Take over a run of an earlier life of this agent."""
         run = self._compile(activation)
         run.live, run.floor = True, (held.round, held.attempt)
-        run.stays = activation.rows.nodes_keep
         self._runs[activation.run_id] = run
 
     def inherited(self, run_id: str) -> None:
@@ -296,7 +298,7 @@ class AgentCore:
         """Begin with what is expected to follow an attempt that has made the global model here."""
         assert run.machine is not None
         ahead = run.machine.start.ahead
-        if ahead is None or run.stays or report.overflow or report.error_json or run.cluster != run.plan.coordinator:
+        if ahead is None or report.overflow or report.error_json or run.cluster != run.plan.coordinator:
             return []
         start = run.machine.start.expected(report.model_hash, choose_grid(report.absmax, ahead.total_weight))
         assert start is not None
@@ -306,7 +308,7 @@ class AgentCore:
     def _drop_ahead(self, run: _Run) -> list[Action]:
         """What was begun ahead is not what comes next."""
         machine, run.ahead, run.found_ahead = run.ahead, None, None
-        return [Discard(machine.start.run_id, *position_of(machine.start))] if machine else []
+        return [Discard(machine.start.run_id, *position_of(machine.start), ahead=True)] if machine else []
 
     def _abort(self, abort: AbortAttempt) -> list[Action]:
         run = self._runs.get(abort.run_id)

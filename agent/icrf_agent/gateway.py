@@ -7,16 +7,14 @@ heard of it, the sender sends again. `receive` must therefore tolerate a payload
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
-import tenacity
 
-from icrf.errors import IcrfError, LocalError, ProtocolError
+from icrf.errors import LocalError, ProtocolError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
 from icrf.wire.addresses import (
@@ -28,17 +26,13 @@ from icrf.wire.addresses import (
     refuse_plaintext,
 )
 from icrf.wire.frames import FrameWriter
-from icrf.wire.gateway_rpc import DELIVER, GATEWAY_SERVICE, RELAY_SERVICE, SEND, decode_ack, encode_ack, method_path
+from icrf.wire.gateway_rpc import DELIVER, GATEWAY_SERVICE, RELAY_SERVICE, SEND, method_path
 from icrf.wire.status import from_rpc_error
-from icrf_agent.gateway_delivery import Receive, check_target, take_delivery
-from icrf_agent.gateway_relay import RelayLink, describe
+from icrf_agent.gateway_delivery import WINDOW_BYTES, Intake, Receive, check_target
+from icrf_agent.gateway_relay import RelayLink
+from icrf_agent.gateway_sending import Broken, OutgoingPayload
 
 NUM_WORKERS = 8
-RETRY_BASE_S = 0.05
-RETRY_MAX_S = 1.0
-# Only these say that the payload was not refused: the peer is away, restarting, or ended the call while stopping.
-_RETRIED = frozenset((grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED))
-_AWAY = _RETRIED | {grpc.StatusCode.DEADLINE_EXCEEDED}
 
 
 class GrpcTransport:
@@ -51,6 +45,7 @@ class GrpcTransport:
         cluster: name of this cluster.
         incarnation: tells this life of the gateway from earlier ones.
         num_workers: payloads taken in at the same time on each way; further ones wait at their senders.
+        window_bytes: how far senders may be ahead of what has been verified here, and so what a fault can cost.
 
     Raises:
         LocalError: L003 for a malformed address, L002 for one that is not on this machine: this wire is plaintext.
@@ -63,18 +58,20 @@ class GrpcTransport:
         cluster: str,
         incarnation: str,
         num_workers: int = NUM_WORKERS,
+        window_bytes: int = WINDOW_BYTES,
     ) -> None:
         self._listen = listen
         self._relay_address = relay_address
         self._cluster = cluster
         self._incarnation = incarnation
-        self._num_workers = num_workers
+        self._num_workers, self._window = num_workers, window_bytes
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._channels: dict[str, grpc.Channel] = {}
         self._server: grpc.Server | None = None
         self._workers: ThreadPoolExecutor | None = None
         self._link: RelayLink | None = None
+        self._intake: Intake | None = None
         if listen is not None:
             refuse_plaintext(parse_address(listen, place="gateway")[0], place="gateway")
         if relay_address is not None:
@@ -86,17 +83,34 @@ class GrpcTransport:
         Raises:
             LocalError: L004 if the port is taken.
         """
-        address = self._serve_direct(self._listen, receive) if self._listen is not None else ""
+        # One for both ways: a payload that was broken off on one may go on over the other.
+        intake = self._intake = Intake(receive, self._window)
+        address = self._serve_direct(self._listen, intake) if self._listen is not None else ""
         if self._relay_address is not None:
             channel = self._channel(self._relay_address)
-            self._link = RelayLink(channel, self._cluster, self._incarnation, receive, self._num_workers)
+            self._link = RelayLink(channel, self._cluster, self._incarnation, intake, self._num_workers)
         return address
 
     def send(self, header: PayloadHeader, array: np.ndarray[Any, Any], peer: PeerAddress, timeout_s: float) -> None:
         """Send one payload and wait until the peer has processed it; see the port."""
         check_target(header, peer)
-        frames = FrameWriter(header, array)
-        error = self._send(frames, peer, time.monotonic() + timeout_s, timeout_s)
+        address = peer.address or self._relay_address
+        if not address:
+            raise self._unreachable(peer, "it has no address and this gateway no relay")
+        path = method_path(GATEWAY_SERVICE, DELIVER) if peer.address else method_path(RELAY_SERVICE, SEND)
+        payload = OutgoingPayload(FrameWriter(header, array), timeout_s, self._closing)
+        try:
+            error = payload.send(lambda: self._channel(address).stream_stream(path))
+        except Broken as broken:
+            reason = f"no progress for {timeout_s:g} s: {broken}"
+            raise self._unreachable(peer, "this gateway was closed" if self._closing.is_set() else reason) from broken
+        except grpc.RpcError as failed:
+            raise from_rpc_error(failed, address, what=f"gateway of cluster {peer.cluster}") from failed
+        except ValueError as failed:
+            # What gRPC says of a channel that `close` has closed since.
+            if not self._closing.is_set():
+                raise
+            raise self._unreachable(peer, "this gateway was closed") from failed
         if error is not None:
             raise error
 
@@ -107,26 +121,29 @@ class GrpcTransport:
             server, self._server = self._server, None
             workers, self._workers = self._workers, None
             link, self._link = self._link, None
+            intake, self._intake = self._intake, None
         if link is not None:
             link.close()
         if server is not None:
             server.stop(None).wait()
         if workers is not None:
             workers.shutdown(wait=True)
+        if intake is not None:
+            intake.close()
         with self._lock:
             channels, self._channels = self._channels, {}
         for channel in channels.values():
             channel.close()
 
-    def _serve_direct(self, listen: str, receive: Receive) -> str:
-        def deliver(frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-            return encode_ack(take_delivery(frames, receive))
+    def _serve_direct(self, listen: str, intake: Intake) -> str:
+        def deliver(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            return intake.take(frames)
 
         host, _ = parse_address(listen)
         workers = ThreadPoolExecutor(self._num_workers, thread_name_prefix=f"icrf-gateway-{self._cluster}")
         server = grpc.server(workers, options=SERVER_OPTIONS)
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            DELIVER: grpc.stream_unary_rpc_method_handler(deliver)
+            DELIVER: grpc.stream_stream_rpc_method_handler(deliver)
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(GATEWAY_SERVICE, handlers),))
         try:
@@ -139,42 +156,6 @@ class GrpcTransport:
         server.start()
         self._server, self._workers = server, workers
         return format_address(host, port)
-
-    def _send(self, frames: FrameWriter, peer: PeerAddress, deadline_s: float, timeout_s: float) -> IcrfError | None:
-        address = peer.address or self._relay_address
-        if not address:
-            raise self._unreachable(peer, "it has no address and this gateway no relay")
-        path = method_path(GATEWAY_SERVICE, DELIVER) if peer.address else method_path(RELAY_SERVICE, SEND)
-        jitter = tenacity.wait_random_exponential(multiplier=RETRY_BASE_S, max=RETRY_MAX_S)
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(self._may_retry),
-            stop=lambda _: time.monotonic() >= deadline_s,
-            wait=lambda state: min(jitter(state), max(0.0, deadline_s - time.monotonic())),
-            sleep=tenacity.sleep_using_event(self._closing),
-            reraise=True,
-        )
-
-        def attempt() -> bytes:
-            if self._closing.is_set():
-                raise self._unreachable(peer, "this gateway is closed")
-            call: grpc.StreamUnaryMultiCallable[bytes, bytes] = self._channel(address).stream_unary(path)
-            try:
-                return call(iter(frames), timeout=max(0.001, deadline_s - time.monotonic()))
-            except ValueError as error:
-                # What gRPC says of a channel that `close` has closed since.
-                if not self._closing.is_set():
-                    raise
-                raise self._unreachable(peer, "this gateway was closed") from error
-
-        try:
-            return decode_ack(retrying(attempt))
-        except grpc.RpcError as error:
-            if isinstance(error, grpc.Call) and error.code() not in _AWAY:
-                raise from_rpc_error(error, address, what=f"gateway of cluster {peer.cluster}") from error
-            raise self._unreachable(peer, f"gave up, {timeout_s:g} s allowed: {describe(error)}") from error
-
-    def _may_retry(self, error: BaseException) -> bool:
-        return isinstance(error, grpc.Call) and error.code() in _RETRIED and not self._closing.is_set()
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:

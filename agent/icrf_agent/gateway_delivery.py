@@ -1,9 +1,16 @@
-"""What every gateway does with a payload that comes in, however its frames travelled."""
+"""What every gateway does with a payload that comes in, however its frames travelled.
+
+A transfer that breaks is kept for a while as far as it was verified, so that its sender can go on from there over
+another connection; and what became of a transfer is remembered, for a sender that did not hear it.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -11,11 +18,19 @@ import numpy as np
 from icrf.errors import IcrfError, InternalError, ProtocolError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
-from icrf.wire.frames import FrameReader
+from icrf.wire.frames import FrameReader, Opening, Received, read_opening
+from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, Reply, encode_reply
 
 log = logging.getLogger(__name__)
 
 Receive = Callable[[PayloadHeader, "np.ndarray[Any, Any]", int], None]
+
+WINDOW_BYTES = 8 << 20
+KEEP_BROKEN_S = 60.0
+MAX_BROKEN = 8
+MAX_REMEMBERED = 1024
+
+_Key = tuple[PayloadHeader, int, int]
 
 
 def check_target(header: PayloadHeader, peer: PeerAddress) -> None:
@@ -34,10 +49,7 @@ def check_target(header: PayloadHeader, peer: PeerAddress) -> None:
 
 
 def take_delivery(frames: Iterable[bytes], receive: Receive) -> IcrfError | None:
-    """Assemble, verify and process one payload; returns the error that its sender must get, or None.
-
-    What iterating `frames` itself raises (a broken connection) is passed on: then there is nobody to answer.
-    """
+    """Assemble, verify and process one payload that comes in one piece; the error that its sender must get, or None."""
     reader = FrameReader()
     try:
         for frame in frames:
@@ -45,6 +57,11 @@ def take_delivery(frames: Iterable[bytes], receive: Receive) -> IcrfError | None
         received = reader.finish()
     except IcrfError as error:
         return error
+    return process(received, receive)
+
+
+def process(received: Received, receive: Receive) -> IcrfError | None:
+    """Hand a verified payload on; the error that its sender must get, or None."""
     try:
         receive(received.header, received.array, received.wire_bytes)
     except IcrfError as error:
@@ -59,3 +76,163 @@ def take_delivery(frames: Iterable[bytes], receive: Receive) -> IcrfError | None
             hint="The log of that cluster's agent has the traceback",
         )
     return None
+
+
+class _Transfer:
+    """One payload on its way in, over as many connections as it takes; `stream` is the one that may feed it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reader: FrameReader | None = FrameReader()
+        self.stream: object = None
+        self.trailer = b""
+        # As it travels: an error object would hold on to what it was raised in, the payload among it.
+        self.answer: Future[bytes] = Future()
+        self.expiry: threading.Timer | None = None
+
+    def feed(self, stream: object, frame: bytes) -> FrameReader:
+        """Take a frame of the stream that is in charge; a frame of an earlier one ends that stream."""
+        with self.lock:
+            if self.stream is not stream or self.reader is None:
+                raise ProtocolError("P020", "the transfer goes on over another connection", place="frame")
+            self.reader.feed(frame)
+            return self.reader
+
+
+class Intake:
+    """Takes payloads in; thread-safe, one call of :meth:`take` per connection of a transfer.
+
+    Args:
+        receive: see :class:`icrf.ports.PayloadTransport`.
+        window_bytes: how far a sender may be ahead of what is verified.
+        keep_broken_s: how long the verified part of a broken transfer waits for its sender.
+    """
+
+    def __init__(
+        self, receive: Receive, window_bytes: int = WINDOW_BYTES, keep_broken_s: float = KEEP_BROKEN_S
+    ) -> None:
+        self._receive = receive
+        self._window, self._keep_broken_s = window_bytes, keep_broken_s
+        self._lock = threading.Lock()
+        self._transfers: OrderedDict[_Key, _Transfer] = OrderedDict()
+        self._closed = False
+
+    def take(self, frames: Iterable[bytes]) -> Iterator[bytes]:
+        """Take one connection's frames; yields the replies to be sent back, the last of which answers.
+
+        What iterating `frames` raises (a broken connection) is passed on: then there is nobody to answer.
+        """
+        source = iter(frames)
+        first = next(source, b"")
+        try:
+            opening = read_opening(first)
+            transfer = self._claim(opening, source, first)
+        except IcrfError as error:
+            yield encode_reply(Reply(answered=True, error=error))
+            return
+        try:
+            yield from self._assemble(opening, transfer, source)
+        finally:
+            self._leave(_key(opening), transfer, source)
+
+    def close(self) -> None:
+        """Forget what is kept; harmless when called twice."""
+        with self._lock:
+            self._closed = True
+            transfers = list(self._transfers.values())
+            self._transfers.clear()
+        for transfer in transfers:
+            if transfer.expiry is not None:
+                transfer.expiry.cancel()
+                transfer.expiry.join()
+
+    def _assemble(self, opening: Opening, transfer: _Transfer, source: Iterator[bytes]) -> Iterator[bytes]:
+        if transfer.trailer:
+            yield encode_reply(Reply(opening.num_chunks, opening.total_bytes))
+            yield self._answer_again(opening, transfer, source)
+            return
+        try:
+            received = yield from self._feed(opening, transfer, source)
+        except IcrfError as error:
+            reader = transfer.reader
+            kept = 0 if reader is None or reader.num_verified == opening.num_chunks else reader.num_verified
+            yield encode_reply(Reply(kept, answered=True, error=error))
+            return
+        refusal = process(received, self._receive)
+        transfer.answer.set_result(encode_reply(Reply(opening.num_chunks, opening.total_bytes, True, refusal)))
+        yield transfer.answer.result()
+
+    def _feed(self, opening: Opening, transfer: _Transfer, source: Iterator[bytes]) -> Generator[bytes, None, Received]:
+        """Replies while chunks come in; returns the payload. Room for more is given when half of it is used."""
+        reader = transfer.reader
+        assert reader is not None
+        granted, frame = INITIAL_CREDIT_BYTES, b""
+        while True:
+            verified = reader.num_verified * opening.chunk_bytes
+            if (opening.resumes and not frame) or (
+                granted < opening.total_bytes and granted - verified <= self._window // 2
+            ):
+                granted = verified + self._window
+                yield encode_reply(Reply(reader.num_verified, granted))
+            if reader.complete or not (frame := next(source, b"")):
+                break
+            try:
+                transfer.feed(source, frame)
+            except IcrfError:
+                if reader.num_verified == opening.num_chunks:
+                    # It is the trailer that is wrong: any of the chunks may be.
+                    self._forget(_key(opening), transfer)
+                raise
+        with transfer.lock:
+            received = reader.finish()
+            transfer.trailer, transfer.reader = frame, None
+        return received
+
+    def _answer_again(self, opening: Opening, transfer: _Transfer, source: Iterator[bytes]) -> bytes:
+        """The answer to a sender that sends a whole payload again; waits if the payload is still being processed."""
+        if next(source, b"") != transfer.trailer:
+            self._forget(_key(opening), transfer)
+            error = ProtocolError("P021", "the payload differs from what came before under its name", place="trailer")
+            return encode_reply(Reply(answered=True, error=error))
+        return transfer.answer.result()
+
+    def _claim(self, opening: Opening, stream: object, first: bytes) -> _Transfer:
+        """The transfer that a connection goes on with, which is a new one unless it resumes a known one."""
+        key = _key(opening)
+        with self._lock:
+            known = self._transfers.get(key) if opening.resumes else None
+            transfer = known or _Transfer()
+            with transfer.lock:
+                if transfer.expiry is not None:
+                    transfer.expiry.cancel()
+                    transfer.expiry = None
+                transfer.stream = stream
+                if known is None and transfer.reader is not None:
+                    transfer.reader.feed(first)
+            self._transfers[key] = transfer
+            self._transfers.move_to_end(key)
+            while len(self._transfers) > MAX_REMEMBERED:
+                self._transfers.popitem(last=False)
+        return transfer
+
+    def _leave(self, key: _Key, transfer: _Transfer, stream: object) -> None:
+        """A connection is over: keep what may be gone on with, but not for ever."""
+        with self._lock, transfer.lock:
+            if transfer.stream is not stream or transfer.reader is None or self._transfers.get(key) is not transfer:
+                return
+            broken = sum(1 for t in self._transfers.values() if t.expiry is not None)
+            if self._closed or transfer.reader.num_verified == 0 or broken >= MAX_BROKEN:
+                del self._transfers[key]
+                return
+            transfer.expiry = threading.Timer(self._keep_broken_s, self._forget, (key, transfer))
+            transfer.expiry.daemon = True
+            transfer.expiry.start()
+
+    def _forget(self, key: _Key, transfer: _Transfer) -> None:
+        with self._lock:
+            if self._transfers.get(key) is transfer:
+                del self._transfers[key]
+
+
+def _key(opening: Opening) -> _Key:
+    return opening.header, opening.total_bytes, opening.chunk_bytes

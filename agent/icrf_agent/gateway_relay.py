@@ -6,55 +6,51 @@ See ``icrf_mediator/relay.py`` for the picture of a transfer.
 from __future__ import annotations
 
 import logging
+import queue
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from icrf.errors import ProtocolError
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.codec import parse
-from icrf.wire.gateway_rpc import ATTACH, DONE, RECEIVE, RELAY_SERVICE, encode_ack, method_path
-from icrf_agent.gateway_delivery import Receive, take_delivery
+from icrf.wire.gateway_rpc import ATTACH, RECEIVE, RELAY_SERVICE, method_path
+from icrf_agent.gateway_delivery import Intake
+from icrf_agent.gateway_sending import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    _RawStream = grpc.UnaryStreamMultiCallable[bytes, bytes]
-    _RawUnary = grpc.UnaryUnaryMultiCallable[bytes, bytes]
+    from collections.abc import Callable, Generator, Iterator
 
 log = logging.getLogger(__name__)
 
 RECONNECT_BASE_S = 0.1
 RECONNECT_MAX_S = 2.0
-DONE_TIMEOUT_S = 10.0
 
 
 class RelayLink:
     """Receives what is sent to `cluster` through the relay, in threads of its own.
 
-    A lost connection is retried for ever with full jitter. A broken transfer is dropped: its sender hears of it
-    from the relay and sends again.
+    A lost connection is retried for ever with full jitter. Of a broken transfer its sender hears from the relay, and
+    goes on with another one.
 
     Args:
         channel: to the mediator; stays the caller's.
         cluster: name under which the relay offers payloads.
         incarnation: tells this life of the gateway from earlier ones.
-        receive: see :class:`icrf.ports.PayloadTransport`.
+        intake: takes the payloads.
         num_workers: transfers taken in at the same time; further ones wait at their senders.
     """
 
-    def __init__(
-        self, channel: grpc.Channel, cluster: str, incarnation: str, receive: Receive, num_workers: int
-    ) -> None:
+    def __init__(self, channel: grpc.Channel, cluster: str, incarnation: str, intake: Intake, num_workers: int) -> None:
         self._cluster = cluster
         self._incarnation = incarnation
-        self._receive = receive
-        self._open_offers: _RawStream = channel.unary_stream(method_path(RELAY_SERVICE, ATTACH))
-        self._open_frames: _RawStream = channel.unary_stream(method_path(RELAY_SERVICE, RECEIVE))
-        self._say_done: _RawUnary = channel.unary_unary(method_path(RELAY_SERVICE, DONE))
+        self._intake = intake
+        self._open_offers: Any = channel.unary_stream(method_path(RELAY_SERVICE, ATTACH))
+        self._open_frames: Any = channel.stream_stream(method_path(RELAY_SERVICE, RECEIVE))
         self._lock = threading.Lock()
         self._calls: set[grpc.Call] = set()
         self._closing = threading.Event()
@@ -77,7 +73,7 @@ class RelayLink:
         while not self._closing.is_set():
             attach = gateway_pb2.RelayAttach(cluster=self._cluster, incarnation=self._incarnation)
             try:
-                for raw in self._frames_of(self._open_offers, attach.SerializeToString()):
+                for raw in self._messages_of(partial(self._open_offers, attach.SerializeToString())):
                     failures = 0
                     offer = parse(raw, gateway_pb2.RelayOffer)
                     if offer.transfer_id:
@@ -90,22 +86,28 @@ class RelayLink:
 
     def _take(self, transfer_id: str, source: str) -> None:
         asked = gateway_pb2.RelayReceive(transfer_id=transfer_id, incarnation=self._incarnation)
-        frames = self._frames_of(self._open_frames, asked.SerializeToString())
+        replies: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        replies.put(asked.SerializeToString())
+        frames = self._messages_of(lambda: self._open_frames(iter(replies.get, None)))
         try:
-            ack = encode_ack(take_delivery(frames, self._receive))
-            done = gateway_pb2.RelayDone(transfer_id=transfer_id, incarnation=self._incarnation, ack=ack)
-            self._say_done(done.SerializeToString(), timeout=DONE_TIMEOUT_S)
+            for reply in self._intake.take(frames):
+                replies.put(reply)
+            # Said: with this the relay ends the stream.
+            replies.put(b"")
+            for _ in frames:
+                pass
         except grpc.RpcError as error:
             log.info("transfer %s from cluster %s was broken off: %s", transfer_id, source, describe(error))
         finally:
+            replies.put(None)
             frames.close()
 
-    def _frames_of(self, method: _RawStream, request: bytes) -> Generator[bytes, None, None]:
+    def _messages_of(self, method: Callable[[], Iterator[bytes]]) -> Generator[bytes, None, None]:
         """The messages of one call that ends when this link closes or nobody iterates any more."""
         with self._lock:
             if self._closing.is_set():
                 return
-            call = method(request)
+            call: Any = method()
             self._calls.add(call)
         try:
             yield from call
@@ -113,8 +115,3 @@ class RelayLink:
             call.cancel()
             with self._lock:
                 self._calls.discard(call)
-
-
-def describe(error: Exception) -> str:
-    """One line about a failed call; gRPC's own text has a dozen."""
-    return f"{error.code().name} {error.details()}" if isinstance(error, grpc.Call) else str(error)

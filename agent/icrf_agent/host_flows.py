@@ -256,6 +256,7 @@ class CentralizedFlow:
         """
         t, late = self._t, late_nodes(start.late)
         for group in t.together.groups(participants):
+            t.require_wanted(start)
             turns = []
             for index in group:
                 own = self._row_of[index]

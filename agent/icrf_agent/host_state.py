@@ -11,6 +11,8 @@ import numpy as np
 from icrf.errors import RoutingError
 from icrf.protocol import StartRound
 
+# What a host answers while a phase runs on it.
+CONTROL_METHODS = frozenset({"host_held", "host_leave_off"})
 # An array, or a table of rows that may lie on disk.
 State = TypeVar("State")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import InternalError, NodeError, WeightsError
+from icrf.errors import InternalError, NodeError, RoutingError, WeightsError
 from icrf.exchange import CONSENSUS, MODEL, PARTIAL
 from icrf.federation.node import FederatedNode
 from icrf.learning.aggregation import clip_update
@@ -52,10 +52,12 @@ class HostTray:
     Attributes:
         handed: all that was posted in the attempt so far; None where other clusters may have posted more.
         made: what this host posts in the phase.
+        left_off: the attempt that was given up last while it might still run here.
     """
 
     handed: Sequence[Posting] | None = None
     made: list[Posting] = field(default_factory=list)
+    left_off: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class HostTools:
             return sorted((p for p in self.tray.handed if p.kind == kind), key=lambda posting: posting.senders)
         with self.nodes.meter.doing(EXCHANGING):
             return self.manager.collect(start.run_id, start.round, start.attempt, kind)
+
+    def require_wanted(self, start: StartRound) -> None:
+        """P003 for an attempt that was given up."""
+        if self.tray.left_off == (start.round, start.attempt):
+            raise RoutingError("P003", f"round {start.round} attempt {start.attempt} was given up")
 
     def foreign_bytes(self, postings: Sequence[Posting], row_bytes: int) -> int:
         """Bytes of rows that hosts of the same cluster made elsewhere."""

@@ -25,6 +25,7 @@ from icrf.protocol import Capacity, Reserve
 from icrf_agent.cluster_gateway import HybridClusterGateway
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.host_notes import HostNotes
+from icrf_agent.host_state import CONTROL_METHODS
 from icrf_agent.node_host import NUM_THREADS, NodeHost
 from icrf_agent.substrate import Actor, Shared
 from icrf_agent.topology_manager import HybridTopologyManager
@@ -237,14 +238,14 @@ class InlineRemote:
 
 @dataclass(frozen=True)
 class InlineActor:
-    """An object whose methods run in `executor`; like an actor's, `host_held` is answered while a phase runs."""
+    """An object whose methods run in `executor`; like an actor's, some are answered while a phase runs."""
 
     process: InlineProcess
     executor: ThreadPoolExecutor
     control: ThreadPoolExecutor
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        executor = self.control if method == "host_held" else self.executor
+        executor = self.control if method in CONTROL_METHODS else self.executor
         return await self.process.call(executor, method, arguments)
 
 

@@ -113,6 +113,10 @@ class NodeHost:
         rounds = flow.rounds or (nodes.states.rounds if nodes.states.used else ())
         return HostHeld(self.life, generation, tuple(nodes.indices), rounds, nodes.states.used)
 
+    def host_leave_off(self, round_number: int, attempt: int) -> None:
+        """An attempt is given up: no further node is trained for it. Heard at any time, also before it begins here."""
+        self._tray.left_off = (round_number, attempt)
+
     def host_checkpoint(self, round_number: int) -> bytes:
         """This host's part of the committed state of a round; F006 if it is not here."""
         nodes, flow = self._ready()
@@ -212,8 +216,7 @@ class NodeHost:
 
     def _staged(self, start: StartRound, report: PhaseReport) -> PhaseReport:
         """Stage the nodes' own states after a phase."""
-        nodes = self._ready()[0]
-        states, report = nodes.states, replace(report, mail=nodes.mailbox.used)
+        states = self._ready()[0].states
         if not states.used:
             return report
         states.stage(start)

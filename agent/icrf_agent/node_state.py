@@ -94,7 +94,7 @@ class NodeStates:
             self._round, self._committed = self._pending
         self._pending = None
         # Also an attempt that failed half-way, before anything was staged, has changed what nodes hold.
-        if self._entered == start.round:
+        if self._entered >= start.round:
             self._load(self._committed)
         self._entered = start.round
         if not self.used:

@@ -20,8 +20,6 @@ def merge_reports(reports: Sequence[PhaseReport]) -> PhaseReport:
         model_hash="".join(r.model_hash for r in reports),
         state_hashes=b"".join(r.state_hashes for r in reports),
         bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports),
-        node_states=any(r.node_states for r in reports),
-        mail=any(r.mail for r in reports),
         graph=next((r.graph for r in reports if r.graph), None),
     )
 

@@ -21,11 +21,11 @@ import ray
 from icrf.errors import IcrfError, InternalError, NodeError, error_from_json
 from icrf_agent.cluster_gateway import GatewaySettings, HybridClusterGateway
 from icrf_agent.host_notes import HostNotes
+from icrf_agent.host_state import CONTROL_METHODS
 from icrf_agent.ray_probe import ClusterWatch
 from icrf_agent.topology_manager import HybridTopologyManager
 
 CONTROL = "control"
-CONTROL_METHODS = frozenset({"host_held"})
 
 # What Ray raises when a process died, or what it held is gone; all of it means: this part must be done again.
 DEATHS = (
@@ -198,9 +198,9 @@ class HostActor:
         return outcome_of(lambda: getattr(self._host, method)(*arguments))
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
-    def host_control(self, method: str) -> Outcome:
+    def host_control(self, method: str, *arguments: Any) -> Outcome:
         """Like `invoke`, and answered while a phase runs."""
-        return self.invoke(method)
+        return self.invoke(method, *arguments)
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
     def host_about(self) -> tuple[int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,7 @@ from icrf.errors import ProtocolError, RoutingError
 from icrf.federation.message import Message
 from icrf.topology import build_topology
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-
-
-@dataclass(frozen=True)
-class Letter:
-    """One user message on its way: sender index (-1: the supervisor), its sequence number, and the encoded message."""
-
-    sender: int
-    sequence: int
-    message: bytes
+from icrf_agent.delivery import Addressed, Letter
 
 
 class TopologyManager:
@@ -143,8 +134,13 @@ class TopologyManager:
         }
 
 
-def decode_letters(bundle: bytes) -> list[tuple[Letter, tuple[int, ...]]]:
-    """The inverse of what ``HybridTopologyManager.take_outbox`` encodes: letters and their recipients' indices.
+def encode_letters(letters: Sequence[Addressed]) -> bytes:
+    """Letters and their recipients' indices, as they travel."""
+    return values.encode([[letter.sender, letter.sequence, list(to), letter.message] for letter, to in letters])
+
+
+def decode_letters(bundle: bytes) -> list[Addressed]:
+    """The inverse of :func:`encode_letters`.
 
     Raises:
         ProtocolError: P001 if the bundle is malformed.

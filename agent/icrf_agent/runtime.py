@@ -284,12 +284,16 @@ class HostedRuntime:
         peer = self._peer(run, transfer.target)
         await self._shared.gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
 
-    async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
+    async def abort(self, run_id: str, round_number: int, attempt: int, leave_off: bool = False) -> None:
         run = self._runs.get(run_id)
         if run is not None and run.tray.position <= (round_number, attempt):
             await self._phases.drop(run)
         if not self._alive.is_set():
             return  # nothing of it is left
+        if run is not None and leave_off:
+            # A host that is dead or hangs is found out about by whoever needs it.
+            asked = (host.call("host_leave_off", round_number, attempt) for host in run.hosts)
+            await asyncio.gather(*asked, return_exceptions=True)
         async with self._healing:  # a manager that died in silence, while no step ran here, is linked again
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
         await self._manager.call("abort", run_id, round_number, attempt)
@@ -444,12 +448,14 @@ class HostedRuntime:
         if len(run.activation.clusters) == 1:
             return
         position = (round_number, attempt)
-        bundles = await self._manager.call("take_outbox", run.activation.run_id, position)
-        for target, bundle in bundles.items():
+        run_id = run.activation.run_id
+        bundles = await self._manager.call("outbox", run_id, position)
+        for target, (number, bundle) in bundles.items():
             header = self._header(run, position, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
             assert self._shared is not None and self._shared.gateway is not None
             peer = self._peer(run, target)
             await self._shared.gateway.call("send_bytes", header, bundle, peer, SEND_TIMEOUT_S)
+            await self._manager.call("acknowledge", run_id, position, target, number)
 
     def _header(self, run: Hosted, position: tuple[int, int], kind: str, target: int, **parts: Any) -> PayloadHeader:
         return PayloadHeader(

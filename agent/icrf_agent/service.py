@@ -233,7 +233,7 @@ class AgentService:
             elif isinstance(action, Advance):
                 self._spawn(self._advance(action))
             elif isinstance(action, Discard):
-                self._spawn(self._runtime.abort(action.run_id, action.round, action.attempt))
+                self._spawn(self._runtime.abort(action.run_id, action.round, action.attempt, action.ahead))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -14,17 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from icrf import values
 from icrf.errors import ProtocolError, RoutingError, RunError, WeightsError
 from icrf.exchange import EXACT, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
 from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, nodes_that, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
+from icrf_agent.delivery import Delivery, Position
 from icrf_agent.object_store import GlobalObjectStore, object_key
-from icrf_agent.room import Letter, TopologyManager, decode_letters
+from icrf_agent.room import TopologyManager, decode_letters, encode_letters
 
-Position = tuple[int, int]
 # What one node sends its neighbours.
 _FROM_A_NODE = (MODEL, UPDATE, MERGED)
 
@@ -69,13 +68,10 @@ class _Room:
     activation: Activate
     cluster: int
     topology: TopologyManager
-    position: Position = (0, 0)
-    dead: set[Position] = field(default_factory=set)
+    delivery: Delivery = field(default_factory=Delivery)
     postings: dict[tuple[Position, str], dict[tuple[int, ...], Posting]] = field(default_factory=dict)
     # Where the row of a node of this cluster is: what leaves for others is asked for node by node.
     places: dict[tuple[Position, str], dict[int, tuple[Posting, int]]] = field(default_factory=dict)
-    staged: dict[Position, dict[tuple[int, int], tuple[Letter, tuple[int, ...]]]] = field(default_factory=dict)
-    outbox: dict[Position, list[tuple[Letter, tuple[int, ...]]]] = field(default_factory=dict)
     arrived: dict[PayloadHeader, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,16 +83,13 @@ class _Room:
         self.participants = {c: tuple(n for n in nodes if n in training) for c, nodes in owned.items()}
         self.num_parameters = shared_size(self.activation.layout)
 
+    @property
+    def position(self) -> Position:
+        """The newest attempt that was begun."""
+        return self.delivery.position
+
     def local(self, nodes: Collection[int]) -> list[int]:
         return [n for n in nodes if self.activation.assignment[n] == self.cluster]
-
-    def stage(self, position: Position, letter: Letter, recipients: Sequence[int]) -> bool:
-        """Keep a letter until its round has been committed; False if it is here already."""
-        letters = self.staged.setdefault(position, {})
-        key = (letter.sender, letter.sequence)
-        known = key in letters
-        letters.setdefault(key, (letter, tuple(recipients)))
-        return not known
 
 
 class HybridTopologyManager:
@@ -168,22 +161,19 @@ class HybridTopologyManager:
         with self._lock:
             room = self._room(run_id, generation)
             position = (round_number, attempt)
-            if position in room.dead:
+            if room.delivery.is_void(position):
                 self._require_open(room, position)
             if position <= room.position:
                 return
-            if round_number > room.position[0]:
-                self._open_mail(room, before=round_number)
+            is_next = round_number > room.position[0]
+            for letter, recipients in room.delivery.begin(position):
+                room.topology.deliver(letter, recipients)
+            if is_next:
                 room.topology.settle()
             else:
                 room.topology.unread()
-            for letters in (room.staged, room.outbox):
-                for stale in [p for p in letters if p < position]:
-                    del letters[stale]
-            room.position = position
             for key in [k for k in room.postings if k[0] < position]:
                 self._drop(room, key)
-            room.dead = {p for p in room.dead if p >= position}
             room.arrived = {h: n for h, n in room.arrived.items() if (h.round, h.attempt) >= position}
 
     def abort(self, run_id: str, round_number: int, attempt: int) -> None:
@@ -193,9 +183,7 @@ class HybridTopologyManager:
             if room is None:
                 return
             position = (round_number, attempt)
-            room.dead.add(position)
-            room.staged.pop(position, None)
-            room.outbox.pop(position, None)
+            room.delivery.abort(position)
             room.arrived = {h: n for h, n in room.arrived.items() if (h.round, h.attempt) != position}
             for key in [k for k in room.postings if k[0] == position]:
                 self._drop(room, key)
@@ -322,12 +310,13 @@ class HybridTopologyManager:
             sender, recipients = room.topology.address(message, recipient_ids)
             self._require_owner(room, sender, self._cluster)
             letter = room.topology.letter(sender, message)
-            local = room.local(recipients)
-            remote = [n for n in recipients if room.activation.assignment[n] != room.cluster]
-            if local:
-                room.stage(position, letter, local)
-            if remote:
-                room.outbox.setdefault(position, []).append((letter, tuple(remote)))
+            assignment = room.activation.assignment
+            for cluster in sorted({assignment[n] for n in recipients}):
+                there = [n for n in recipients if assignment[n] == cluster]
+                if cluster == room.cluster:
+                    room.delivery.stage(position, letter, there)
+                else:
+                    room.delivery.post(position, cluster, letter, there)
             return len(recipients)
 
     def publish_supervisor(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
@@ -337,16 +326,17 @@ class HybridTopologyManager:
             room.topology.deliver(room.topology.sealed(-1, message), room.local(recipients))
             self._mail_came.notify_all()
 
-    def take_outbox(self, run_id: str, position: Position) -> dict[int, bytes]:
-        """Letters for other clusters, one encoded bundle per cluster index; they are handed out once."""
+    def outbox(self, run_id: str, position: Position) -> dict[int, tuple[int, bytes]]:
+        """Letters for other clusters, as one encoded bundle for each cluster's index, with the number of the last one.
+        They are handed out until they are acknowledged."""
         with self._lock:
-            room = self._linked(run_id)
-            by_cluster: dict[int, list[list[Any]]] = {}
-            for letter, recipients in room.outbox.pop(position, []):
-                for cluster in sorted({room.activation.assignment[n] for n in recipients}):
-                    there = [n for n in recipients if room.activation.assignment[n] == cluster]
-                    by_cluster.setdefault(cluster, []).append([letter.sender, letter.sequence, there, letter.message])
-            return {cluster: values.encode(letters) for cluster, letters in by_cluster.items()}
+            pending = self._linked(run_id).delivery.pending(position)
+        return {cluster: (number, encode_letters(letters)) for cluster, (number, letters) in pending.items()}
+
+    def acknowledge(self, run_id: str, position: Position, cluster: int, number: int) -> None:
+        """A cluster has taken its letters up to that number."""
+        with self._lock:
+            self._linked(run_id).delivery.acknowledge(position, cluster, number)
 
     def deliver_letters(self, header: PayloadHeader, bundle: bytes, wire_bytes: int = 0) -> bool:
         """Letters of another cluster's nodes; every edge and every owner is checked before any is accepted.
@@ -364,7 +354,7 @@ class HybridTopologyManager:
                 self._require_local(room, recipients)
                 for recipient in recipients:
                     room.topology.require_edge(letter.sender, recipient)
-            is_new = [room.stage(position, letter, recipients) for letter, recipients in letters]
+            is_new = [room.delivery.stage(position, letter, recipients) for letter, recipients in letters]
             if any(is_new):
                 # Bundles of two phases may have equal headers.
                 room.arrived[header] = room.arrived.get(header, 0) + wire_bytes
@@ -415,7 +405,7 @@ class HybridTopologyManager:
         return room
 
     def _require_open(self, room: _Room, position: Position) -> None:
-        if position < room.position or position in room.dead:
+        if not room.delivery.is_open(position):
             raise RoutingError(
                 "P003",
                 f"round {position[0]} attempt {position[1]} is over on {self._cluster}",
@@ -480,13 +470,6 @@ class HybridTopologyManager:
         room.places.pop(key, None)
         for posting in room.postings.pop(key).values():
             self._store.discard(_key_of(posting))
-
-    def _open_mail(self, room: _Room, before: int) -> None:
-        """Only the last attempt of a round can have been committed; the others' letters vanish."""
-        last = {p[0]: p for p in sorted(room.staged) if p[0] < before}
-        for position in sorted(last.values()):
-            for letter, recipients in room.staged[position].values():
-                room.topology.deliver(letter, recipients)
 
 
 def _key_of(posting: Posting) -> str:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from icrf.protocol import Plan, Submission
     from icrf.sinks import MetricsSink
     from icrf.spec import FederationConfig
+    from icrf.wan import WanShape
 
 DEFAULT_MEDIATOR = "127.0.0.1:7443"
 EXIT_TERMINATED = 143
@@ -65,6 +66,15 @@ Profile = Annotated[
     typer.Option("--profile", help="Show where the rounds' time went, per host; profile.jsonl has each round."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/ID")]
+Wan = Annotated[
+    str | None,
+    typer.Option(
+        "--wan",
+        metavar="SHAPE",
+        help="Put lines like this between the clusters, for example 80ms,50mbit: round trip, rate[, jitter=5ms].",
+        show_default=False,
+    ),
+]
 Clusters = Annotated[int, typer.Option("--clusters", min=1, max=64, metavar="N", help="How many local Ray clusters.")]
 Mediator = Annotated[
     str,
@@ -78,10 +88,12 @@ def _remote(address: str) -> MediatorPort:
     return GrpcMediator(address)
 
 
-def _local(clusters: int, state_dir: Path | None, on_progress: Callable[[str], None]) -> LocalHandle:
+def _local(
+    clusters: int, state_dir: Path | None, on_progress: Callable[[str], None], wan: WanShape | None = None
+) -> LocalHandle:
     from icrf.local import open_local
 
-    return open_local(clusters, state_dir=state_dir, on_progress=on_progress)
+    return open_local(clusters, state_dir=state_dir, on_progress=on_progress, wan=wan)
 
 
 def _plan_local(submission: Submission, clusters: int) -> Plan:
@@ -95,7 +107,7 @@ class Doors:
     """How the commands get at a fabric. Tests hand in others."""
 
     remote: Callable[[str], MediatorPort] = _remote
-    local: Callable[[int, Path | None, Callable[[str], None]], LocalHandle] = _local
+    local: Callable[..., LocalHandle] = _local
     plan_local: Callable[[Submission, int], Plan] = _plan_local
     wall_s: Callable[[], float] = field(default=time.time)
 
@@ -156,6 +168,7 @@ def run(
     ] = False,
     profile: Profile = False,
     log: Log = None,
+    wan: Wan = None,
     override: Overrides = None,
     json: Json = False,
     plain: Plain = False,
@@ -175,7 +188,7 @@ def run(
         }
         if place := next((option for option, given in changes.items() if given), ""):
             raise LocalError("L009", f"--resume goes on with what was started; {place} changes it", place=place)
-        summary, status = resume_here(terminal, session.doors, resume, clusters, _sinks(log))
+        summary, status = resume_here(terminal, _doors(session, wan), resume, clusters, _sinks(log))
     elif file is None:
         raise LocalError(
             "L009", "a federation is needed", place="FED.yaml", hint="or --resume DIR for one that was begun"
@@ -183,7 +196,7 @@ def run(
     else:
         submission = _submission(_load(file, override), file, profile=profile)
         begin = run_twice if verify else run_here
-        summary, status = begin(terminal, session.doors, submission, clusters or 1, out, _sinks(log))
+        summary, status = begin(terminal, _doors(session, wan), submission, clusters or 1, out, _sinks(log))
     _finish(terminal, summary, status, json)
 
 
@@ -191,6 +204,7 @@ def run(
 def demo(
     context: typer.Context,
     clusters: Clusters = 2,
+    wan: Wan = None,
     out: Out = None,
     json: Json = False,
     plain: Plain = False,
@@ -200,9 +214,10 @@ def demo(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import demo_file, run_demo
 
+    doors = _doors(session, wan)
     with demo_file() as file:
         submission = _submission(_load(file, None), file)
-    summary, status = run_demo(terminal, session.doors, submission, clusters, out)
+    summary, status = run_demo(terminal, doors, submission, clusters, out)
     _finish(terminal, summary, status, json)
 
 
@@ -410,6 +425,16 @@ def _submission(config: FederationConfig, file: Path, *, profile: bool = False) 
     from icrf.submission import build_submission
 
     return build_submission(config, code_path=str(file.resolve().parent), profile=profile)
+
+
+def _doors(session: Session, wan: str | None) -> Doors:
+    """The session's, with local clusters as far apart as asked for."""
+    doors: Doors = session.doors
+    if wan is None:
+        return doors
+    from icrf.wan import parse_wan
+
+    return replace(doors, local=partial(doors.local, wan=parse_wan(wan)))
 
 
 def _sinks(specs: list[str] | None) -> list[MetricsSink]:

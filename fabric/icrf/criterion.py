@@ -63,7 +63,7 @@ def active_by_round(
         ConfigError: C010 for an unknown name, C016 or C017 about its parameters, C017 for code that cannot be loaded or
             that raises, C018 for an answer that cannot be used.
     """
-    trains = nodes_that("train", nodes)
+    trains = list(nodes_that("train", nodes))
     index = {nodes[i].id: i for i in trains}
     facts: dict[str, Any] = {**parameters, "node_ids": tuple(index), "roles": tuple(nodes[i].role for i in trains)}
     of_round = ("round_number", "random_state")

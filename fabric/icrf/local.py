@@ -29,6 +29,7 @@ from icrf.errors import AgentError, LocalError
 from icrf.loop_thread import LoopThread
 from icrf.ports import MediatorPort
 from icrf.protocol import Capacity, ClusterInfo, Fingerprint, Plan, Submission
+from icrf.wan import WanLines, WanShape
 from icrf_mediator.blobs import FolderBlobs
 from icrf_mediator.inprocess import InProcessLink, InProcessMediator
 from icrf_mediator.planning import make_plan
@@ -80,9 +81,15 @@ def plan_local(submission: Submission, clusters: int) -> Plan:
     return make_plan(submission, infos)[0]
 
 
-def open_local(clusters: int = 1, *, state_dir: Path | None = None, on_progress: Progress | None = None) -> LocalFabric:
+def open_local(
+    clusters: int = 1,
+    *,
+    state_dir: Path | None = None,
+    on_progress: Progress | None = None,
+    wan: WanShape | None = None,
+) -> LocalFabric:
     """Start an embedded fabric; `on_progress` is told each step when it is done."""
-    return LocalFabric(clusters, state_dir=state_dir, on_progress=on_progress)
+    return LocalFabric(clusters, state_dir=state_dir, on_progress=on_progress, wan=wan)
 
 
 class LocalFabric:
@@ -93,13 +100,28 @@ class LocalFabric:
         state_dir: where journal, models and logs lie; a temporary folder by default. Runs that an earlier fabric of as
             many clusters has left unfinished there go on.
         on_progress: told what has just become true.
+        wan: puts a line like this between every cluster and the rest; None: they are as near as one machine is.
+
+    Raises:
+        LocalError: L009 for a line with one cluster, where nothing would pass it.
 
     Attributes:
         port: the mediator.
         templates: node classes of this process by ``local:NAME``; only a single cluster can take them.
     """
 
-    def __init__(self, clusters: int, *, state_dir: Path | None = None, on_progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        clusters: int,
+        *,
+        state_dir: Path | None = None,
+        on_progress: Progress | None = None,
+        wan: WanShape | None = None,
+    ) -> None:
+        if wan is not None and clusters == 1:
+            raise LocalError(
+                "L009", "a line between clusters needs two of them", place="--wan", hint="add --clusters 2"
+            )
         self._say = on_progress or (lambda text: None)
         self._owns_dir = state_dir is None
         self._dir = Path(tempfile.mkdtemp(prefix="icrf-")) if state_dir is None else Path(state_dir)
@@ -110,7 +132,9 @@ class LocalFabric:
         self._store = SqliteStore(self._state.path / "journal.db")
         self._thread = LoopThread("icrf-fabric")
         blobs = FolderBlobs(self._state.path / "blobs")
-        self._service = MediatorService(self._store, blobs, MonotonicClock())
+        self._lines = None if wan is None else WanLines(cluster_names(clusters), wan)
+        reach = None if self._lines is None else self._lines.reach
+        self._service = MediatorService(self._store, blobs, MonotonicClock(), reach=reach)
         self.port: MediatorPort = InProcessMediator(self._service, self._thread.loop)
         _at_exit(weakref.WeakMethod(self.close))
         try:
@@ -118,7 +142,7 @@ class LocalFabric:
             self._clusters = (
                 _OneCluster(self._thread, self._service, self.templates, self._dir / "ray-token")
                 if clusters == 1
-                else _AgentProcesses(self._thread, self._service, clusters, self._dir)
+                else _AgentProcesses(self._thread, self._service, clusters, self._dir, self._lines)
             )
             self._clusters.start(self._say)
         except BaseException:
@@ -145,6 +169,8 @@ class LocalFabric:
         finally:
             self._thread.call(self._service.stop())
             self._thread.close()
+            if self._lines is not None:
+                self._lines.close()
             self._store.close()
             self._state.close()
             if self._owns_dir:
@@ -247,8 +273,10 @@ class _OneCluster:
 class _AgentProcesses:
     """The mediator's server and one agent process per cluster."""
 
-    def __init__(self, thread: LoopThread, service: MediatorService, clusters: int, folder: Path) -> None:
-        self._thread, self._service, self._folder = thread, service, folder
+    def __init__(
+        self, thread: LoopThread, service: MediatorService, clusters: int, folder: Path, lines: WanLines | None
+    ) -> None:
+        self._thread, self._service, self._folder, self._lines = thread, service, folder, lines
         self._names = cluster_names(clusters)
         self._cpus = cpus_per_cluster(clusters)
         self._server: MediatorServer | None = None
@@ -261,7 +289,9 @@ class _AgentProcesses:
         say(f"mediator on {self._server.address}")
         for name in self._names:
             _take_over(self._state_of(name))
-            self._processes[name] = self._spawn(name, self._server.address)
+            mediator = self._server.address
+            way = mediator if self._lines is None else self._lines.way_out(name, mediator)
+            self._processes[name] = self._spawn(name, way)
         waiting = set(self._names)
         while waiting:
             registered = {info.name for info in self._thread.call(self._service.clusters())}

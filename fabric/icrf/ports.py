@@ -175,7 +175,6 @@ class PhaseReport:
 
     Attributes:
         node_states: whether nodes of the host have a durable state of their own.
-        mail: whether any of them has ever sent or looked for a message.
         seconds: of a whole cluster's report: host -> part -> seconds in all phases of the attempt so far.
     """
 
@@ -189,7 +188,6 @@ class PhaseReport:
     state_hashes: bytes = b""
     bytes_intra_cluster: int = 0
     node_states: bool = False
-    mail: bool = False
     graph: Graph | None = None
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -280,8 +278,12 @@ class ClusterRuntime(Protocol):
         Returns the activation that is in force now; P003 if a later generation is. A repeated call completes what an
         earlier one has left undone."""
 
-    async def abort(self, run_id: str, round_number: int, attempt: int) -> None:
-        """Drop everything of that attempt. Late results and payloads of it are refused from now on."""
+    async def abort(self, run_id: str, round_number: int, attempt: int, leave_off: bool = False) -> None:
+        """Drop everything of that attempt. Late results and payloads of it are refused from now on.
+
+        Args:
+            leave_off: whoever trains for it does not begin with another node.
+        """
 
     async def arrivals(self) -> AsyncIterator[Arrival]:
         """Payloads as they come in, each once."""

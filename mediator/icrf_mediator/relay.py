@@ -6,14 +6,14 @@ One transfer, from the call of the sending gateway to its answer::
       |                             | <------------- Attach(cluster) ---- |   once, long-lived
       | --- Send: opening --------> | ---- RelayOffer(transfer id) -----> |
       |                             | <------- Receive(transfer id) ----- |   one stream per transfer
-      | --- Send: chunks ---------> | ---- the same frames -------------> |
-      |                             | <---- Done(transfer id, error) ---- |
-      | <-- Ack ------------------- |                                     |
+      | --- frames ---------------> | ---- the same frames, then "" ----> |
+      | <-- replies --------------- | <---- replies, then "" ------------ |
 
 A stream of its own gives each transfer gRPC's flow control, so transfers to one receiver do not block each other. The
 relay holds at most `queue_frames` frames of a transfer (and what gRPC keeps in its windows), never a payload; it reads
-the opening frame to learn the target and passes every frame on unchanged. Whatever breaks on the way ends the
-sender's call with UNAVAILABLE, and the sender tries again: delivery is *at least once* until it is answered.
+the opening frame to learn the target and passes every frame and every reply on unchanged. Whatever breaks on the way
+ends the sender's call with UNAVAILABLE, and the sender goes on in another transfer: delivery is *at least once* until
+it is answered.
 
 Identity is what a gateway says it is; nothing is authenticated here yet, so the relay belongs on loopback. The latest
 gateway that attaches under a name gets what is sent to it, unless the name is held by an agent of another incarnation:
@@ -33,15 +33,17 @@ import grpc
 
 from icrf.errors import AgentError, IcrfError, ProtocolError
 from icrf.wire._generated.icrf.v1 import gateway_pb2
+from icrf.wire.addresses import SERVER_OPTIONS
 from icrf.wire.codec import parse
 from icrf.wire.frames import read_opening
-from icrf.wire.gateway_rpc import ATTACH, DONE, RECEIVE, RELAY_SERVICE, SEND, encode_ack
+from icrf.wire.gateway_rpc import ATTACH, RECEIVE, RELAY_SERVICE, SEND, Reply, encode_reply
 from icrf.wire.status import to_status
 
 log = logging.getLogger(__name__)
 
 QUEUE_FRAMES = 4
 MAX_QUEUE_FRAMES = 16
+MAX_QUEUE_REPLIES = 64
 # A sender without a deadline of its own may hold its call this long.
 DEFAULT_TIMEOUT_S = 60.0
 # The answer to a sender whose target never came must arrive before the sender's own deadline.
@@ -83,16 +85,17 @@ class _Attachment:
 
 
 class _Transfer:
-    """The frames between one Send and one Receive, and the receiver's verdict."""
+    """The frames between one Send and one Receive, and the replies between the two."""
 
     def __init__(self, transfer_id: str, to: _Attachment, queue_frames: int) -> None:
         self.transfer_id = transfer_id
         self.to = to
         self.taken = False
         self.peak = 0
-        # None: the sender sent all. _Gone: it went away.
+        # None: the other side has said all. _Gone: it went away.
         self.frames: asyncio.Queue[bytes | _Gone | None] = asyncio.Queue(queue_frames)
-        self.verdict: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.replies: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUE_REPLIES)
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def put(self, frame: bytes | None) -> None:
         await self.frames.put(frame)
@@ -100,21 +103,17 @@ class _Transfer:
 
     def fail(self, reason: str) -> None:
         """End the sender's call, unless it has its answer."""
-        if not self.verdict.done():
-            self.verdict.set_exception(_Gone(reason))
-
-    def settle(self, ack: bytes) -> None:
-        if not self.verdict.done():
-            self.verdict.set_result(ack)
+        if not self.broken.done():
+            self.broken.set_exception(_Gone(reason))
 
     def break_off(self) -> None:
         """End the receiver's stream; what is queued is dropped. The pump must not run any more."""
         while not self.frames.empty():
             self.frames.get_nowait()
         self.frames.put_nowait(_Gone("the sender went away"))
-        if self.verdict.done() and not self.verdict.cancelled():
-            self.verdict.exception()  # retrieved: asyncio would report it as lost otherwise
-        self.verdict.cancel()
+        if self.broken.done() and not self.broken.cancelled():
+            self.broken.exception()  # retrieved: asyncio would report it as lost otherwise
+        self.broken.cancel()
 
 
 class RelayServicer:
@@ -145,9 +144,8 @@ class RelayServicer:
         """Add the relay's handlers to `server`, which is not started yet."""
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             ATTACH: grpc.unary_stream_rpc_method_handler(self._attach),
-            SEND: grpc.stream_unary_rpc_method_handler(self._send),
-            RECEIVE: grpc.unary_stream_rpc_method_handler(self._receive),
-            DONE: grpc.unary_unary_rpc_method_handler(self._done),
+            SEND: grpc.stream_stream_rpc_method_handler(self._send),
+            RECEIVE: grpc.stream_stream_rpc_method_handler(self._receive),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(RELAY_SERVICE, handlers),))
 
@@ -193,12 +191,13 @@ class RelayServicer:
             self._detach(attachment, "its gateway went away")
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the relay is closing or another gateway attached")
 
-    async def _send(self, frames: AsyncIterator[bytes], context: _Context) -> bytes:
+    async def _send(self, frames: AsyncIterator[bytes], context: _Context) -> None:
         first = await anext(aiter(frames), b"")
         try:
             header = read_opening(first).header
         except IcrfError as error:
-            return encode_ack(error)
+            await context.write(encode_reply(Reply(answered=True, error=error)))
+            return
         remaining_s = context.time_remaining()
         wait_s = max(0.0, (DEFAULT_TIMEOUT_S if remaining_s is None else remaining_s) - ANSWER_MARGIN_S)
         target = await self._find(header.target, wait_s)
@@ -207,13 +206,15 @@ class RelayServicer:
         transfer = _Transfer(f"t{next(self._numbers)}", target, self._queue_frames)
         self._transfers[transfer.transfer_id] = transfer
         pump = asyncio.create_task(self._pump(first, frames, transfer))
+        answer = asyncio.create_task(self._pass_replies(transfer, context))
         target.offers.put_nowait(gateway_pb2.RelayOffer(transfer_id=transfer.transfer_id, source=header.source))
         try:
-            ends: set[asyncio.Future[Any]] = {pump, transfer.verdict}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if pump.done():
-                pump.result()
-            return await transfer.verdict
+            ends: set[asyncio.Future[Any]] = {pump, answer, transfer.broken}
+            while not answer.done():
+                done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                ends.discard(pump)
+                for ended in done:
+                    ended.result()
         except _Gone as gone:
             await _abort(
                 context, ProtocolError("P030", f"cluster {header.target!r}: {gone}", place="relay", hint="Try again")
@@ -221,34 +222,31 @@ class RelayServicer:
         finally:
             del self._transfers[transfer.transfer_id]
             self._peak = max(self._peak, transfer.peak)
-            pump.cancel()
-            await asyncio.gather(pump, return_exceptions=True)
+            for task in (pump, answer):
+                task.cancel()
+            await asyncio.gather(pump, answer, return_exceptions=True)
             transfer.break_off()
 
-    async def _receive(self, request: bytes, context: _Context) -> None:
-        asked = await _parse(request, gateway_pb2.RelayReceive, context)
+    async def _receive(self, replies: AsyncIterator[bytes], context: _Context) -> None:
+        asked = await _parse(await anext(aiter(replies), b""), gateway_pb2.RelayReceive, context)
         transfer = self._transfers.get(asked.transfer_id)
         if transfer is None or transfer.taken or transfer.to.incarnation != asked.incarnation:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no transfer {asked.transfer_id} for this gateway")
         transfer.taken = True
-        whole = False
+        passing = asyncio.create_task(self._pass_frames(transfer, context))
+        listening = asyncio.create_task(self._take_replies(replies, transfer))
         try:
-            while isinstance(frame := await transfer.frames.get(), bytes):
-                await context.write(frame)
-            whole = frame is None
+            await asyncio.wait({passing, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if not listening.done() and passing.result():
+                await asyncio.wait({listening})
         finally:
-            if not whole:
+            for task in (passing, listening):
+                task.cancel()
+            _, unanswered = await asyncio.gather(passing, listening, return_exceptions=True)
+            if unanswered is not None:
                 transfer.fail("the receiver ended the transfer")
-        if not whole:
+        if unanswered is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the sender ended the transfer")
-
-    async def _done(self, request: bytes, context: _Context) -> bytes:
-        said = await _parse(request, gateway_pb2.RelayDone, context)
-        transfer = self._transfers.get(said.transfer_id)
-        if transfer is None or transfer.to.incarnation != said.incarnation:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no transfer {said.transfer_id} for this gateway")
-        transfer.settle(said.ack)
-        return encode_ack(None)
 
     # ------------------------------------------------------------ inside
 
@@ -257,6 +255,31 @@ class RelayServicer:
         async for frame in frames:
             await transfer.put(frame)
         await transfer.put(None)
+
+    async def _pass_frames(self, transfer: _Transfer, context: _Context) -> bool:
+        """To the receiver; an empty frame tells it that there are no more, as it still has to reply.
+
+        Returns:
+            False if the sender is gone.
+        """
+        while isinstance(frame := await transfer.frames.get(), bytes):
+            await context.write(frame)
+        if frame is None:
+            await context.write(b"")
+        return frame is None
+
+    async def _take_replies(self, replies: AsyncIterator[bytes], transfer: _Transfer) -> None:
+        """From the receiver. An empty reply follows its last one: a receiver that dies ends the stream as well."""
+        async for reply in replies:
+            await transfer.replies.put(reply or None)
+            if not reply:
+                return
+        raise _Gone("the receiver went away")
+
+    async def _pass_replies(self, transfer: _Transfer, context: _Context) -> None:
+        """To the sender, until the receiver has said its last."""
+        while (reply := await transfer.replies.get()) is not None:
+            await context.write(reply)
 
     async def _find(self, cluster: str, wait_s: float) -> _Attachment | None:
         self._waiting += 1
@@ -276,6 +299,28 @@ class RelayServicer:
         for transfer in self._transfers.values():
             if transfer.to is attachment:
                 transfer.fail(reason)
+
+
+class RelayServer:
+    """A relay that listens alone, without the rest of the mediator: for tests and measurements of gateways."""
+
+    def __init__(self) -> None:
+        self.relay = RelayServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> str:
+        """Listen on this machine (port 0: any free one); the address to dial."""
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.relay.register(self._server)
+        bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+        return f"127.0.0.1:{bound}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Give transfers so long to end."""
+        self.relay.close()
+        if self._server is not None:
+            await self._server.stop(grace_s)
 
 
 async def _parse(raw: bytes, message_class: type[Any], context: _Context) -> Any:

@@ -266,16 +266,28 @@ class RunRounds(RunQueue):
         return replace(draft, ahead=ahead)
 
     def _expected_after(self, number: int) -> StartRound | None:
-        """What will be asked for after a round unless something comes in between; None where that cannot be told, or
+        """What will be asked for after a round unless something comes in between; None where something will or may, or
         where a cluster that has begun with it could not go back."""
         assert self._ledger is not None
-        if self.submission.flow != CENTRALIZED or self.submission.rows.clients_keep or self._quorum.lateness.weighs:
+        submission, config = self.submission, self.config
+        if submission.flow != CENTRALIZED or submission.rows.anybody_keeps or self._quorum.lateness.weighs:
             return None
-        may_be_the_last = self.config.get("target_accuracy") is not None and self._evaluates(number)
-        in_between = self._gone or self.leaving or self._returning
-        if number >= self._rounds_wanted or may_be_the_last or in_between:
+        may_be_the_last = config.get("target_accuracy") is not None and self._evaluates(number)
+        depends = may_be_the_last or config.get("wave_condition") or submission.keep
+        in_between = self._gone or self.leaving or self._returning or self._saves_after(number)
+        if number >= self._rounds_wanted or depends or in_between:
             return None
         return self._draft(number + 1, self._quorum.chosen(number + 1))
+
+    def _take_back(self) -> None:
+        """Something comes between a round and what it has announced."""
+        promised, self._promised = self._promised, None
+        if promised is not None:
+            self._in_vain = promised.round
+
+    def _saves_after(self, number: int) -> bool:
+        """Whether a checkpoint is due after a round."""
+        return self.checkpoints.due(number, int(self.config.get("checkpoint_every") or 0))
 
     def _evaluates(self, number: int) -> bool:
         """Whether a round is evaluated: every so many are, and the last one.
@@ -391,6 +403,7 @@ class RunRounds(RunQueue):
 
     def _checkpoint(self, effects: Effects) -> None:
         assert self._ledger is not None and self.placement is not None
+        self._take_back()
         clusters = self.placement.stateful(self.submission)
         self.checkpoints.begin(self._ledger.round, clusters)
         for cluster in clusters:
@@ -401,6 +414,7 @@ class RunRounds(RunQueue):
         if self._storing:
             return
         self._storing = True
+        self._take_back()
         coordinator = self._ledger.coordinator
         self.record.waits(effects, now, f"the model from {coordinator}", quiet=True)
         order = StoreModel(self.run_id, self.generation, self._ledger.round)

@@ -457,7 +457,7 @@ class RunMachine(RunRounds):
                 self._save_goal(effects)
         # The model of the last round is stored at once, and with it the run is over.
         ends = self._finishing and commit.round >= self._rounds_wanted
-        if not ends and self.checkpoints.due(commit.round, int(self.config.get("checkpoint_every") or 0)):
+        if not ends and self._saves_after(commit.round):
             self._checkpoint(effects)
         self._go_on(effects, now)
 

@@ -13,8 +13,8 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from icrf.errors import LocalError, RunError, error_from_json
 from icrf.ports import AgentPort, BlobStore, BlobWriter, Clock, FederationStore
@@ -22,6 +22,7 @@ from icrf.protocol import (
     TERMINAL,
     CallDone,
     ClusterInfo,
+    ClusterReset,
     Plan,
     Register,
     Reject,
@@ -73,9 +74,20 @@ class MediatorService:
         blobs: models and results of node calls.
         clock: time.
         policy: times of leases and deadlines.
+        reach: where others dial the gateway of a cluster that listens at an address; None: there. An embedded fabric
+            has a line in between.
     """
 
-    def __init__(self, store: FederationStore, blobs: BlobStore, clock: Clock, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        store: FederationStore,
+        blobs: BlobStore,
+        clock: Clock,
+        policy: Policy | None = None,
+        *,
+        reach: Callable[[str, str], str] | None = None,
+    ) -> None:
+        self._reach = reach or (lambda cluster, address: address)
         self._plans = PlanMemo()
         self._core = FederationMediator(policy, self._plans)
         # Decisions that the journal has not taken yet: until it has, nobody is told or instructed.
@@ -215,6 +227,7 @@ class MediatorService:
     async def agent_connected(self, register: Register, port: AgentPort, peer: str) -> str:
         """Admit an agent's stream; a refused one gets a Reject through its port. Returns the session id."""
         session_id = uuid.uuid4().hex
+        register = replace(register, address=self._reach(register.cluster, register.address))
         refusal, effects = self._core.register(register, peer, self._now())
         self._sessions[session_id] = Session(register.cluster, register.incarnation, port)
         if refusal:
@@ -240,6 +253,8 @@ class MediatorService:
         """Something an agent says over its stream."""
         who = self._sessions.get(session)
         if who is not None:
+            if isinstance(report, ClusterReset):
+                report = replace(report, address=self._reach(who.cluster, report.address))
             began = time.perf_counter()
             self._carry_out_in_time(self._core.report(who.cluster, who.incarnation, report, self._now()), who)
             self._core.handled(report, time.perf_counter() - began)

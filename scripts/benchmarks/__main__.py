@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import assignment, nodes, one_cluster
+from benchmarks import assignment, between_clusters, nodes, one_cluster
 
 
 def main() -> int:
@@ -18,6 +18,9 @@ def main() -> int:
     command = commands.add_parser("assignment", help="graphs divided over clusters: ICRF, METIS and Louvain")
     assignment.add_arguments(command)
     command.set_defaults(run=assignment.main)
+    command = commands.add_parser("between-clusters", help="payloads and messages from one Ray cluster to another")
+    between_clusters.add_arguments(command)
+    command.set_defaults(run=between_clusters.main)
     command = commands.add_parser("nodes", help="rounds of more and more nodes, and the mediator's share of them")
     nodes.add_arguments(command)
     command.set_defaults(run=nodes.main)

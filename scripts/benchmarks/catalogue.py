@@ -41,7 +41,6 @@ SYSTEMS = {
     "pool": System("pool of two processes", "pool"),
     "icrf": System("**ICRF**", "fabric"),
     "icrf-vmap": System("**ICRF**, vectorised", "fabric", options={"vectorize": "auto"}, tasks=("digits", "tiny")),
-    "icrf-float": System("**ICRF**, float aggregation", "fabric", options={"aggregation_dtype": "float32"}),
     "pfl": System("pfl", "pfl_simulation", "pfl"),
     "flower": System("Flower simulation", "flower", "flower"),
     "actors": System("a Ray actor per client", "actors", most_clients=20),

@@ -35,7 +35,7 @@ MEDIATOR_CORE = tuple(
     f"mediator/icrf_mediator/{n}*.py"
     for n in ("checkpoints", "checks", "effects", "mediator", "membership", "placement", "rounds", "run_", "runs")
 )
-AGENT_CORE = tuple(f"agent/icrf_agent/{n}*.py" for n in ("core", "round_machine", "phase_reports"))
+AGENT_CORE = tuple(f"agent/icrf_agent/{n}*.py" for n in ("core", "delivery", "round_machine", "phase_reports"))
 IMPURE = frozenset(
     [
         "grpc",

@@ -1,6 +1,5 @@
 """One suite for every way a payload can take between clusters: in-process, gRPC direct, gRPC through the relay."""
 
-import asyncio
 import contextlib
 import itertools
 import queue
@@ -16,14 +15,15 @@ import pytest
 from icrf.errors import InternalError, LocalError, ProtocolError, RoutingError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
+from icrf.testing.relay_thread import RelayThread
 from icrf.testing.waiting import until
 from icrf.wire._generated.icrf.v1 import gateway_pb2
-from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
-from icrf.wire.frames import FrameWriter
-from icrf.wire.gateway_rpc import decode_ack
+from icrf.wire.addresses import CHANNEL_OPTIONS
+from icrf.wire.frames import CHUNK_BYTES, FrameWriter
+from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, decode_reply
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
-from icrf_mediator.relay import MAX_QUEUE_FRAMES, QUEUE_FRAMES, RelayServicer
+from icrf_mediator.relay import MAX_QUEUE_FRAMES, QUEUE_FRAMES
 
 WAIT_S = 20.0
 
@@ -40,6 +40,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def never_ending(message, over):
+    """Requests of a stream whose other side must not hear an end."""
+    yield message
+    over.wait(WAIT_S)
+
+
 class Inbox:
     """A receiver that keeps what came."""
 
@@ -51,35 +57,6 @@ class Inbox:
 
     def get(self):
         return self.items.get(timeout=WAIT_S)
-
-
-class RelayThread:
-    """A real grpc.aio server with a relay, in a thread."""
-
-    def __init__(self, port=0):
-        self.started = threading.Event()
-        self.thread = threading.Thread(target=asyncio.run, args=(self.main(port),))
-        self.thread.start()
-        assert self.started.wait(WAIT_S)
-
-    async def main(self, port):
-        self.loop = asyncio.get_running_loop()
-        self.ending = asyncio.Event()
-        self.relay = RelayServicer()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        self.relay.register(server)
-        self.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
-        await server.start()
-        self.started.set()
-        await self.ending.wait()
-        self.relay.close()
-        await server.stop(0.2)
-
-    def stop(self):
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.ending.set)
-            self.thread.join(WAIT_S)
-        assert not self.thread.is_alive()
 
 
 class InProcess:
@@ -398,7 +375,8 @@ def test_a_damaged_payload_is_refused_and_never_received(kind, damage, expected)
         address = peer.address or way.server.address
         path = "/icrf.v1.Gateway/Deliver" if peer.address else "/icrf.v1.Relay/Send"
         with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            error = decode_ack(channel.stream_unary(path)(iter(damage(damaged_frames())), timeout=WAIT_S))
+            *_, last = channel.stream_stream(path)(iter(damage(damaged_frames())), timeout=WAIT_S)
+        error = decode_reply(last).error
         assert isinstance(error, ProtocolError)
         assert str(error).startswith(expected)
         assert inbox.items.empty()
@@ -448,14 +426,15 @@ def test_a_stalled_receiver_stalls_the_sender_and_fills_no_memory(relayed, sendi
     assert entered.wait(WAIT_S)
     second = sending.submit(sender.send, header_for(big, sender=1), big, peer, WAIT_S)
     relay = relayed.server.relay
-    until(lambda: relay.stats().queued_frames == QUEUE_FRAMES)
+    # The opening, and what every receiver takes unasked: the credit ends before the relay's queue is full.
+    until(lambda: relay.stats().queued_frames == 1 + INITIAL_CREDIT_BYTES // CHUNK_BYTES)
     assert relay.stats().transfers == 2
     assert not second.done()
     go.set()
     first.result(WAIT_S)
     second.result(WAIT_S)
     assert relay.stats().peak_queued_frames <= QUEUE_FRAMES <= MAX_QUEUE_FRAMES
-    assert relay.stats().transfers == relay.stats().queued_frames == 0
+    until(lambda: relay.stats().transfers == relay.stats().queued_frames == 0)
 
 
 def test_a_restarted_relay_is_found_again(relayed, sending):
@@ -474,7 +453,7 @@ def test_a_restarted_relay_is_found_again(relayed, sending):
 def test_a_gateway_that_dies_amid_a_transfer_is_replaced_and_the_payload_sent_again(relayed, sending):
     sender, _ = relayed.join("eu-west")
     array = np.random.default_rng(0).random(4_000_000)
-    inbox = Inbox()
+    inbox, over = Inbox(), threading.Event()
     with grpc.insecure_channel(relayed.server.address, options=CHANNEL_OPTIONS) as channel:
         attach = gateway_pb2.RelayAttach(cluster="us-east", incarnation="x").SerializeToString()
         offers = channel.unary_stream("/icrf.v1.Relay/Attach")(attach, timeout=WAIT_S)
@@ -482,9 +461,10 @@ def test_a_gateway_that_dies_amid_a_transfer_is_replaced_and_the_payload_sent_ag
         sent = sending.submit(sender.send, header_for(array), array, PeerAddress("us-east", ""), WAIT_S)
         offer = gateway_pb2.RelayOffer.FromString(next(offers))
         asked = gateway_pb2.RelayReceive(transfer_id=offer.transfer_id, incarnation="x").SerializeToString()
-        frames = channel.unary_stream("/icrf.v1.Relay/Receive")(asked, timeout=WAIT_S)
+        frames = channel.stream_stream("/icrf.v1.Relay/Receive")(never_ending(asked, over), timeout=WAIT_S)
         next(frames)
-        until(lambda: relayed.server.relay.stats().queued_frames == QUEUE_FRAMES)
+        next(frames)
+    over.set()
     relayed.join("us-east", inbox)
     sent.result(WAIT_S)
     assert np.array_equal(inbox.get()[1], array)

@@ -305,6 +305,6 @@ def test_rounds_are_begun_ahead_and_dropped_where_something_comes_in_between(mon
 
     wrap(monkeypatch, AgentCore, "_confirm", lambda original, *args: (confirmed.append(1), original(*args))[1])
     wrap(monkeypatch, AgentCore, "_drop_ahead", drop)
-    for seed in range(30):
+    for seed in range(60):
         simulate(seed, kinds=("mediator is killed",), quorum=True)
     assert len(confirmed) > 100 and len(dropped) > 3

@@ -9,19 +9,9 @@ from typing import Any
 import pytest
 
 from icrf.errors import NodeError
-from icrf.exchange import MESSAGE, MODEL, PARTIAL
+from icrf.exchange import MODEL, PARTIAL
 from icrf.ports import Arrival, PayloadHeader, PhaseReport
-from icrf.protocol import (
-    CENTRALIZED,
-    AbortAttempt,
-    Activate,
-    CallNode,
-    Instruction,
-    NextRound,
-    RoundReport,
-    SendMessage,
-    StartRound,
-)
+from icrf.protocol import CENTRALIZED, AbortAttempt, Activate, NextRound, RoundReport, StartRound
 from icrf.testing.round_driver import CLUSTER, RUN, activation
 from icrf.update import choose_grid
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Say
@@ -83,22 +73,15 @@ def following(**changes: Any) -> StartRound:
     return replace(start, ahead=NextRound(20, evaluate=True), **changes)
 
 
-def gone_ahead(*before: Instruction, made: PhaseReport = MADE) -> tuple[AgentCore, list[Action]]:
-    """A core that has reported round 1, and its first steps of the next.
-
-    Args:
-        before: what it is told before.
-        made: what its aggregator says.
-    """
+def gone_ahead() -> tuple[AgentCore, list[Action]]:
+    """A core that has reported round 1, and its first steps of the next."""
     core = active_core(ALONE, CLUSTER)
-    for order in before:
-        core.instructed(order, 0.0)
     ahead: list[Action] = []
     queue = core.instructed(announced(), 0.0)
     while queue:
         action = queue.pop(0)
         if isinstance(action, Advance) and not action.ahead:
-            result = made if action.step.kind == AGGREGATE else PhaseReport()
+            result = MADE if action.step.kind == AGGREGATE else PhaseReport()
             queue += core.step_done(action.start, action.step, result, 0.0, 1.0)
         elif isinstance(action, Advance):
             ahead.append(action)
@@ -139,14 +122,14 @@ def test_what_was_begun_ahead_goes_on_whenever_it_is_asked_for() -> None:
 def test_what_was_begun_ahead_is_dropped_where_something_else_is_asked_for(asked: StartRound) -> None:
     core, publish = gone_ahead()
     actions = core.instructed(asked, 2.0)
-    assert actions[0] == Discard(RUN, 2, 1) and steps_of(actions) == [PUBLISH]
+    assert actions[0] == Discard(RUN, 2, 1, ahead=True) and steps_of(actions) == [PUBLISH]
     if asked.attempt != 1:
         assert do(core, publish) == []
 
 
 def test_the_round_before_can_be_repeated_while_the_next_is_under_way() -> None:
     core, publish = gone_ahead()
-    assert core.instructed(AbortAttempt(RUN, 1, 1), 2.0) == [Discard(RUN, 1, 1), Discard(RUN, 2, 1)]
+    assert core.instructed(AbortAttempt(RUN, 1, 1), 2.0) == [Discard(RUN, 1, 1), Discard(RUN, 2, 1, ahead=True)]
     assert do(core, publish) == []
     actions = core.instructed(replace(announced(1, 2), ahead=None), 3.0)
     assert [(r.round, r.attempt) for r in reports_of(core, actions)] == [(1, 2)]
@@ -184,28 +167,3 @@ def test_a_partial_for_what_was_begun_ahead_waits_until_that_is_asked_for() -> N
     while queue:
         queue = do(core, queue)
     assert steps_of(core.instructed(following(), 3.0)) == [AGGREGATE]
-
-
-@pytest.mark.parametrize(
-    ("before", "made"),
-    [
-        ((), replace(MADE, node_states=True)),
-        ((), replace(MADE, mail=True)),
-        ((CallNode(RUN, 1, "call-1", "client_1", "reset", b""),), MADE),
-        ((SendMessage(RUN, 1, "call-1", (1,), b""),), MADE),
-    ],
-    ids=["state", "mail", "call", "message"],
-)
-def test_what_could_not_be_taken_back_is_not_begun(before: tuple[Instruction, ...], made: PhaseReport) -> None:
-    core, ahead = gone_ahead(*before, made=made)
-    assert ahead == [] and steps_of(core.instructed(following(), 2.0)) == [PUBLISH]
-
-
-def test_a_letter_from_another_cluster_keeps_it_from_going_ahead() -> None:
-    core = active_core(STAR, "c0")
-    queue = core.instructed(announced(), 0.0)
-    queue += core.arrived(payload(announced(), MESSAGE, "c1", "c0"), 0.0)
-    queue += core.arrived(payload(announced(), PARTIAL, "c1", "c0"), 0.0)
-    while queue:
-        assert not any(isinstance(action, Advance) and action.ahead for action in queue)
-        queue = do(core, queue)

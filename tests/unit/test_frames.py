@@ -42,7 +42,7 @@ def read(frames):
 
 
 def opening_with(total_bytes, header_bytes=b"", version=1, chunk_bytes=CHUNK_BYTES, magic=b"ICRF"):
-    body = struct.pack("<4sHIQI", magic, version, len(header_bytes), total_bytes, chunk_bytes) + header_bytes
+    body = struct.pack("<4sBBIQI", magic, version, 0, len(header_bytes), total_bytes, chunk_bytes) + header_bytes
     return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 
 

@@ -12,7 +12,7 @@ from icrf.testing.waiting import async_until
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.addresses import CHANNEL_OPTIONS, SERVER_OPTIONS
 from icrf.wire.frames import FrameReader, FrameWriter
-from icrf.wire.gateway_rpc import decode_ack, encode_ack
+from icrf.wire.gateway_rpc import Reply, decode_reply, encode_reply
 from icrf.wire.status import from_rpc_error
 from icrf_mediator.relay import RelayServicer
 
@@ -26,6 +26,60 @@ def frames_of(array):
     return list(FrameWriter(header, array))
 
 
+PROCESSED = encode_reply(Reply(answered=True))
+
+
+class Sending:
+    """A sender's call; awaited, it gives the last reply."""
+
+    def __init__(self, call):
+        self.call = call
+        self.replies = asyncio.ensure_future(self.read())
+
+    async def read(self):
+        return [reply async for reply in self.call]
+
+    async def last(self):
+        return (await self.replies)[-1]
+
+    def __await__(self):
+        return self.last().__await__()
+
+    def done(self):
+        return self.replies.done()
+
+    def cancel(self):
+        self.call.cancel()
+        self.replies.cancel()
+
+
+class Taking:
+    """A receiver's call: frames come out, replies go in."""
+
+    def __init__(self, call, request):
+        self.call, self.request = call, request
+
+    async def read(self):
+        if self.request is not None:
+            request, self.request = self.request, None
+            await self.call.write(request)
+        return await self.call.read()
+
+    async def frames(self):
+        """All frames until the empty one that says that there are no more."""
+        found = []
+        while frame := await self.read():
+            found.append(frame)
+        return found
+
+    async def answer(self, *replies):
+        for reply in (*(replies or (PROCESSED,)), b""):
+            await self.call.write(reply)
+
+    def cancel(self):
+        self.call.cancel()
+
+
 class Net:
     """The relay and one channel to it."""
 
@@ -33,7 +87,7 @@ class Net:
         self.relay, self.channel = relay, channel
 
     def send(self, frames, timeout_s=WAIT_S):
-        return self.channel.stream_unary("/icrf.v1.Relay/Send")(frames, timeout=timeout_s)
+        return Sending(self.channel.stream_stream("/icrf.v1.Relay/Send")(frames, timeout=timeout_s))
 
     async def attach(self, incarnation="x", cluster="us-east"):
         request = gateway_pb2.RelayAttach(cluster=cluster, incarnation=incarnation).SerializeToString()
@@ -47,16 +101,7 @@ class Net:
 
     def receive(self, transfer_id, incarnation="x"):
         request = gateway_pb2.RelayReceive(transfer_id=transfer_id, incarnation=incarnation).SerializeToString()
-        return self.channel.unary_stream("/icrf.v1.Relay/Receive")(request, timeout=WAIT_S)
-
-    async def done(self, transfer_id, incarnation="x", ack=None):
-        done = gateway_pb2.RelayDone(
-            transfer_id=transfer_id, incarnation=incarnation, ack=encode_ack(None) if ack is None else ack
-        )
-        return await self.call("Done", done.SerializeToString())
-
-    async def call(self, method, raw):
-        return await self.channel.unary_unary(f"/icrf.v1.Relay/{method}")(raw, timeout=WAIT_S)
+        return Taking(self.channel.stream_stream("/icrf.v1.Relay/Receive")(timeout=WAIT_S), request)
 
 
 def relayed(test):
@@ -111,20 +156,20 @@ async def test_frames_pass_unchanged_and_the_receivers_ack_is_the_senders_answer
     send = net.send(SMALL)
     offer, stream = await net.take(offers)
     assert offer.source == "eu-west"
-    assert [frame async for frame in stream] == SMALL
-    await net.done(offer.transfer_id, ack=b"any bytes at all")
-    assert await send == b"any bytes at all"
+    assert await stream.frames() == SMALL
+    await stream.answer(b"any bytes", b"at all")
+    await send
+    assert send.replies.result() == [b"any bytes", b"at all"]
 
 
 @relayed
 async def test_an_answer_before_the_last_frame_ends_the_transfer(net):
     offers = await net.attach()
     send = net.send(endless())
-    offer, stream = await net.take(offers)
+    _offer, stream = await net.take(offers)
     assert await stream.read() == LARGE[0]
-    await net.done(offer.transfer_id)
-    assert decode_ack(await send) is None
-    stream.cancel()
+    await stream.answer()
+    assert decode_reply(await send).error is None
 
 
 @relayed
@@ -139,15 +184,15 @@ async def test_a_receiver_that_does_not_read_stops_the_sender(net):
 
     offers = await net.attach()
     send = net.send(counted())
-    offer, stream = await net.take(offers)
+    _offer, stream = await net.take(offers)
     await async_until(lambda: net.relay.stats().queued_frames == QUEUE_FRAMES)
     assert pulled < len(LARGE) and not send.done()
     reader = FrameReader()
-    async for frame in stream:
+    for frame in await stream.frames():
         reader.feed(frame)
     assert reader.finish().array.nbytes == 64 << 20
-    await net.done(offer.transfer_id)
-    assert decode_ack(await send) is None
+    await stream.answer()
+    assert decode_reply(await send).answered
     assert net.relay.stats().peak_queued_frames == QUEUE_FRAMES
 
 
@@ -159,9 +204,9 @@ async def test_a_stalled_transfer_does_not_block_another_to_the_same_receiver(ne
     await async_until(lambda: net.relay.stats().queued_frames == QUEUE_FRAMES)
     send = net.send(SMALL)
     second, stream = await net.take(offers)
-    assert [frame async for frame in stream] == SMALL
-    await net.done(second.transfer_id)
-    assert decode_ack(await send) is None
+    assert await stream.frames() == SMALL
+    await stream.answer()
+    assert decode_reply(await send).answered
     assert not stalled.done() and first.transfer_id != second.transfer_id
     stalled.cancel()
 
@@ -183,7 +228,7 @@ async def test_a_receiver_that_detaches_makes_the_sender_try_again_even_after_th
     offers = await net.attach()
     send = net.send(SMALL)
     _, stream = await net.take(offers)
-    assert [frame async for frame in stream] == SMALL
+    assert await stream.frames() == SMALL
     offers.cancel()
     error = await refused(send)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
@@ -199,10 +244,10 @@ async def test_a_new_life_of_a_gateway_takes_over(net):
     assert (await refused(send)).code() is grpc.StatusCode.UNAVAILABLE
     assert (await refused(old.read())).code() is grpc.StatusCode.UNAVAILABLE
     send = net.send(SMALL)
-    offer, stream = await net.take(new, "new")
-    assert [frame async for frame in stream] == SMALL
-    await net.done(offer.transfer_id, "new")
-    assert decode_ack(await send) is None
+    _offer, stream = await net.take(new, "new")
+    assert await stream.frames() == SMALL
+    await stream.answer()
+    assert decode_reply(await send).answered
 
 
 @relayed
@@ -214,7 +259,7 @@ async def test_a_payload_whose_sender_goes_away_is_never_whole(net):
     reader.feed(await stream.read())
     send.cancel()
     with contextlib.suppress(grpc.aio.AioRpcError):
-        while (frame := await stream.read()) is not grpc.aio.EOF:
+        while frame := await stream.read():
             reader.feed(frame)
     assert not reader.complete
 
@@ -228,14 +273,14 @@ async def test_a_target_is_waited_for_until_the_senders_deadline(net):
     send = net.send(SMALL)
     await async_until(lambda: net.relay.stats().waiting == 1)
     offers = await net.attach()
-    offer, stream = await net.take(offers)
-    assert [frame async for frame in stream] == SMALL
-    await net.done(offer.transfer_id)
-    assert decode_ack(await send) is None
+    _offer, stream = await net.take(offers)
+    assert await stream.frames() == SMALL
+    await stream.answer()
+    assert decode_reply(await send).answered
 
 
 @relayed
-async def test_only_the_receiver_it_was_offered_to_takes_or_settles_a_transfer_and_once(net):
+async def test_only_the_receiver_it_was_offered_to_takes_a_transfer_and_once(net):
     offers = await net.attach()
     send = net.send(endless())
     offer, stream = await net.take(offers)
@@ -244,23 +289,23 @@ async def test_only_the_receiver_it_was_offered_to_takes_or_settles_a_transfer_a
         net.receive(offer.transfer_id, "y").read(),
         net.receive(offer.transfer_id).read(),
         net.receive("t99").read(),
-        net.done(offer.transfer_id, "y"),
-        net.done("t99"),
     ):
         assert (await refused(call)).code() is grpc.StatusCode.NOT_FOUND
     assert not send.done()
-    await net.done(offer.transfer_id)
-    assert decode_ack(await send) is None
+    await stream.answer()
+    assert decode_reply(await send).answered
 
 
 @relayed
 async def test_what_is_no_message_and_what_is_no_payload_are_refused_with_a_code(net):
-    error = await refused(net.call("Done", b"\xff\xff"))
+    taking = net.receive("t1")
+    taking.request = b"\xff\xff"
+    error = await refused(taking.read())
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error_in(error).code == "P001"
-    assert decode_ack(await net.send([b"GET / HTTP/1.1"])).code == "P022"
-    assert decode_ack(await net.send([])).code == "P022"
-    assert decode_ack(await net.send([SMALL[1]])).code in ("P021", "P022")
+    assert decode_reply(await net.send([b"GET / HTTP/1.1"])).error.code == "P022"
+    assert decode_reply(await net.send([])).error.code == "P022"
+    assert decode_reply(await net.send([SMALL[1]])).error.code in ("P021", "P022")
 
 
 @relayed

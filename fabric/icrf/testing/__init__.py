@@ -1,6 +1,8 @@
 """What users test their own nodes with.
 
 * :class:`InlineFabric`: N clusters inside the test's process, without Ray; a federation takes a second.
+* :class:`SocketFabric`: the same over gRPC on real sockets, through lines that delay, pace, stall and reset.
+* :class:`WanLine`: such a line alone, to put in front of anything that listens; :func:`parse_wan` reads its shape.
 * :class:`FabricEnvironment`: N real Ray clusters, real daemons, and faults on demand; a start takes ten seconds.
 * :class:`ScriptedMediator`: a mediator that answers what the test wrote down.
 
@@ -16,13 +18,27 @@ if TYPE_CHECKING:
     from icrf.testing.environment import FabricEnvironment
     from icrf.testing.inline import InlineFabric
     from icrf.testing.scripted import ScriptedMediator
+    from icrf.testing.sockets import SocketFabric
+    from icrf.wan import WanLine, WanShape, parse_wan
 
-__all__ = ["FabricEnvironment", "InlineFabric", "ScriptedMediator"]
+__all__ = [
+    "FabricEnvironment",
+    "InlineFabric",
+    "ScriptedMediator",
+    "SocketFabric",
+    "WanLine",
+    "WanShape",
+    "parse_wan",
+]
 
 _HOME = {
     "FabricEnvironment": "icrf.testing.environment",
     "InlineFabric": "icrf.testing.inline",
     "ScriptedMediator": "icrf.testing.scripted",
+    "SocketFabric": "icrf.testing.sockets",
+    "WanLine": "icrf.wan",
+    "WanShape": "icrf.wan",
+    "parse_wan": "icrf.wan",
 }
 
 

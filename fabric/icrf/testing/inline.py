@@ -13,7 +13,7 @@ from types import TracebackType
 
 from icrf.daemon import MonotonicClock
 from icrf.loop_thread import LoopThread
-from icrf.ports import Clock, MediatorPort
+from icrf.ports import AgentLink, Clock, MediatorPort, PayloadTransport
 from icrf.protocol import Capacity, Warned
 from icrf_agent.gateway_inproc import InProcessTransport, TransportHub
 from icrf_agent.inline_substrate import InlineCpus, InlineSubstrate
@@ -72,8 +72,19 @@ class InlineFabric:
         self.service: MediatorService = self._thread.call(self._start(names))
         self.port: MediatorPort = InProcessMediator(self.service, self._thread.loop)
 
+    def _new_service(self) -> MediatorService:
+        return MediatorService(self.store, self.blobs, self._clock, self._policy)
+
+    def _transport(self, identity: AgentIdentity) -> PayloadTransport:
+        """How payloads travel from and to a cluster."""
+        return InProcessTransport(self._hub, identity.cluster)
+
+    def _link(self, cluster: str) -> AgentLink:
+        """How its agent talks to the mediator."""
+        return InProcessLink(lambda: self._current)
+
     async def _start(self, names: Sequence[str]) -> MediatorService:
-        service = MediatorService(self.store, self.blobs, self._clock, self._policy)
+        service = self._new_service()
         await service.start()
         self._current = service
         for name in names:
@@ -81,18 +92,18 @@ class InlineFabric:
         return service
 
     async def _add(self, service: MediatorService, name: str) -> None:
-        substrate = InlineSubstrate(self._capacity, lambda: InProcessTransport(self._hub, name))
+        identity = AgentIdentity(name, uuid.uuid4().hex, self._labels.get(name, {}))
+        substrate = InlineSubstrate(self._capacity, lambda: self._transport(identity))
         if name in self._cpus:
             substrate.cpus = self._cpus[name]
         self.substrates[name] = substrate
-        link = InProcessLink(lambda: self._current)
+        link = self._link(name)
         runtime = HostedRuntime(
             name,
             substrate,
             templates=self._templates,
             warn=lambda run_id, text: link.report(Warned(run_id, text)),
         )
-        identity = AgentIdentity(name, uuid.uuid4().hex, self._labels.get(name, {}))
         agent = AgentService(identity, link, runtime)
         await agent.start()
         self._serving.append(asyncio.create_task(agent.serve()))
@@ -107,7 +118,7 @@ class InlineFabric:
     async def _restart(self) -> None:
         old, self._current = self.service, None
         await old.stop()
-        self.service = MediatorService(self.store, self.blobs, self._clock, self._policy)
+        self.service = self._new_service()
         await self.service.start()
         self._current = self.service
 

@@ -2,13 +2,15 @@
 
 ::
 
-    opening   "ICRF" u16 version  u32 header bytes  u64 total bytes  u32 chunk bytes | header | u64 xxh3 of all before
+    opening   "ICRF" u8 version  u8 resumes  u32 header bytes  u64 total bytes  u32 chunk bytes
+              | header | u64 xxh3 of all before
     chunk     u32 index  u32 length  u64 xxh3 of the data | data          (as many as it takes, possibly none)
     trailer   "ICRT" u32 number of chunks  16 bytes payload id
 
 All integers are little-endian, array elements too. The payload id is the 128-bit xxh3 over the chunk checksums in
 order, so that a missing or exchanged chunk cannot hide. xxh3 finds faults, not forgers: who may send is decided by
-the connection. Refused frames raise :class:`icrf.errors.ProtocolError`:
+the connection. An opening that resumes is followed by the chunks that the receiver does not have yet. Refused frames
+raise :class:`icrf.errors.ProtocolError`:
 
 ========  ==============================================================================================
 P001      an intact opening that says something impossible, or a header this version cannot read
@@ -44,7 +46,7 @@ DTYPES = frozenset(
     ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 )
 
-_OPENING = struct.Struct("<4sHIQI")
+_OPENING = struct.Struct("<4sBBIQI")
 _CHUNK = struct.Struct("<IIQ")
 _TRAILER = struct.Struct("<4sI16s")
 _CHECKSUM = struct.Struct("<Q")
@@ -71,11 +73,12 @@ class Received:
 
 @dataclass(frozen=True)
 class Opening:
-    """What the first frame of a payload says."""
+    """What the first frame of a payload says; `resumes`: the receiver is asked how much of it is there already."""
 
     header: PayloadHeader
     total_bytes: int
     chunk_bytes: int
+    resumes: bool = False
 
     @property
     def num_chunks(self) -> int:
@@ -89,7 +92,7 @@ class Opening:
 class FrameWriter:
     """The frames of one array; iterate to get them, as often as needed.
 
-    Every chunk is copied once, into its frame. The array is only read.
+    Every chunk is copied once, into its frame, and its checksum computed once. The array is only read.
 
     Args:
         header: its `dtype` and `num_elements` must be the array's.
@@ -114,32 +117,60 @@ class FrameWriter:
                 allowed=f"at most {MAX_HEADER_BYTES}",
                 hint="Send to fewer recipients at once",
             )
-        opening = _OPENING.pack(_OPENING_MAGIC, FRAME_VERSION, len(raw), self._data.nbytes, chunk_bytes) + raw
-        self._opening = opening + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(opening))
+        self._raw_header = raw
+        self._checksums: list[bytes] = []
 
     def __iter__(self) -> Iterator[bytes]:
-        yield self._opening
-        identity = xxhash.xxh3_128()
-        count = 0
-        for start in range(0, self._data.nbytes, self._chunk_bytes):
-            data = self._data[start : start + self._chunk_bytes]
-            checksum = xxhash.xxh3_64_intdigest(data)
-            identity.update(_CHECKSUM.pack(checksum))
-            yield b"".join((_CHUNK.pack(count, data.nbytes, checksum), data))
-            count += 1
-        yield _TRAILER.pack(_TRAILER_MAGIC, count, identity.digest())
+        yield self.opening()
+        yield from self.body()
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self._data.nbytes // self._chunk_bytes)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Data bytes of every chunk but the last."""
+        return self._chunk_bytes
+
+    def opening(self, *, resumes: bool = False) -> bytes:
+        """The first frame.
+
+        Args:
+            resumes: ask the receiver what it has; :meth:`body` then starts after that.
+        """
+        sizes = len(self._raw_header), self._data.nbytes, self._chunk_bytes
+        opening = _OPENING.pack(_OPENING_MAGIC, FRAME_VERSION, resumes, *sizes) + self._raw_header
+        return opening + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(opening))
+
+    def body(self, start: int = 0) -> Iterator[bytes]:
+        """The chunks from index `start` on, and the trailer over all of them."""
+        for index in range(start, self.num_chunks):
+            data = self._chunk(index)
+            yield b"".join((_CHUNK.pack(index, data.nbytes, *_CHECKSUM.unpack(self._checksum(index))), data))
+        identity = xxhash.xxh3_128(b"".join(self._checksum(index) for index in range(self.num_chunks)))
+        yield _TRAILER.pack(_TRAILER_MAGIC, self.num_chunks, identity.digest())
 
     @property
     def wire_bytes(self) -> int:
-        """Sum of the lengths of all frames."""
-        chunks = -(-self._data.nbytes // self._chunk_bytes)
-        return len(self._opening) + chunks * _CHUNK.size + self._data.nbytes + _TRAILER.size
+        """Sum of the lengths of all frames, each sent once."""
+        return len(self.opening()) + self.num_chunks * _CHUNK.size + self._data.nbytes + _TRAILER.size
+
+    def _chunk(self, index: int) -> memoryview:
+        return self._data[index * self._chunk_bytes : (index + 1) * self._chunk_bytes]
+
+    def _checksum(self, index: int) -> bytes:
+        while len(self._checksums) <= index:
+            checksum = xxhash.xxh3_64_intdigest(self._chunk(len(self._checksums)))
+            self._checksums.append(_CHECKSUM.pack(checksum))
+        return self._checksums[index]
 
 
 class FrameReader:
     """Assembles the frames of one payload into one preallocated array.
 
-    Feed the frames in order, then call :meth:`finish`. After an error the reader must be thrown away.
+    Feed the frames in order, then call :meth:`finish`. After an error, what was verified before it stands: another
+    stream may go on from there, unless the trailer was at fault.
 
     Args:
         max_bytes: declared sizes above it are refused with P026 before anything is allocated.
@@ -159,6 +190,11 @@ class FrameReader:
     def header(self) -> PayloadHeader | None:
         """The header, once the opening frame was fed."""
         return self._opening.header if self._opening else None
+
+    @property
+    def num_verified(self) -> int:
+        """Chunks that are there and match their checksums."""
+        return self._next
 
     @property
     def complete(self) -> bool:
@@ -264,10 +300,10 @@ def read_opening(frame: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Opening:
     body = memoryview(frame)[: -_CHECKSUM.size]
     if xxhash.xxh3_64_intdigest(body) != _CHECKSUM.unpack_from(frame, len(body))[0]:
         _refuse("P021", "the first frame does not match its checksum or is no opening", place=place)
-    magic, version, header_bytes, total_bytes, chunk_bytes = _OPENING.unpack_from(frame)
+    magic, version, resumes, header_bytes, total_bytes, chunk_bytes = _OPENING.unpack_from(frame)
     if magic != _OPENING_MAGIC:
         _refuse("P020", "the first frame is no opening", place=place)
-    if version != FRAME_VERSION:
+    if version != FRAME_VERSION or resumes > 1:
         _refuse("P004", "frames of another version", place=place, value=version, allowed=str(FRAME_VERSION))
     if header_bytes != len(body) - _OPENING.size:
         _refuse("P020", "the header has another length than declared", place=place, value=header_bytes)
@@ -282,7 +318,7 @@ def read_opening(frame: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Opening:
             f"{header.num_elements} elements of {header.dtype} do not take {total_bytes} bytes",
             place=f"{place}, field num_elements",
         )
-    return Opening(header, total_bytes, chunk_bytes)
+    return Opening(header, total_bytes, chunk_bytes, bool(resumes))
 
 
 def _read_header(raw: bytes) -> PayloadHeader:

@@ -106,6 +106,36 @@ class Ack(_message.Message):
 Global___Ack: _TypeAlias = Ack  # noqa: Y015
 
 @_typing.final
+class TransferReply(_message.Message):
+    """What a receiver says while frames come in; the last reply of a transfer has the ack."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERIFIED_CHUNKS_FIELD_NUMBER: _builtins.int
+    CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    ACK_FIELD_NUMBER: _builtins.int
+    verified_chunks: _builtins.int
+    """Chunks that are there and verified: what would be sent again after a fault starts behind them."""
+    credit_bytes: _builtins.int
+    """How many bytes of data, from the payload's beginning, the receiver has room for by now."""
+    @_builtins.property
+    def ack(self) -> Global___Ack: ...
+    def __init__(
+        self,
+        *,
+        verified_chunks: _builtins.int = ...,
+        credit_bytes: _builtins.int = ...,
+        ack: Global___Ack | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "credit_bytes", b"credit_bytes", "verified_chunks", b"verified_chunks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferReply: _TypeAlias = TransferReply  # noqa: Y015
+
+@_typing.final
 class RelayAttach(_message.Message):
     """A gateway asks the relay for what is sent to its cluster; answered by a stream of RelayOffer."""
 
@@ -131,7 +161,7 @@ Global___RelayAttach: _TypeAlias = RelayAttach  # noqa: Y015
 
 @_typing.final
 class RelayOffer(_message.Message):
-    """Somebody wants to send: fetch the frames with RelayReceive."""
+    """Somebody wants to send: take the transfer with RelayReceive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -155,7 +185,7 @@ Global___RelayOffer: _TypeAlias = RelayOffer  # noqa: Y015
 
 @_typing.final
 class RelayReceive(_message.Message):
-    """Opens the stream of frames of one transfer. Only the attached incarnation may ask."""
+    """The first message of a receiver in a transfer; its replies follow. Only the attached incarnation may ask."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -176,30 +206,3 @@ class RelayReceive(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RelayReceive: _TypeAlias = RelayReceive  # noqa: Y015
-
-@_typing.final
-class RelayDone(_message.Message):
-    """The receiver's verdict on a transfer: `ack` is an encoded Ack, which completes the sender's call unread."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TRANSFER_ID_FIELD_NUMBER: _builtins.int
-    INCARNATION_FIELD_NUMBER: _builtins.int
-    ACK_FIELD_NUMBER: _builtins.int
-    transfer_id: _builtins.str
-    incarnation: _builtins.str
-    ack: _builtins.bytes
-    def __init__(
-        self,
-        *,
-        transfer_id: _builtins.str = ...,
-        incarnation: _builtins.str = ...,
-        ack: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "incarnation", b"incarnation", "transfer_id", b"transfer_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RelayDone: _TypeAlias = RelayDone  # noqa: Y015

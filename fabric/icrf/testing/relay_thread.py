@@ -1,0 +1,31 @@
+"""The mediator's relay alone, for tests and measurements of gateways."""
+
+from __future__ import annotations
+
+from icrf.loop_thread import LoopThread
+from icrf_mediator.relay import RelayServer
+
+_STOP_S = 0.2
+
+
+class RelayThread:
+    """A relay that listens on this machine, in a thread of its own.
+
+    Args:
+        port: where; 0: any free one.
+
+    Attributes:
+        address: ``HOST:PORT`` to dial.
+        relay: what serves.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self._thread, self._server = LoopThread("icrf-relay"), RelayServer()
+        self.address = self._thread.call(self._server.start(port))
+        self.relay = self._server.relay
+
+    def stop(self) -> None:
+        """End all transfers and the thread; harmless when called twice."""
+        if not self._thread.loop.is_closed():
+            self._thread.call(self._server.stop(_STOP_S))
+            self._thread.close()

@@ -1,0 +1,202 @@
+"""How payloads come in over connections that break: what was verified is kept, and nothing is processed twice."""
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+from icrf.errors import RoutingError
+from icrf.ports import PayloadHeader
+from icrf.wire.frames import FrameWriter
+from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, decode_reply
+from icrf_agent.gateway_delivery import MAX_BROKEN, Intake
+
+WAIT_S = 20.0
+ARRAY = np.random.default_rng(0).integers(0, 256, 1_000, dtype=np.uint8)
+
+
+def writer_of(array=ARRAY, attempt=1, chunk_bytes=100):
+    header = PayloadHeader("r", 1, 1, attempt, "update", 3, "eu-west", "us-east", array.dtype.name, array.size)
+    return FrameWriter(header, array, chunk_bytes)
+
+
+class Lost(Exception):
+    """The connection is gone."""
+
+
+def lost_after(frames, count):
+    for number, frame in enumerate(frames):
+        if number == count:
+            raise Lost
+        yield frame
+
+
+def resuming(writer, start):
+    return [writer.opening(resumes=True), *writer.body(start)]
+
+
+def replies(intake, frames):
+    return [decode_reply(raw) for raw in intake.take(frames)]
+
+
+@pytest.fixture
+def came():
+    return []
+
+
+@pytest.fixture
+def intake(came):
+    intake = Intake(lambda header, array, wire_bytes: came.append((header, array.copy(), wire_bytes)))
+    yield intake
+    intake.close()
+    intake.close()
+
+
+def break_off(intake, writer, frames):
+    """A connection that ends after so many frames."""
+    with pytest.raises(Lost):
+        replies(intake, lost_after(writer, frames))
+
+
+def test_a_broken_transfer_goes_on_where_it_was(intake, came):
+    writer = writer_of()
+    break_off(intake, writer, 1 + 4)
+    first, last = replies(intake, resuming(writer, 4))
+    assert (first.verified_chunks, first.answered) == (4, False)
+    assert last.answered and last.error is None
+    ((_, array, wire_bytes),) = came
+    assert np.array_equal(array, ARRAY) and wire_bytes == writer.wire_bytes
+
+
+def test_a_damaged_chunk_costs_itself_and_what_came_after(intake, came):
+    writer = writer_of()
+    frames = list(writer)
+    frames[5] = frames[5][:-1] + bytes([frames[5][-1] ^ 1])
+    assert replies(intake, frames)[-1].error.code == "P021"
+    assert replies(intake, resuming(writer, 4))[0].verified_chunks == 4
+    assert np.array_equal(came[0][1], ARRAY) and len(came) == 1
+
+
+def test_a_sender_that_does_not_resume_begins_anew(intake, came):
+    writer = writer_of()
+    break_off(intake, writer, 5)
+    other = writer_of(ARRAY[::-1].copy())
+    assert replies(intake, other)[-1].error is None
+    assert np.array_equal(came[0][1], ARRAY[::-1])
+
+
+def test_what_never_came_cannot_be_gone_on_with(intake, came):
+    assert replies(intake, resuming(writer_of(), 0))[0].verified_chunks == 0
+    assert len(came) == 1
+
+
+def test_other_bytes_under_the_same_name_are_not_mixed_in(intake, came):
+    break_off(intake, writer_of(), 5)
+    changed = ARRAY.copy()
+    changed[0] ^= 1
+    assert replies(intake, resuming(writer_of(changed), 4))[-1].error.code == "P021"
+    assert came == []
+    assert [r.verified_chunks for r in replies(intake, resuming(writer_of(changed), 0))] == [0, 10]
+    assert np.array_equal(came[0][1], changed)
+
+
+def test_the_answer_to_a_whole_payload_is_given_again(came):
+    def refuse(header, array, wire_bytes):
+        came.append(wire_bytes)
+        raise RoutingError("P003", "over")
+
+    intake = Intake(refuse)
+    writer = writer_of()
+    answers = [replies(intake, writer)[-1], *(replies(intake, resuming(writer, 10))[-1] for _ in range(2))]
+    assert [answer.error.code for answer in answers] == ["P003"] * 3
+    assert len(came) == 1
+
+
+def test_what_is_still_being_processed_is_waited_for_and_not_processed_twice(came):
+    entered, go = threading.Event(), threading.Event()
+
+    def receive(header, array, wire_bytes):
+        came.append(header)
+        entered.set()
+        assert go.wait(WAIT_S)
+
+    intake = Intake(receive)
+    writer, answers = writer_of(), []
+    first = threading.Thread(target=lambda: answers.append(replies(intake, writer)[-1]))
+    first.start()
+    assert entered.wait(WAIT_S)
+    again = threading.Thread(target=lambda: answers.append(replies(intake, resuming(writer, 10))[-1]))
+    again.start()
+    go.set()
+    first.join(WAIT_S)
+    again.join(WAIT_S)
+    assert [answer.answered and answer.error is None for answer in answers] == [True, True]
+    assert len(came) == 1
+
+
+def test_a_connection_that_was_given_up_can_no_longer_feed(intake, came):
+    writer = writer_of()
+    frames = list(writer)
+    brought, go = threading.Event(), threading.Event()
+
+    def stalling():
+        yield from frames[:3]
+        brought.set()
+        assert go.wait(WAIT_S)
+        yield from frames[3:]
+
+    answers = []
+    old = threading.Thread(target=lambda: answers.append(replies(intake, stalling())[-1]))
+    old.start()
+    assert brought.wait(WAIT_S)
+    new = intake.take(iter(resuming(writer, 2)))
+    assert decode_reply(next(new)).verified_chunks == 2
+    go.set()
+    old.join(WAIT_S)
+    assert answers[0].error.code == "P020"
+    assert [decode_reply(raw).answered for raw in new] == [True]
+    assert len(came) == 1
+
+
+def test_a_sender_gets_credit_as_its_chunks_are_verified():
+    array = np.zeros(12 << 20, dtype=np.uint8)
+    intake = Intake(lambda header, array, wire_bytes: None, window_bytes=4 << 20)
+    given = replies(intake, writer_of(array, chunk_bytes=1 << 20))
+    ahead = [reply.credit_bytes - (reply.verified_chunks << 20) for reply in given[:-1]]
+    assert given[0].verified_chunks == 0 and given[0].credit_bytes > INITIAL_CREDIT_BYTES
+    assert set(ahead) == {4 << 20}
+    assert given[-2].credit_bytes >= array.nbytes
+
+
+def test_what_is_broken_off_is_not_kept_for_ever_nor_without_limit(came):
+    intake = Intake(lambda *payload: came.append(payload), keep_broken_s=0.01)
+    writer = writer_of()
+    break_off(intake, writer, 5)
+    (transfer,) = intake._transfers.values()
+    transfer.expiry.join(WAIT_S)
+    assert replies(intake, resuming(writer, 0))[0].verified_chunks == 0
+    intake.close()
+    intake = Intake(lambda *payload: came.append(payload))
+    for attempt in range(MAX_BROKEN + 1):
+        break_off(intake, writer_of(attempt=attempt), 5)
+    kept = [replies(intake, resuming(writer_of(attempt=n), 4))[0].verified_chunks for n in range(MAX_BROKEN)]
+    assert kept == [4] * MAX_BROKEN
+    assert replies(intake, resuming(writer_of(attempt=MAX_BROKEN), 0))[0].verified_chunks == 0
+    intake.close()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_processed_payload_is_not_held(refused):
+    held = []
+
+    def receive(header, array, wire_bytes):
+        held.append(weakref.ref(array))
+        if refused:
+            raise RoutingError("P003", "over")
+
+    intake = Intake(receive)
+    replies(intake, writer_of())
+    gc.collect()
+    assert held[0]() is None
