@@ -22,7 +22,9 @@ from icrf.daemon import (
     stop_with_parent,
 )
 from icrf.errors import LocalError
-from icrf.wire.addresses import dial_target, parse_address
+from icrf.wire.addresses import dial_target, parse_address, refuse_plaintext
+from icrf.wire.identity import CLUSTER, Identity
+from icrf.wire.tls import ENVIRONMENT, TlsFiles
 from icrf_agent.local_ray import DEFAULT_OBJECT_STORE_BYTES, LocalRay
 from icrf_agent.settings import AgentSettings
 
@@ -32,6 +34,10 @@ DEFAULT_MEDIATOR = "127.0.0.1:7443"
 _ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+TlsDir = Annotated[
+    Path | None, typer.Option(envvar=ENVIRONMENT, help="Folder of the cluster's certificate.", show_default="plaintext")
+]
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Flags:
     state: Path | None
     object_store_mb: int | None
     trust_submitter: bool = False
+    tls: TlsFiles | None = None
 
 
 def parse_labels(pairs: Sequence[str]) -> dict[str, str]:
@@ -80,11 +87,16 @@ async def run_agent(flags: Flags, stop: asyncio.Event) -> int:
     Raises:
         ConfigError: C013 for the cluster's name.
         LocalError: L002, L003, L009 about flags, L005 and L006 about the state folder, L008 about Ray.
+        SecurityError: S001, S002 or S004 about the certificate, which must name the cluster.
     """
     cluster = check_cluster_name(flags.cluster)
-    dial_target(flags.mediator, place="--mediator")
+    dial_target(flags.mediator, place="--mediator", encrypted=flags.tls is not None)
     if flags.advertise is not None:
-        parse_address(flags.advertise, place="--advertise")
+        host, _ = parse_address(flags.advertise, place="--advertise")
+        if flags.tls is None:
+            refuse_plaintext(host, place="--advertise")
+    if flags.tls is not None:
+        flags.tls.require(Identity(CLUSTER, cluster))
     if flags.ray_address != LOCAL:
         parse_address(flags.ray_address, place="--ray-address")
         _refuse_with_remote(flags)
@@ -165,6 +177,7 @@ async def _serve(
         advertise=flags.advertise,
         allow=None if flags.trust_submitter else flags.allow,
         state_dir=state.path,
+        tls=flags.tls,
         renew=renew,
     )
     return await serve_agent(settings, stop)
@@ -195,6 +208,7 @@ def agent(
     state: Annotated[
         Path | None, typer.Option(help="State folder.", show_default="$XDG_STATE_HOME/icrf/agent-CLUSTER")
     ] = None,
+    tls_dir: TlsDir = None,
     object_store_mb: Annotated[
         int | None, typer.Option(min=100, help="Object store of a local cluster, MiB.", show_default="512")
     ] = None,
@@ -225,6 +239,7 @@ def agent(
         state=state,
         object_store_mb=object_store_mb,
         trust_submitter=trust_submitter,
+        tls=TlsFiles.at(tls_dir),
     )
     raise typer.Exit(run_daemon(lambda stop: run_agent(flags, stop), debug=debug))
 

@@ -31,9 +31,9 @@ async def serve_agent(settings: AgentSettings, stop: asyncio.Event) -> int:
     journal = AgentJournal(settings.state_dir / "runs")
     incarnation = uuid.uuid4().hex
     # The gateway outlives the agent, whose next life takes it over.
-    gateway = GatewaySettings(settings.cluster, journal.agent_id, settings.advertise, settings.mediator)
+    gateway = GatewaySettings(settings.cluster, journal.agent_id, settings.advertise, settings.mediator, settings.tls)
     substrate = RaySubstrate(settings.ray_address, gateway, settings.num_slots, settings.quota, renew=settings.renew)
-    link = GrpcAgentLink(settings.mediator, on_state=lambda text: log.info("%s", text))
+    link = GrpcAgentLink(settings.mediator, on_state=lambda text: log.info("%s", text), tls=settings.tls)
     runtime = HostedRuntime(
         settings.cluster,
         substrate,

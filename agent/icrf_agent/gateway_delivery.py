@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from icrf.errors import IcrfError, InternalError, ProtocolError
+from icrf.errors import IcrfError, InternalError, ProtocolError, SecurityError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
 from icrf.wire.frames import FrameReader, Opening, Received, read_opening
 from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, Reply, encode_reply
+from icrf.wire.identity import CLUSTER, Identity
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,12 @@ class Intake:
         self._transfers: OrderedDict[_Key, _Transfer] = OrderedDict()
         self._closed = False
 
-    def take(self, frames: Iterable[bytes]) -> Iterator[bytes]:
+    def take(self, frames: Iterable[bytes], sender: Identity | None = None) -> Iterator[bytes]:
         """Take one connection's frames; yields the replies to be sent back, the last of which answers.
+
+        Args:
+            frames: as they come.
+            sender: whose certificate the connection has; None where nobody shows one, or the relay has looked at it.
 
         What iterating `frames` raises (a broken connection) is passed on: then there is nobody to answer.
         """
@@ -126,6 +131,7 @@ class Intake:
         first = next(source, b"")
         try:
             opening = read_opening(first)
+            _require_source(opening.header, sender)
             transfer = self._claim(opening, source, first)
         except IcrfError as error:
             yield encode_reply(Reply(answered=True, error=error))
@@ -232,6 +238,18 @@ class Intake:
         with self._lock:
             if self._transfers.get(key) is transfer:
                 del self._transfers[key]
+
+
+def _require_source(header: PayloadHeader, sender: Identity | None) -> None:
+    if sender is not None and sender != Identity(CLUSTER, header.source):
+        error = SecurityError(
+            "S004",
+            f"the certificate names {sender}, which may not send as cluster {header.source}",
+            place="payload header, field source",
+            allowed=f"cluster {header.source}",
+        )
+        log.warning("a payload of run %s was refused: %s", header.run_id, error)
+        raise error
 
 
 def _key(opening: Opening) -> _Key:

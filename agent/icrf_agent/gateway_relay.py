@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from icrf.errors import ProtocolError
+from icrf.errors import IcrfError
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.codec import parse
 from icrf.wire.gateway_rpc import ATTACH, RECEIVE, RELAY_SERVICE, method_path
@@ -38,19 +38,25 @@ class RelayLink:
     goes on with another one.
 
     Args:
-        channel: to the mediator; stays the caller's.
+        open_channel: gives the channel to the mediator for the next call; channels stay the caller's.
         cluster: name under which the relay offers payloads.
         incarnation: tells this life of the gateway from earlier ones.
         intake: takes the payloads.
         num_workers: transfers taken in at the same time; further ones wait at their senders.
     """
 
-    def __init__(self, channel: grpc.Channel, cluster: str, incarnation: str, intake: Intake, num_workers: int) -> None:
+    def __init__(
+        self,
+        open_channel: Callable[[], grpc.Channel],
+        cluster: str,
+        incarnation: str,
+        intake: Intake,
+        num_workers: int,
+    ) -> None:
         self._cluster = cluster
         self._incarnation = incarnation
         self._intake = intake
-        self._open_offers: Any = channel.unary_stream(method_path(RELAY_SERVICE, ATTACH))
-        self._open_frames: Any = channel.stream_stream(method_path(RELAY_SERVICE, RECEIVE))
+        self._open_channel = open_channel
         self._lock = threading.Lock()
         self._calls: set[grpc.Call] = set()
         self._closing = threading.Event()
@@ -73,12 +79,12 @@ class RelayLink:
         while not self._closing.is_set():
             attach = gateway_pb2.RelayAttach(cluster=self._cluster, incarnation=self._incarnation)
             try:
-                for raw in self._messages_of(partial(self._open_offers, attach.SerializeToString())):
+                for raw in self._messages_of(partial(self._offers, attach.SerializeToString())):
                     failures = 0
                     offer = parse(raw, gateway_pb2.RelayOffer)
                     if offer.transfer_id:
                         self._workers.submit(self._take, offer.transfer_id, offer.source)
-            except (grpc.RpcError, ProtocolError) as error:
+            except (grpc.RpcError, IcrfError) as error:
                 if not self._closing.is_set():
                     log.info("cluster %s lost its relay, trying again: %s", self._cluster, describe(error))
             failures += 1
@@ -88,7 +94,7 @@ class RelayLink:
         asked = gateway_pb2.RelayReceive(transfer_id=transfer_id, incarnation=self._incarnation)
         replies: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         replies.put(asked.SerializeToString())
-        frames = self._messages_of(lambda: self._open_frames(iter(replies.get, None)))
+        frames = self._messages_of(lambda: self._frames(iter(replies.get, None)))
         try:
             for reply in self._intake.take(frames):
                 replies.put(reply)
@@ -101,6 +107,14 @@ class RelayLink:
         finally:
             replies.put(None)
             frames.close()
+
+    def _offers(self, attach: bytes) -> Any:
+        method: Any = self._open_channel().unary_stream(method_path(RELAY_SERVICE, ATTACH))
+        return method(attach)
+
+    def _frames(self, replies: Iterator[bytes]) -> Any:
+        method: Any = self._open_channel().stream_stream(method_path(RELAY_SERVICE, RECEIVE))
+        return method(replies)
 
     def _messages_of(self, method: Callable[[], Iterator[bytes]]) -> Generator[bytes, None, None]:
         """The messages of one call that ends when this link closes or nobody iterates any more."""

@@ -21,7 +21,7 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from icrf.errors import IcrfError, LocalError, NodeError, ResourceError, RunError
 from icrf.federation.node import FederatedNode
@@ -139,6 +139,10 @@ class RaySubstrate:
             log.warning("%s does not answer or is of other settings; it is replaced", name)
             await self._calls.run(ray.kill, living)
         options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": width, **_LASTING}
+        if kind is GatewayActor:
+            # On the agent's machine, which has the address that peers dial and the certificate.
+            here = await self._calls.run(lambda: ray.get_runtime_context().get_node_id())
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=True)
         return await self._calls.create(ray.remote(kind).options(**options), arguments)
 
     async def open_gateway(self, address: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from icrf.wire.tls import TlsFiles
+
 
 @dataclass(frozen=True)
 class AgentSettings:
@@ -22,6 +24,7 @@ class AgentSettings:
         allow: user code that may run here, ``module:attr`` each; None: whatever is submitted, for a
             fabric whose submitter owns this machine.
         state_dir: the agent's locked folder.
+        tls: the cluster's certificate; None: plaintext.
         renew: starts the local cluster anew after its head has died, and returns its address; None for a foreign one.
     """
 
@@ -34,4 +37,5 @@ class AgentSettings:
     advertise: str | None
     allow: tuple[str, ...] | None
     state_dir: Path
+    tls: TlsFiles | None = None
     renew: Callable[[], str] | None = None

@@ -121,6 +121,7 @@ def connect(
     clusters: int = 1,
     state_dir: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
+    tls: Path | str | None = None,
 ) -> Fabric:
     """Open a fabric: the mediator at `address`, or an embedded one with `clusters` local Ray clusters.
 
@@ -129,8 +130,8 @@ def connect(
     """
     from icrf import client  # noqa: PLC0415 - importing icrf stays light
 
-    if address is not None:
-        return client.connect(address, clusters=clusters)
+    if address is not None or tls is not None:
+        return client.connect(address, clusters=clusters, tls=tls)
     from icrf.local import open_local  # noqa: PLC0415 - loads the agent and the mediator
 
     return client.connect(clusters=clusters, state_dir=state_dir, on_progress=on_progress, open_local=open_local)

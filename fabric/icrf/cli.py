@@ -80,12 +80,17 @@ Mediator = Annotated[
     str,
     typer.Option("--mediator", envvar="ICRF_MEDIATOR", metavar="HOST:PORT", help="The fabric's mediator."),
 ]
+TlsDir = Annotated[
+    Path | None,
+    typer.Option("--tls-dir", envvar="ICRF_TLS_DIR", metavar="DIR", help="Your certificate.", show_default="plaintext"),
+]
 
 
-def _remote(address: str) -> MediatorPort:
+def _remote(address: str, tls: Path | None) -> MediatorPort:
     from icrf.wire.mediator_client import GrpcMediator
+    from icrf.wire.tls import TlsFiles
 
-    return GrpcMediator(address)
+    return GrpcMediator(address, tls=TlsFiles.at(tls))
 
 
 def _local(
@@ -106,7 +111,7 @@ def _plan_local(submission: Submission, clusters: int) -> Plan:
 class Doors:
     """How the commands get at a fabric. Tests hand in others."""
 
-    remote: Callable[[str], MediatorPort] = _remote
+    remote: Callable[[str, Path | None], MediatorPort] = _remote
     local: Callable[..., LocalHandle] = _local
     plan_local: Callable[[Submission, int], Plan] = _plan_local
     wall_s: Callable[[], float] = field(default=time.time)
@@ -254,6 +259,7 @@ def plan(
     mediator: Annotated[
         str | None, typer.Option("--mediator", metavar="HOST:PORT", help="Plan for the clusters of this fabric.")
     ] = None,
+    tls_dir: TlsDir = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also show what other assignment strategies would come to.")
     ] = False,
@@ -276,7 +282,7 @@ def plan(
         plan_here = partial(session.doors.plan_local, clusters=clusters or 1)
         plans = compare_plans(plan_here, submission, strategies)
     else:
-        with _open(session, mediator) as fabric:
+        with _open(session, mediator, tls_dir) as fabric:
             plans = fabric.compare(submission, strategies)
     found = next(iter(plans.values()))
     show_plan(terminal, found)
@@ -296,6 +302,7 @@ def submit(
     context: typer.Context,
     file: FedFile,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run and write its folder.")] = False,
     out: Out = None,
     profile: Profile = False,
@@ -312,21 +319,25 @@ def submit(
     if log and not (watch or out):
         raise LocalError("L009", "--log needs somebody who follows the run", place="--log", hint="add --watch")
     submission = _submission(_load(file, override), file, profile=profile)
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         summary, status = submit_there(terminal, fabric, submission, watch or out is not None, out, _sinks(log))
     _finish(terminal, summary, status, json)
 
 
 @command(THERE, "list")
 def list_runs(
-    context: typer.Context, mediator: Mediator = DEFAULT_MEDIATOR, json: Json = False, plain: Plain = False
+    context: typer.Context,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
+    json: Json = False,
+    plain: Plain = False,
 ) -> None:
     """All runs, newest first."""
     session: Session = context.obj
     terminal = session.open(json=json, plain=plain)
     from icrf.console.runs_view import run_dict, show_runs
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         infos = fabric.port.list_runs()
     show_runs(terminal, infos, session.doors.wall_s())
     if json:
@@ -338,6 +349,7 @@ def show(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     json: Json = False,
     plain: Plain = False,
 ) -> None:
@@ -347,7 +359,7 @@ def show(
     from icrf.console.runs_view import run_dict, show_run
     from icrf.run_folder import round_line
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         found = fabric.run(run_id)
         info, rounds = found.info(), found.committed_rounds()
     show_run(terminal, info, rounds, session.doors.wall_s())
@@ -360,6 +372,7 @@ def watch(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     json: Json = False,
     plain: Plain = False,
 ) -> None:
@@ -368,7 +381,7 @@ def watch(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import watch_there
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         summary, status = watch_there(terminal, fabric.run(run_id))
     _finish(terminal, summary, status, json)
 
@@ -378,6 +391,7 @@ def cancel(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     json: Json = False,
     plain: Plain = False,
 ) -> None:
@@ -386,7 +400,7 @@ def cancel(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.runs_view import run_dict, status_line
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         info = fabric.port.cancel(run_id)
     terminal.line(status_line(info))
     if json:
@@ -398,6 +412,7 @@ def fetch(
     context: typer.Context,
     run_id: RunId,
     mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
     out: Out = None,
     json: Json = False,
     plain: Plain = False,
@@ -407,7 +422,7 @@ def fetch(
     terminal = session.open(json=json, plain=plain)
     from icrf.console.commands import fetch_there
 
-    with _open(session, mediator) as fabric:
+    with _open(session, mediator, tls_dir) as fabric:
         summary, status = fetch_there(terminal, fabric.run(run_id), out)
     _finish(terminal, summary, status, json)
 
@@ -443,10 +458,10 @@ def _sinks(specs: list[str] | None) -> list[MetricsSink]:
     return [open_sink(spec) for spec in specs or ()]
 
 
-def _open(session: Session, address: str) -> Fabric:
+def _open(session: Session, address: str, tls: Path | None) -> Fabric:
     from icrf.client import Fabric
 
-    return Fabric(session.doors.remote(address))
+    return Fabric(session.doors.remote(address, tls))
 
 
 def _finish(terminal: Terminal, summary: dict[str, Any], exit_code: int, json: bool) -> None:

@@ -81,6 +81,7 @@ def connect(
     state_dir: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
     open_local: OpenLocal | None = None,
+    tls: Path | str | None = None,
 ) -> Fabric:
     """Open a fabric.
 
@@ -90,16 +91,23 @@ def connect(
         state_dir: where an embedded fabric keeps its state; a temporary folder by default.
         on_progress: told each step of an embedded start when it is done.
         open_local: starts the embedded fabric; ``icrf.connect`` hands it in.
+        tls: folder of a user's certificate (``fabric-mediator certs issue --user NAME``), for a mediator that wants
+            one; by default what ``$ICRF_TLS_DIR`` names, and plaintext on this machine without it.
 
     Raises:
-        LocalError: L001 mediator unreachable, L003 malformed address, L009 `clusters` together with `address`.
+        LocalError: L001 mediator unreachable, L002 plaintext to another machine, L003 malformed address, L009
+            `clusters` together with `address`, or `tls` without it.
+        SecurityError: S001, S002 or S004 for a certificate that cannot be used.
     """
     if address is not None:
         if clusters != 1:
             raise LocalError("L009", "clusters= is for an embedded fabric; it has no meaning with an address")
         from icrf.wire.mediator_client import GrpcMediator  # noqa: PLC0415 - keeps gRPC out of light commands
+        from icrf.wire.tls import ENVIRONMENT, TlsFiles  # noqa: PLC0415
 
-        return Fabric(GrpcMediator(address))
+        return Fabric(GrpcMediator(address, tls=TlsFiles.at(tls or os.environ.get(ENVIRONMENT) or None)))
+    if tls is not None:
+        raise LocalError("L009", "tls= is for a mediator's address; an embedded fabric needs no certificate")
     if open_local is None:
         raise LocalError("L009", "no address and no way to open an embedded fabric", hint="use icrf.connect()")
     handle = open_local(clusters, state_dir=state_dir, on_progress=on_progress)

@@ -40,8 +40,8 @@ class MonotonicClock:
         return time.time()
 
 
-def check_cluster_name(name: str) -> str:
-    """Return `name` if it may name a cluster.
+def check_cluster_name(name: str, *, place: str = "--cluster", what: str = "cluster") -> str:
+    """Return `name` if it may name a cluster, or `what` else has names of that form.
 
     Raises:
         ConfigError: C013.
@@ -52,8 +52,8 @@ def check_cluster_name(name: str) -> str:
     shown = ascii(name) if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]!a}..."
     raise ConfigError(
         "C013",
-        f"{shown} is no cluster name",
-        place="--cluster",
+        f"{shown} is no {what} name",
+        place=place,
         allowed="lower-case letters, digits and inner hyphens, 1 to 63 characters",
         hint="for example us-east",
     )

@@ -13,6 +13,7 @@
     ├── LocalError                 L0xx  addresses, ports, folders and locks of this machine
     ├── AgentError                 A0xx  membership of a cluster
     ├── RunError                   F0xx  a federation that is unknown, failed or was cancelled
+    ├── SecurityError              S0xx  certificates, and what they allow
     └── NodeError                  U0xx  user code inside a node
         └── NodeWouldBlock         U010
 
@@ -88,6 +89,7 @@ CATALOGUE: dict[str, Entry] = {
     "P021": Entry("chunk corrupted", EXIT_DATA, "DATA_LOSS"),
     "P022": Entry("payload truncated", EXIT_DATA, "DATA_LOSS"),
     "P026": Entry("payload too large", EXIT_DATA, "RESOURCE_EXHAUSTED"),
+    "P027": Entry("what a payload was packed against is not here", EXIT_DATA, "FAILED_PRECONDITION"),
     "P030": Entry("peer cluster not reachable", EXIT_UNAVAILABLE, "UNAVAILABLE"),
     "W010": Entry("tensors differ from the model's layout", EXIT_DATA, "INVALID_ARGUMENT"),
     "W011": Entry("tensor type without an aggregation rule", EXIT_CONFIG, "UNIMPLEMENTED"),
@@ -118,6 +120,11 @@ CATALOGUE: dict[str, Entry] = {
     "F004": Entry("ambiguous run id", EXIT_USAGE, "INVALID_ARGUMENT"),
     "F005": Entry("not possible in this state", EXIT_DATA, "FAILED_PRECONDITION"),
     "F006": Entry("no such artifact", EXIT_DATA, "NOT_FOUND"),
+    "S001": Entry("certificate files not usable", EXIT_CONFIG, "FAILED_PRECONDITION"),
+    "S002": Entry("certificate not valid now", EXIT_CONFIG, "FAILED_PRECONDITION"),
+    "S003": Entry("TLS handshake failed", EXIT_PERMISSION, "UNAUTHENTICATED"),
+    "S004": Entry("identity does not allow this", EXIT_PERMISSION, "PERMISSION_DENIED"),
+    "S005": Entry("certificate authority not usable", EXIT_CANNOT_CREATE, "FAILED_PRECONDITION"),
     "U001": Entry("node raised", EXIT_SOFTWARE, "ABORTED"),
     "U002": Entry("node returned a wrong type", EXIT_SOFTWARE, "ABORTED"),
     "U003": Entry("node host died", EXIT_SOFTWARE, "ABORTED"),
@@ -240,6 +247,10 @@ class RunError(IcrfError):
     """A federation that is unknown, failed or was cancelled (F0xx)."""
 
 
+class SecurityError(IcrfError):
+    """Certificates that cannot be used, or that do not allow what was asked for (S0xx)."""
+
+
 class NodeError(IcrfError):
     """User code inside a node failed (U0xx)."""
 
@@ -261,6 +272,7 @@ _BY_LETTER: dict[str, type[IcrfError]] = {
     "L": LocalError,
     "A": AgentError,
     "F": RunError,
+    "S": SecurityError,
     "U": NodeError,
     "X": InternalError,
 }

@@ -30,6 +30,7 @@ from icrf.loop_thread import LoopThread
 from icrf.ports import MediatorPort
 from icrf.protocol import Capacity, ClusterInfo, Fingerprint, Plan, Submission
 from icrf.wan import WanLines, WanShape
+from icrf.wire.tls import ENVIRONMENT as TLS_ENVIRONMENT
 from icrf_mediator.blobs import FolderBlobs
 from icrf_mediator.inprocess import InProcessLink, InProcessMediator
 from icrf_mediator.planning import make_plan
@@ -319,7 +320,8 @@ class _AgentProcesses:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **_ENVIRONMENT},
+                # Nothing that these processes say leaves the machine, whatever the user's certificate is for.
+                env={**{k: v for k, v in os.environ.items() if k != TLS_ENVIRONMENT}, **_ENVIRONMENT},
                 # Ctrl-C is for this process, which ends its agents in order: a signal of the terminal besides would be
                 # their second one, at which they drop everything, their clusters too.
                 start_new_session=True,

@@ -15,8 +15,9 @@ the opening frame to learn the target and passes every frame and every reply on 
 ends the sender's call with UNAVAILABLE, and the sender goes on in another transfer: delivery is *at least once* until
 it is answered.
 
-Identity is what a gateway says it is; nothing is authenticated here yet, so the relay belongs on loopback. The latest
-gateway that attaches under a name gets what is sent to it, unless the name is held by an agent of another incarnation:
+Where callers show certificates, a gateway attaches for the cluster of its own, takes what was sent to that one, and
+sends in its name only; what comes through the relay is therefore as good as what came directly. The latest gateway that
+attaches under a name gets what is sent to it, unless the name is held by an agent of another incarnation:
 a second agent of the same name, which will be refused, takes nothing away from the first.
 """
 
@@ -38,6 +39,8 @@ from icrf.wire.codec import parse
 from icrf.wire.frames import read_opening
 from icrf.wire.gateway_rpc import ATTACH, RECEIVE, RELAY_SERVICE, SEND, Reply, encode_reply
 from icrf.wire.status import to_status
+from icrf.wire.tls import TlsFiles, listen_on
+from icrf_mediator.access import Access
 
 log = logging.getLogger(__name__)
 
@@ -123,15 +126,19 @@ class RelayServicer:
         queue_frames: frames of about 1 MiB held per transfer, 1 to 16.
         holder: who may attach for a cluster now: the id of its agent, which outlives the agent's process, where it has
             one. None: anybody.
+        access: checks who calls; without it everybody may, on a server of loopback.
     """
 
     def __init__(
-        self, queue_frames: int = QUEUE_FRAMES, holder: Callable[[str], str | None] = lambda cluster: None
+        self,
+        queue_frames: int = QUEUE_FRAMES,
+        holder: Callable[[str], str | None] = lambda cluster: None,
+        access: Access | None = None,
     ) -> None:
         if not 1 <= queue_frames <= MAX_QUEUE_FRAMES:
             raise ValueError(f"queue_frames {queue_frames} is not in 1 to {MAX_QUEUE_FRAMES}")
         self._queue_frames = queue_frames
-        self._holder = holder
+        self._holder, self._access = holder, access or Access()
         self._attached: dict[str, _Attachment] = {}
         self._changed = asyncio.Condition()
         self._transfers: dict[str, _Transfer] = {}
@@ -170,6 +177,7 @@ class RelayServicer:
 
     async def _attach(self, request: bytes, context: _Context) -> None:
         asked = await _parse(request, gateway_pb2.RelayAttach, context)
+        await self._require(context, asked.cluster, "receive for")
         if self._closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the relay is closing")
         if self._holder(asked.cluster) not in (None, asked.incarnation):
@@ -195,6 +203,7 @@ class RelayServicer:
         first = await anext(aiter(frames), b"")
         try:
             header = read_opening(first).header
+            self._access.require_cluster(context, header.source, what="send as", place="payload header, field source")
         except IcrfError as error:
             await context.write(encode_reply(Reply(answered=True, error=error)))
             return
@@ -232,6 +241,7 @@ class RelayServicer:
         transfer = self._transfers.get(asked.transfer_id)
         if transfer is None or transfer.taken or transfer.to.incarnation != asked.incarnation:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no transfer {asked.transfer_id} for this gateway")
+        await self._require(context, transfer.to.cluster, "receive for")
         transfer.taken = True
         passing = asyncio.create_task(self._pass_frames(transfer, context))
         listening = asyncio.create_task(self._take_replies(replies, transfer))
@@ -281,6 +291,12 @@ class RelayServicer:
         while (reply := await transfer.replies.get()) is not None:
             await context.write(reply)
 
+    async def _require(self, context: _Context, cluster: str, what: str) -> None:
+        try:
+            self._access.require_cluster(context, cluster, what=what, place="relay")
+        except IcrfError as error:
+            await _abort(context, error)
+
     async def _find(self, cluster: str, wait_s: float) -> _Attachment | None:
         self._waiting += 1
         try:
@@ -302,17 +318,22 @@ class RelayServicer:
 
 
 class RelayServer:
-    """A relay that listens alone, without the rest of the mediator: for tests and measurements of gateways."""
+    """A relay that listens alone, without the rest of the mediator: for tests and measurements of gateways.
 
-    def __init__(self) -> None:
-        self.relay = RelayServicer()
+    Args:
+        tls: the mediator's certificate; None: plaintext.
+    """
+
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        self.relay = RelayServicer(access=Access(authenticated=tls is not None))
+        self._tls = tls
         self._server: grpc.aio.Server | None = None
 
     async def start(self, port: int = 0) -> str:
         """Listen on this machine (port 0: any free one); the address to dial."""
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self.relay.register(self._server)
-        bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        bound = listen_on(self._server, f"127.0.0.1:{port}", self._tls)
         await self._server.start()
         return f"127.0.0.1:{bound}"
 

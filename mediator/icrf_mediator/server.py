@@ -10,7 +10,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from icrf.errors import ConfigError, LocalError
-from icrf.wire.addresses import SERVER_OPTIONS, format_address, is_loopback, parse_address
+from icrf.wire.addresses import SERVER_OPTIONS, format_address, parse_address, refuse_plaintext
+from icrf.wire.identity import THE_MEDIATOR
+from icrf.wire.tls import TlsFiles, listen_on
+from icrf_mediator.access import Access
 from icrf_mediator.relay import RelayServicer
 from icrf_mediator.service import MediatorService
 from icrf_mediator.servicer import add_to_server
@@ -19,32 +22,33 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 class MediatorServer:
-    """Serves a :class:`MediatorService` over gRPC, in plaintext and therefore on loopback only.
+    """Serves a :class:`MediatorService` over gRPC: to holders of certificates, or in plaintext on loopback.
 
     Args:
         service: what the calls go to; the caller starts it before this server and stops it after.
         listen: ``HOST:PORT``; port 0 takes any free one.
         http: ``HOST:PORT`` of the web page.
+        tls: the mediator's certificate; None: plaintext.
 
     Raises:
-        LocalError: L003 for a malformed address, L002 for one off loopback.
+        LocalError: L003 for a malformed address, L002 for one off loopback without `tls`.
+        SecurityError: S001, S002 or S004 for certificates that a mediator cannot use.
         ConfigError: C012, as there is no web page yet.
     """
 
-    def __init__(self, service: MediatorService, listen: str, *, http: str | None = None) -> None:
+    def __init__(
+        self, service: MediatorService, listen: str, *, http: str | None = None, tls: TlsFiles | None = None
+    ) -> None:
         if http is not None:
             raise ConfigError("C012", "the web page is not built yet", place="--http", hint="leave the flag out")
         self._host, self._port = parse_address(listen, place="--listen")
-        if not is_loopback(self._host):
-            raise LocalError(
-                "L002",
-                f"refusing plaintext on {self._host}, and TLS is not built yet",
-                place="--listen",
-                allowed="127.0.0.0/8, ::1 or localhost",
-                hint="bind 127.0.0.1",
-            )
-        self._service = service
-        self._relay = RelayServicer(holder=service.holder)
+        if tls is None:
+            refuse_plaintext(self._host, place="--listen")
+        else:
+            tls.require(THE_MEDIATOR)
+        self._service, self._tls = service, tls
+        self._access = Access(authenticated=tls is not None)
+        self._relay = RelayServicer(holder=service.holder, access=self._access)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
 
@@ -61,11 +65,11 @@ class MediatorServer:
         """
         self._probe()
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        add_to_server(server, self._service)
+        add_to_server(server, self._service, self._access)
         self._relay.register(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
-            self._port = server.add_insecure_port(self.address)
+            self._port = listen_on(server, self.address, self._tls)
         except RuntimeError as error:
             raise self._not_listening(str(error)) from error
         await server.start()

@@ -18,13 +18,15 @@ import grpc
 import grpc.aio
 from google.protobuf import message_factory
 
-from icrf.errors import IcrfError, InternalError, ProtocolError
+from icrf.errors import IcrfError, InternalError, ProtocolError, RunError
 from icrf.ports import AgentPort, BlobWriter
 from icrf.protocol import ClusterInfo, Instruction, Plan, Register, Reject, Report, RunEvent, RunInfo, Submission
 from icrf.wire._generated.icrf.v1 import cluster_pb2, federation_pb2, types_pb2
 from icrf.wire.addresses import CHUNK_BYTES
 from icrf.wire.codec import from_proto, pack_instruction, parse, to_proto, unpack_report
+from icrf.wire.identity import CLUSTER
 from icrf.wire.status import ACCEPTED_KEY, to_status
+from icrf_mediator.access import Access
 
 log = logging.getLogger("icrf.mediator.wire")
 
@@ -89,21 +91,23 @@ class MediatorService(Protocol):
         """The writer may block; it is used in a worker thread."""
 
 
-def add_to_server(server: grpc.aio.Server, service: MediatorService) -> None:
-    """Register both services of the control wire."""
-    server.add_generic_rpc_handlers((FederationServicer(service).handlers(), ClusterServicer(service).handlers()))
+def add_to_server(server: grpc.aio.Server, service: MediatorService, access: Access | None = None) -> None:
+    """Register both services of the control wire; without `access` for everybody, on a server of loopback."""
+    access = access or Access()
+    servicers = (FederationServicer(service, access), ClusterServicer(service, access))
+    server.add_generic_rpc_handlers(tuple(one.handlers() for one in servicers))
 
 
 class FederationServicer:
     """``icrf.v1.Federation``: what the SDK calls. One method per RPC, named like the service's own."""
 
-    def __init__(self, service: MediatorService) -> None:
-        self._service = service
+    def __init__(self, service: MediatorService, access: Access) -> None:
+        self._service, self._access = service, access
         self._carry_through = CarryThrough()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server registers."""
-        return _handlers(federation_pb2.DESCRIPTOR.services_by_name["Federation"], self)
+        return _handlers(federation_pb2.DESCRIPTOR.services_by_name["Federation"], self, self._access)
 
     async def submit(self, request: Any, context: Any) -> Any:
         """Accept a federation."""
@@ -168,6 +172,7 @@ class FederationServicer:
 
     async def fetch(self, request: Any, context: Any) -> None:
         """The bytes of an artifact in chunks."""
+        await _require_member(self._access, self._service, context, request.run_id)
         chunks = self._service.fetch(request.run_id, request.artifact)
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             await _write_chunks(context, chunk)
@@ -176,13 +181,13 @@ class FederationServicer:
 class ClusterServicer:
     """``icrf.v1.Cluster``: the control stream and the uploads of agents."""
 
-    def __init__(self, service: MediatorService) -> None:
-        self._service = service
+    def __init__(self, service: MediatorService, access: Access) -> None:
+        self._service, self._access = service, access
         self._carry_through = CarryThrough()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a grpc.aio server registers."""
-        return _handlers(cluster_pb2.DESCRIPTOR.services_by_name["Cluster"], self)
+        return _handlers(cluster_pb2.DESCRIPTOR.services_by_name["Cluster"], self, self._access)
 
     async def connect(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """One agent's stream: register first, then reports in and instructions out until either side ends it."""
@@ -190,6 +195,7 @@ class ClusterServicer:
         if not isinstance(register, Register):
             found = "nothing" if register is None else type(register).__name__
             raise ProtocolError("P001", f"{found} came first", place="Cluster.Connect", allowed="Register")
+        self._access.require_cluster(context, register.cluster, what="register as", place="Cluster.Connect")
         port = StreamPort()
         session = await self._service.agent_connected(register, port, context.peer())
         reader = asyncio.create_task(self._read_reports(session, requests, port))
@@ -219,6 +225,7 @@ class ClusterServicer:
         request = None if header is None else parse(header, cluster_pb2.UploadRequest)
         if request is None or request.WhichOneof("body") != "header":
             raise ProtocolError("P001", "no header came first", place="Cluster.Upload", allowed="UploadHeader")
+        await _require_member(self._access, self._service, context, request.header.run_id)
         writer = self._service.upload_writer(request.header.run_id, request.header.artifact)
         try:
             await context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
@@ -322,14 +329,22 @@ async def _write_chunks(context: Any, data: bytes) -> None:
 # ---------------------------------------------------------------- handlers
 
 
-def _handlers(service: Any, servicer: Any) -> grpc.GenericRpcHandler:
+async def _require_member(access: Access, service: MediatorService, context: Any, run_id: str) -> None:
+    """Artifacts of a run are its clusters' business: to others it does not exist; F001."""
+    caller = access.caller(context, "run_id")
+    if caller is not None and caller.kind == CLUSTER and caller.name not in (await service.get(run_id)).clusters:
+        raise RunError("F001", f"no federation {run_id!r} on {caller}", place="run_id", value=run_id)
+
+
+def _handlers(service: Any, servicer: Any, access: Access) -> grpc.GenericRpcHandler:
     """Bind each RPC of a protobuf service to the method of `servicer` that bears its name in snake case."""
     return grpc.method_handlers_generic_handler(
-        service.full_name, {rpc.name: _handler(rpc, getattr(servicer, _snake(rpc.name))) for rpc in service.methods}
+        service.full_name,
+        {rpc.name: _handler(rpc, getattr(servicer, _snake(rpc.name)), access) for rpc in service.methods},
     )
 
 
-def _handler(rpc: Any, method: Callable[..., Awaitable[Any]]) -> grpc.RpcMethodHandler[Any, Any]:
+def _handler(rpc: Any, method: Callable[..., Awaitable[Any]], access: Access) -> grpc.RpcMethodHandler[Any, Any]:
     reply_class = message_factory.GetMessageClass(rpc.output_type)
     kinds: dict[tuple[bool, bool], Any] = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -339,13 +354,13 @@ def _handler(rpc: Any, method: Callable[..., Awaitable[Any]]) -> grpc.RpcMethodH
     }
     kind = kinds[rpc.client_streaming, rpc.server_streaming]
     handler: grpc.RpcMethodHandler[Any, Any] = kind(
-        _guarded(rpc, method), request_deserializer=None, response_serializer=reply_class.SerializeToString
+        _guarded(rpc, method, access), request_deserializer=None, response_serializer=reply_class.SerializeToString
     )
     return handler
 
 
-def _guarded(rpc: Any, method: Callable[..., Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    """Parse the request, cap the deadline, and let nothing but a status of the catalogue out."""
+def _guarded(rpc: Any, method: Callable[..., Awaitable[Any]], access: Access) -> Callable[[Any, Any], Awaitable[Any]]:
+    """Check the caller, parse the request, cap the deadline, and let nothing but a status of the catalogue out."""
     request_class = message_factory.GetMessageClass(rpc.input_type)
     name = f"{rpc.containing_service.name}.{rpc.name}"
 
@@ -353,6 +368,7 @@ def _guarded(rpc: Any, method: Callable[..., Awaitable[Any]]) -> Callable[[Any, 
         cap_s = _cap_s(rpc.name, context)
         try:
             async with asyncio.timeout(cap_s) as timer:
+                access.require_kind(context, rpc.name)
                 return await method(request if rpc.client_streaming else parse(request, request_class), context)
         except IcrfError as error:
             failure = error

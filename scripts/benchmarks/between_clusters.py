@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from benchmarks.crossing import CASES, Crossing, Job
 from benchmarks.figures import Row, short, spread
+from icrf_mediator.certs import init_authority
 
 SYSTEMS = ("grpc-copy", "grpc", "icrf", "icrf-relay")
 REFERENCE = "grpc-copy"
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default=",".join(DEFAULT_CASES), help=f"of {', '.join(CASES)}")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--repeat", type=int, default=5, help="repetitions in each of two turns (default: 5)")
+    parser.add_argument("--tls", action="store_true", help="all connections encrypted, gRPC's own too")
     parser.add_argument("--json", action="store_true", help="only JSON lines")
 
 
@@ -78,15 +81,19 @@ class Side:
         return pipe
 
 
-def measure(case: Crossing, system: str, repeat: int) -> Mapping[str, Any]:
+def measure(case: Crossing, system: str, repeat: int, *, tls: bool = False) -> Mapping[str, Any]:
     """One turn of a system on a case: ``seconds`` of each repetition, and ``versions``."""
     with ExitStack() as stack:
-        relay = ""
+        relay = certs = ""
+        if tls:
+            certs = stack.enter_context(TemporaryDirectory(prefix="icrf-bench-"))
+            init_authority(Path(certs))
+        job = Job("", system, case.name, repeat, certs=certs)
         if system == "icrf-relay":
-            relay = stack.enter_context(Side(Job("relay", system, case.name, repeat))).hear()["address"]
-        sink = stack.enter_context(Side(Job("sink", system, case.name, repeat, relay=relay)))
+            relay = stack.enter_context(Side(replace(job, role="relay"))).hear()["address"]
+        sink = stack.enter_context(Side(replace(job, role="sink", relay=relay)))
         peer = sink.hear()["address"]
-        source = stack.enter_context(Side(Job("source", system, case.name, repeat, peer=peer, relay=relay)))
+        source = stack.enter_context(Side(replace(job, role="source", peer=peer, relay=relay)))
         read: list[float] = []
         while "sent" in (found := source.hear()):
             read.append(sink.hear()["seconds"])
@@ -96,7 +103,7 @@ def measure(case: Crossing, system: str, repeat: int) -> Mapping[str, Any]:
     return {**found, "seconds": [a + b for a, b in zip(found["seconds"], extra, strict=True)]}
 
 
-def rows_of(case: Crossing, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
+def rows_of(case: Crossing, runs: Mapping[str, Sequence[Mapping[str, Any]]], *, tls: bool = False) -> list[Row]:
     """A row for each system: delivered per second, and in relation to the reference."""
     rates = {name: [case.rate(s) for run in turns for s in run["seconds"]] for name, turns in runs.items()}
     medians = {name: spread(values)["median"] for name, values in rates.items()}
@@ -107,6 +114,7 @@ def rows_of(case: Crossing, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
             {
                 **spread(values),
                 "unit": case.unit,
+                "tls": tls,
                 "ratio_to_reference": short(medians[name] / medians[REFERENCE]),
                 "versions": runs[name][0]["versions"],
             },
@@ -129,9 +137,9 @@ def main(arguments: argparse.Namespace) -> int:
         # Twice around, so that what else the machine does falls on all of them.
         for _ in range(2):
             for system in systems:
-                runs[system].append(measure(CASES[name], system, arguments.repeat))
+                runs[system].append(measure(CASES[name], system, arguments.repeat, tls=arguments.tls))
                 if not arguments.json:
                     print(f"bench: {name} {system} measured", file=sys.stderr, flush=True)
-        for row in rows_of(CASES[name], runs):
+        for row in rows_of(CASES[name], runs, tls=arguments.tls):
             print(row.line(), flush=True)
     return 0

@@ -13,12 +13,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 
-from icrf.wire.addresses import CHANNEL_OPTIONS, CHUNK_BYTES, SERVER_OPTIONS
+from icrf.wire.addresses import CHUNK_BYTES, SERVER_OPTIONS
+from icrf.wire.identity import CLUSTER, THE_MEDIATOR, Identity
+from icrf.wire.tls import TlsFiles, listen_on, open_channel
+from icrf_mediator.certs import issue
 
 TEXT = "m" * 100
 SENDER, RUN = 0, "bench"
@@ -59,9 +63,16 @@ CASES = {
 }
 
 
+SINK, SOURCE = Identity(CLUSTER, "sink"), Identity(CLUSTER, "source")
+
+
 @dataclass(frozen=True)
 class Job:
-    """What the command tells one of its processes."""
+    """What the command tells one of its processes.
+
+    Attributes:
+        certs: folder of an authority, if all connections are encrypted.
+    """
 
     role: str
     system: str
@@ -69,6 +80,11 @@ class Job:
     repeat: int
     peer: str = ""
     relay: str = ""
+    certs: str = ""
+
+    def tls(self, identity: Identity) -> TlsFiles | None:
+        """The certificate of one of the processes; None for a measurement in plaintext."""
+        return TlsFiles.at(issue(Path(self.certs), identity)) if self.certs else None
 
     @property
     def crossing(self) -> Crossing:
@@ -115,7 +131,7 @@ def grpc_sink(job: Job) -> None:
     }
     server = grpc.server(ThreadPoolExecutor(8), options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = listen_on(server, "127.0.0.1:0", job.tls(SINK))
     server.start()
     say(address=f"127.0.0.1:{port}")
     sys.stdin.read()
@@ -132,7 +148,7 @@ def grpc_source(job: Job) -> list[float]:
         for start in range(0, len(view), CHUNK_BYTES):
             yield bytes(view[start : start + CHUNK_BYTES])
 
-    with grpc.insecure_channel(job.peer, options=CHANNEL_OPTIONS) as channel:
+    with open_channel(job.peer, job.tls(SOURCE), SINK) as channel:
         upload: Any = channel.stream_unary(UPLOAD)
         echo: Any = channel.stream_stream(ECHO)
 
@@ -170,7 +186,8 @@ class Cluster:
         self.ray, self.job = ray, job
         self.manager = ray.remote(ManagerActor).options(max_concurrency=8).remote(name)
         listen = None if job.relay else "127.0.0.1:0"
-        settings = GatewaySettings(name, f"bench-{name}", listen, job.relay or None)
+        tls = job.tls(Identity(CLUSTER, name))
+        settings = GatewaySettings(name, f"bench-{name}", listen, job.relay or None, tls)
         self.gateway = ray.remote(GatewayActor).options(max_concurrency=8).remote(settings, self.manager)
         self.address: str = ray.get(self.gateway.open.remote()).take()
         self.ask(self.manager, "link", activation(job.crossing))
@@ -269,11 +286,11 @@ def icrf_source(job: Job) -> list[float]:
     return seconds[1:]
 
 
-def relay() -> None:
+def relay(job: Job) -> None:
     """The mediator's relay alone."""
     from icrf.testing.relay_thread import RelayThread  # noqa: PLC0415
 
-    serving = RelayThread()
+    serving = RelayThread(tls=job.tls(THE_MEDIATOR))
     say(address=serving.address)
     sys.stdin.read()
     serving.stop()
@@ -283,7 +300,7 @@ def main() -> None:
     """Do what the first argument says."""
     job = Job(**json.loads(sys.argv[1]))
     if job.role == "relay":
-        relay()
+        relay(job)
     elif job.role == "sink":
         (icrf_sink if job.system.startswith("icrf") else grpc_sink)(job)
     else:

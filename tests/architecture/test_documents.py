@@ -118,7 +118,7 @@ def test_an_excerpt_of_a_configuration_is_one_with_a_server_or_among_peers(text:
 def test_a_command_takes_what_the_documents_give_it(line: str) -> None:
     name, *arguments = shlex.split(line)
     command = typer.main.get_command(APPS[name])
-    if hasattr(command, "get_command"):
+    while hasattr(command, "get_command"):
         with command.make_context(name, list(arguments), resilient_parsing=True) as context:
             command, arguments = command.get_command(context, arguments[0]), arguments[1:]
         assert command is not None, line

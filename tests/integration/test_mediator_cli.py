@@ -86,7 +86,7 @@ def test_plaintext_off_loopback(tmp_path: Path, flags: tuple[str, ...]) -> None:
     code, err = refused(*flags, "--state", str(tmp_path / "state"))
     assert code == 78
     assert err.startswith("L002 --listen: refusing plaintext")
-    assert "bind 127.0.0.1" in err
+    assert "use 127.0.0.1, or certificates: fabric-mediator certs init" in err
 
 
 @pytest.mark.parametrize(

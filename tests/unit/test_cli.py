@@ -57,7 +57,7 @@ class Command:
         )
         return CliRunner().invoke(app, list(arguments), obj=doors)
 
-    def _remote(self, address: str) -> ScriptedMediator:
+    def _remote(self, address: str, tls: Path | None) -> ScriptedMediator:
         self.asked.append(address)
         return self.port
 
@@ -290,7 +290,7 @@ def test_a_single_error_of_a_file_is_the_error_of_the_json(fabric: Command) -> N
 
 
 def test_a_defect_is_one_numbered_line_and_a_traceback_only_with_debug(fabric: Command) -> None:
-    def broken(address: str) -> ScriptedMediator:
+    def broken(address: str, tls: Path | None) -> ScriptedMediator:
         raise ValueError("no idea")
 
     for flags, traceback in (([], False), (["--debug"], True)):
@@ -416,7 +416,7 @@ def test_an_unknown_or_ambiguous_id_says_so(fabric: Command) -> None:
 
 
 def test_an_unreachable_mediator_is_a_numbered_error(fabric: Command) -> None:
-    def unreachable(address: str) -> ScriptedMediator:
+    def unreachable(address: str, tls: Path | None) -> ScriptedMediator:
         raise LocalError("L001", f"no mediator at {address}", hint="fabric-mediator serve starts one")
 
     result = CliRunner().invoke(app, ["list", "--json"], obj=Doors(remote=unreachable))

@@ -16,8 +16,8 @@ class Doors(Protocol):
     """The ways in that a command may need."""
 
     @property
-    def remote(self) -> Callable[[str], MediatorPort]:
-        """The mediator at an address."""
+    def remote(self) -> Callable[[str, Path | None], MediatorPort]:
+        """The mediator at an address, called with the certificate of a folder; None: in plaintext."""
 
     @property
     def local(self) -> Callable[[int, Path | None, Callable[[str], None]], LocalHandle]:

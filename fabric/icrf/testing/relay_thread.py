@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icrf.loop_thread import LoopThread
+from icrf.wire.tls import TlsFiles
 from icrf_mediator.relay import RelayServer
 
 _STOP_S = 0.2
@@ -13,14 +14,15 @@ class RelayThread:
 
     Args:
         port: where; 0: any free one.
+        tls: the mediator's certificate; None: plaintext.
 
     Attributes:
         address: ``HOST:PORT`` to dial.
         relay: what serves.
     """
 
-    def __init__(self, port: int = 0) -> None:
-        self._thread, self._server = LoopThread("icrf-relay"), RelayServer()
+    def __init__(self, port: int = 0, tls: TlsFiles | None = None) -> None:
+        self._thread, self._server = LoopThread("icrf-relay"), RelayServer(tls)
         self.address = self._thread.call(self._server.start(port))
         self.relay = self._server.relay
 

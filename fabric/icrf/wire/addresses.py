@@ -110,20 +110,21 @@ def refuse_plaintext(host: str, *, place: str = "address") -> None:
             f"refusing plaintext with {host}",
             place=place,
             allowed="127.0.0.0/8, ::1 or localhost",
-            hint="use an address of this machine, or an encrypted tunnel that ends on it",
+            hint="use 127.0.0.1, or certificates: fabric-mediator certs init makes them, --tls-dir names them",
         )
 
 
-def dial_target(address: str, *, place: str = "address") -> str:
-    """What gRPC dials for an address that is reached in plaintext.
+def dial_target(address: str, *, place: str = "address", encrypted: bool = False) -> str:
+    """What gRPC dials for an address.
 
     Raises:
-        LocalError: L003 if malformed or without a real port, L002 if it is not on this machine.
+        LocalError: L003 if malformed or without a real port, L002 if it is in plaintext and not on this machine.
     """
     host, port = parse_address(address, place=place)
     if port == 0:
         raise _malformed(address, place, "port 0 cannot be dialled")
-    refuse_plaintext(host, place=place)
+    if not encrypted:
+        refuse_plaintext(host, place=place)
     return format_address(host, port)
 
 

@@ -13,18 +13,23 @@ import grpc
 import grpc.aio
 import tenacity
 
-from icrf.errors import IcrfError, LocalError, ProtocolError
+from icrf.errors import IcrfError, LocalError, ProtocolError, SecurityError
 from icrf.protocol import Heartbeat, Instruction, Reject, Report
 from icrf.wire._generated.icrf.v1 import cluster_pb2 as pb
 from icrf.wire._generated.icrf.v1 import cluster_pb2_grpc, federation_pb2, federation_pb2_grpc
-from icrf.wire.addresses import CHANNEL_OPTIONS, CHUNK_BYTES, dial_target
+from icrf.wire.addresses import CHUNK_BYTES, dial_target
 from icrf.wire.codec import pack_report, unpack_instruction
-from icrf.wire.status import ACCEPTED_KEY, from_rpc_error, from_status
+from icrf.wire.handshake import explain
+from icrf.wire.identity import THE_MEDIATOR
+from icrf.wire.status import ACCEPTED_KEY, from_rpc_error, from_status, is_unreachable
+from icrf.wire.tls import TlsFiles, open_channel
 
 _REGISTRATION_S = 20.0  # until the first instruction; after that keepalive finds a dead connection
 _UPLOAD_TIMEOUT_S = 3_600.0
 _CLOSE_S = 2.0
 _RECONNECT_SPREAD_S = 0.5
+# Until somebody has replaced a certificate; asking sooner only fills the logs.
+_CERTIFICATE_PAUSE_S = 60.0
 _FULL_JITTER = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 
 # A mediator that answers one of these will answer the same the next time: trying again would only hide it.
@@ -42,9 +47,10 @@ class GrpcAgentLink:
         address: ``host:port`` of the mediator.
         on_state: called with one sentence whenever the connection is lost, retried or back.
         registration_s: how long the mediator may take to answer a registration.
+        tls: the cluster's certificate, looked at again for every connection of the control stream; None: plaintext.
 
     Raises:
-        LocalError: L003 for a malformed address, L002 for one that is not on this machine.
+        LocalError: L003 for a malformed address, L002 for one that is not on this machine, without `tls`.
     """
 
     def __init__(
@@ -53,8 +59,11 @@ class GrpcAgentLink:
         *,
         on_state: Callable[[str], None] | None = None,
         registration_s: float = _REGISTRATION_S,
+        tls: TlsFiles | None = None,
     ) -> None:
-        self._address, self._target = address, dial_target(address)
+        self._address, self._target = address, dial_target(address, encrypted=tls is not None)
+        self._tls, self._was_connected = tls, False
+        self._stamp: tuple[int, ...] = ()
         self._on_state, self._registration_s = on_state, registration_s
         # Control and bulk have a connection each: an upload must never delay a heartbeat.
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -71,7 +80,8 @@ class GrpcAgentLink:
         """See :meth:`icrf.ports.AgentLink.run`.
 
         Raises:
-            IcrfError: what the mediator answered to the registration if asking again cannot help, for instance P004.
+            IcrfError: what the mediator answered to the registration if asking again cannot help, for instance P004;
+                S001 to S004 about certificates, unless it has been connected before: then it waits for better ones.
         """
         self._stopped.clear()
         try:
@@ -96,17 +106,33 @@ class GrpcAgentLink:
         """A registered stream and its first instruction; (None, None) if `close` came first."""
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(self._worth_repeating),
-            wait=_FULL_JITTER,
+            wait=_wait_s,
             sleep=self._pause,
             before_sleep=self._tell_retry,
             reraise=True,
         )
         try:
-            return await retrying(self._register, register)
+            connected: tuple[Any, Instruction] = await retrying(self._register_anew, register)
+            self._was_connected = True
+            return connected
         except IcrfError:
             if self._closing.is_set():
                 return None, None
             raise
+
+    async def _register_anew(self, register: Callable[[], Report]) -> tuple[Any, Instruction]:
+        """Register with the certificate as it is now, and find out why if that fails for reasons of certificates."""
+        stamp = () if self._tls is None else self._tls.stamp()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            await self._drop_channels()
+        try:
+            return await self._register(register)
+        except LocalError as error:
+            if not is_unreachable(error) or self._closing.is_set():
+                raise
+            why = await asyncio.to_thread(explain, self._target, self._tls, THE_MEDIATOR)
+            raise why or error from None
 
     async def _register(self, register: Callable[[], Report]) -> tuple[Any, Instruction]:
         stub: Any = cluster_pb2_grpc.ClusterStub(self._channel("control"))
@@ -242,18 +268,21 @@ class GrpcAgentLink:
                     await self._stopped.wait()
             except (TimeoutError, grpc.RpcError):
                 stream.cancel()
-        while self._channels:
-            _, channel = self._channels.popitem()
-            await channel.close()
+        await self._drop_channels()
         await self._stopped.wait()
 
     # ------------------------------------------------------------ inside
+
+    async def _drop_channels(self) -> None:
+        while self._channels:
+            _, channel = self._channels.popitem()
+            await channel.close()
 
     def _channel(self, purpose: str) -> grpc.aio.Channel:
         if self._closing.is_set():
             raise LocalError("L001", "this connection to the mediator is closed", place=self._address)
         if purpose not in self._channels:
-            self._channels[purpose] = grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+            self._channels[purpose] = open_channel(self._target, self._tls, THE_MEDIATOR, module=grpc.aio)
         return self._channels[purpose]
 
     async def _failure(self, call: Any, error: BaseException) -> IcrfError:
@@ -264,7 +293,9 @@ class GrpcAgentLink:
         return from_status(code, details or "", await call.trailing_metadata() or (), self._address)
 
     def _worth_repeating(self, error: BaseException) -> bool:
-        return isinstance(error, IcrfError) and error.status not in _FINAL and not self._closing.is_set()
+        if not isinstance(error, IcrfError) or self._closing.is_set():
+            return False
+        return self._was_connected if isinstance(error, SecurityError) else error.status not in _FINAL
 
     async def _pause(self, delay_s: float) -> None:
         """Sleep that `close` ends."""
@@ -281,6 +312,11 @@ class GrpcAgentLink:
     def _tell(self, text: str) -> None:
         if self._on_state is not None:
             self._on_state(text)
+
+
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    return _CERTIFICATE_PAUSE_S if isinstance(error, SecurityError) else _FULL_JITTER(state)
 
 
 def _next_chunk(chunks: Iterator[bytes], digest: Any) -> bytes | None:

@@ -15,9 +15,12 @@ from icrf.errors import IcrfError, LocalError, ProtocolError
 from icrf.protocol import ClusterInfo, Plan, RunEvent, RunInfo, Submission
 from icrf.wire._generated.icrf.v1 import federation_pb2 as pb
 from icrf.wire._generated.icrf.v1 import federation_pb2_grpc
-from icrf.wire.addresses import CHANNEL_OPTIONS, dial_target
+from icrf.wire.addresses import dial_target
 from icrf.wire.codec import from_proto, to_proto
+from icrf.wire.handshake import explain
+from icrf.wire.identity import THE_MEDIATOR
 from icrf.wire.status import ACCEPTED_KEY, from_rpc_error, is_unreachable
+from icrf.wire.tls import TlsFiles, open_channel
 
 T = TypeVar("T")
 
@@ -32,6 +35,7 @@ _CALL_TIMEOUT_S = 600.0  # a node's method may train
 _STREAM_TIMEOUT_S = 3_600.0  # a watch is opened anew after that; a download of that length has failed
 
 _PAUSE_S = 0.1
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 _FULL_JITTER = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 
 
@@ -46,15 +50,27 @@ class GrpcMediator:
         timeout_s: deadline of one short call.
         contact_s: how long to try before L001.
         give_up_s: how long `watch` tries after it lost a mediator that it had reached.
+        tls: the caller's certificate, one of a user; None: plaintext.
 
     Raises:
-        LocalError: L003 for a malformed address, L002 for one that is not on this machine.
+        LocalError: L003 for a malformed address, L002 for one that is not on this machine, without `tls`.
+        SecurityError: S001, S002 or S004 for a certificate that cannot be used; calls raise S003 where mediator and
+            caller do not get along about TLS.
     """
 
     def __init__(
-        self, address: str, *, timeout_s: float = 20.0, contact_s: float = CONTACT_S, give_up_s: float = GIVE_UP_S
+        self,
+        address: str,
+        *,
+        timeout_s: float = 20.0,
+        contact_s: float = CONTACT_S,
+        give_up_s: float = GIVE_UP_S,
+        tls: TlsFiles | None = None,
     ) -> None:
-        self._address, self._target = address, dial_target(address)
+        if tls is not None:
+            tls.load()
+        self._address, self._target = address, dial_target(address, encrypted=tls is not None)
+        self._tls = tls
         self._timeout_s, self._contact_s, self._give_up_s = timeout_s, contact_s, give_up_s
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
@@ -203,7 +219,7 @@ class GrpcMediator:
             if self._closed.is_set():
                 raise self._closed_error()
             if self._opened is None:
-                self._channel = grpc.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+                self._channel = open_channel(self._target, self._tls, THE_MEDIATOR)
                 self._opened = federation_pb2_grpc.FederationStub(self._channel)
             return self._opened
 
@@ -238,7 +254,10 @@ class GrpcMediator:
         try:
             return call()
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self._address) from None
+            failure = from_rpc_error(error, self._address)
+            if is_unreachable(failure) and isinstance(error, grpc.Call) and error.code() is _UNAVAILABLE:
+                failure = explain(self._target, self._tls, THE_MEDIATOR) or failure
+            raise failure from None
         except ValueError as error:
             # What grpc raises for a channel that another thread has closed meanwhile.
             if self._closed.is_set():
