@@ -96,10 +96,6 @@ class Play:
             result = PhaseReport()
         self._take(self.machine.done(step, result, took_s, now_s))
 
-    def confirm(self, start: StartRound, now_s: float) -> None:
-        """What was begun ahead is asked for."""
-        self._take(self.machine.confirmed(start, now_s))
-
     def arrive(self, transfer: Transfer, *, now_s: float = 0.0, wire_bytes: int = WIRE_BYTES) -> None:
         self._take(self.machine.arrived(arrival_of(transfer, wire_bytes), transfer.source, now_s))
 
@@ -379,40 +375,6 @@ def test_hosts_wait_for_payloads_while_no_phase_runs(wanted: bool) -> None:
         (PhaseSpan(PUBLISH, 0.5, 1.0), PhaseSpan(TRAIN, 1.0, 4.0), PhaseSpan(AGGREGATE, 6.0, 6.5)),
     )
     assert play.reports[0].profile == (expected if wanted else None)
-
-
-def test_what_was_done_before_the_round_was_asked_for_is_no_part_of_its_time() -> None:
-    plan = star_plan([0, 0, 1])
-    start = StartRound("run", 1, 1, 1, "", (0,), 10, True, profile=True)
-    play = Play(RoundMachine(plan, 0, start, 3, ahead=True))
-    play.finish(PUBLISH, took_s=0.5, now_s=1.0)
-    play.finish(SEND, now_s=1.5)
-    # A quarter of the training is left.
-    play.confirm(start, now_s=3.25)
-    trained = {"host-0": {"train": 2.0, "exchange": 0.5}}
-    play.finish(TRAIN, PhaseReport(seconds=trained), took_s=3.0, now_s=4.0)
-    play.arrive(plan.inbound(0, PARTIAL)[0], now_s=6.0)
-    merged = {"host-0": {"train": 2.0, "exchange": 0.5, "sum": 0.125}, "host-1": {"sum": 0.25}}
-    play.finish(AGGREGATE, PhaseReport(seconds=merged), took_s=0.5, now_s=6.5)
-    spans = (PhaseSpan(PUBLISH, -2.75, -2.25), PhaseSpan(TRAIN, -2.25, 0.75), PhaseSpan(AGGREGATE, 2.75, 3.25))
-    hosts = {"host-0": {"train": 0.5, "exchange": 2.125, "sum": 0.125}, "host-1": {"sum": 0.25, "exchange": 2.0}}
-    (report,) = play.reports
-    assert (report.profile, report.train_s) == (ClusterProfile(hosts, spans), 3.0)
-
-
-def test_who_is_done_ahead_and_waits_to_be_asked_exchanges_nothing() -> None:
-    plan = star_plan([0, 0, 1])
-    start = StartRound("run", 1, 1, 1, "", (0,), 10, True, profile=True)
-    play = Play(RoundMachine(plan, 0, start, 3, ahead=True))
-    play.finish(PUBLISH, took_s=0.5, now_s=1.0)
-    play.finish(SEND, now_s=1.5)
-    play.finish(TRAIN, PhaseReport(seconds={"host-0": {"train": 2.0}}), took_s=3.0, now_s=4.0)
-    play.confirm(start, now_s=5.0)
-    play.arrive(plan.inbound(0, PARTIAL)[0], now_s=6.0)
-    play.finish(AGGREGATE, PhaseReport(seconds={"host-0": {"train": 2.0, "sum": 0.5}}), took_s=0.5, now_s=6.5)
-    (report,) = play.reports
-    assert report.profile is not None and report.exchange_s == 1.0
-    assert report.profile.hosts == {"host-0": {"train": 0.0, "sum": 0.5, "exchange": 1.0}}
 
 
 def test_peers_wait_for_consensus_partials_too() -> None:
