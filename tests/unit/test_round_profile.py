@@ -13,8 +13,8 @@ MERGED = {"host-0": {"train": 2.0, "exchange": 0.5, "sum": 0.125}, "host-1": {"s
 
 
 def round_asked_for_at(asked_s: float) -> RoundReport:
-    """A round begun at 0: published from 0.5 to 1, trained from 1 to 4; the other cluster's sum is here at 6, and merged
-    until 6.5."""
+    """A round begun at 0: published from 0.5 to 1, trained from 1 to 4; the other cluster's sum is here at 6, and
+    merged until 6.5."""
     adjacency = HybridAdjacencyMatrix.from_edges(3, [(0, 1), (1, 0), (0, 2), (2, 0)])
     plan = compile_exchange(CENTRALIZED, adjacency, ["aggregate", "train", "train"], [0, 0, 1], Rows())
     start = StartRound("run", 1, 1, 1, "", (0,), 10, True, profile=True)
