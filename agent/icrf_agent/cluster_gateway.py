@@ -18,6 +18,7 @@ from icrf.ports import Arrival, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
 from icrf.wire.tls import TlsFiles
 from icrf_agent.gateway import GrpcTransport
+from icrf_agent.gateway_coding import PayloadCoder
 from icrf_agent.topology_manager import HybridTopologyManager, References
 
 Cursor = tuple[str, int]
@@ -58,6 +59,7 @@ class HybridClusterGateway:
         self, transport: Callable[[], PayloadTransport], manager: HybridTopologyManager, references: References
     ) -> None:
         self._manager, self._references = manager, references
+        self._coder = PayloadCoder()
         self._arrivals: list[Arrival] = []
         self._life, self._dropped = uuid.uuid4().hex, 0
         self._came = threading.Condition()
@@ -74,7 +76,8 @@ class HybridClusterGateway:
         array = self._references.get(reference)
         if row >= 0:
             array = array.reshape(-1, header.num_elements)[row]
-        self._transport.send(header, np.ascontiguousarray(array).reshape(-1), peer, timeout_s)
+        array = np.ascontiguousarray(array).reshape(-1)
+        self._coder.send(header, array, lambda coded, data: self._transport.send(coded, data, peer, timeout_s))
 
     def send_bytes(self, header: PayloadHeader, data: bytes, peer: PeerAddress, timeout_s: float) -> None:
         """Send encoded letters."""
@@ -96,6 +99,10 @@ class HybridClusterGateway:
                 self._came.wait(wait_s)
             return (self._life, self._dropped + len(self._arrivals)), list(self._arrivals)
 
+    def forget(self, run_id: str) -> None:
+        """Nothing more of this run will come or go: drop what its payloads were packed against."""
+        self._coder.forget(run_id)
+
     def close(self) -> None:
         """Stop accepting; harmless when called twice."""
         with self._came:
@@ -104,13 +111,18 @@ class HybridClusterGateway:
         self._transport.close()
 
     def _receive(self, header: PayloadHeader, array: np.ndarray[Any, Any], wire_bytes: int) -> None:
+        coded, took = header.coding, array.nbytes
+        header, array = self._coder.decode(header, array)
+        saved = array.nbytes - took
         if header.kind == MESSAGE:
             if not self._manager.deliver_letters(header, array.tobytes(), wire_bytes):
                 return
         else:
             # In a list, because an actor would get the array itself in place of a bare reference. Known ones arrive
             # too: an earlier life of the gateway may have died before it could tell; its reader knows what it has.
-            self._manager.deliver(header, [self._references.put(array, header.kind)], wire_bytes)
+            self._manager.deliver(header, [self._references.put(array, header.kind)], wire_bytes, saved)
+            if coded:
+                self._coder.accepted(header, array)
         with self._came:
-            self._arrivals.append(Arrival(header, wire_bytes))
+            self._arrivals.append(Arrival(header, wire_bytes, saved))
             self._came.notify_all()

@@ -173,7 +173,8 @@ class CentralizedFlow:
         self._post_models(start, state)
 
     def _post_models(self, start: StartRound, state: Array) -> None:
-        sent = self._earlier.sent(start, state[: self._rule.rows.down * self._size])
+        rows = self._rule.sent(state[: self._rule.rows.down * self._size], self._learned)
+        sent = self._earlier.sent(start, rows)
         recipients = tuple(i for i in self._t.taking_part(start, self._all_participants) if i != self._aggregator)
         self._t.post(start, MODEL, (self._aggregator,), sent, recipients=recipients)
 
@@ -310,7 +311,9 @@ class CentralizedFlow:
         out = t.buffer("contribution", (rule.rows.up * self._size + rule.rows.scalars,))
         with self._calling_the_rule(start, index, "contribution"):
             before, after = turn.kept[:own], turn.next_kept[:own]
-            sent = rule.contribution(ClientUpdate(turn.received, trained, steps, before, after, out, turn.chosen))
+            sent = rule.contribution(
+                ClientUpdate(turn.received, trained, steps, before, after, out, turn.chosen, self._learned)
+            )
         return self._with_buffers(sent, trained)
 
     @cached_property

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from icrf.codecs import BF16
 from icrf.errors import RunError, WeightsError
 from icrf.exchange import CONSENSUS, UPDATE
 from icrf.learning.training import LocalTerms
+from icrf.lossy import to_bfloat16
 from icrf.ports import PhaseReport
 from icrf.protocol import Activated, Graph, StartRound
 from icrf.topology import STATIC, Gossip, mixing_matrix
@@ -43,6 +45,10 @@ class DecentralizedFlow:
         # What training has made of the part of a row that no neighbour sees.
         unshared = [np.zeros(self._width - self._size, t.layout.dtype)] * len(self._rows)
         self._unshared = self._table(unshared)
+        # What rounding has taken off the rows that neighbours see; nothing where they see them in full.
+        self._rounds = t.nodes.config.inter_cluster_codec == BF16
+        left_out = np.zeros(self._size if self._rounds else 0, t.layout.dtype)
+        self._left_out = self._table([left_out] * len(self._rows))
         self._trained: frozenset[int] = frozenset()
         self._adaptation = None if t.nodes.config.topology_adaptation_strategy == STATIC else HostAdaptation(t)
         self.relink(t.activation.graph)
@@ -96,7 +102,10 @@ class DecentralizedFlow:
             for group in t.together.groups(nodes):
                 busy = [index for index in group if index in training and t.nodes.trains(index)]
                 for index, row in self._trained_rows(start, group, busy, state, sums):
-                    sent[self._rows[index] - self._rows[nodes[0]]] = row[: self._size]
+                    shown = to_bfloat16(row[: self._size]) if self._rounds else row[: self._size]
+                    sent[self._rows[index] - self._rows[nodes[0]]] = shown
+                    if self._rounds:
+                        self._left_out[self._rows[index]] = row[: self._size] - shown
                     # What is private stays behind.
                     self._unshared[self._rows[index]] = row[self._size :]
                 trained += busy
@@ -145,6 +154,9 @@ class DecentralizedFlow:
             own, size = row[: t.layout.row_size], self._size
             neighbours, weights = self._gossip.row(index, start.round)
             weighted_mix([rows[int(j)] for j in neighbours], weights.tolist(), row[:size])
+            if self._rounds:
+                # Nobody has it but the node itself: so the mean of all nodes stays what it was.
+                row[:size] += self._left_out[k]
             read_row(self._unshared, k, row[size:])
             t.last_word(index, own)
             if consensus is not None:

@@ -30,6 +30,14 @@ from types import FrameType
 
 LOOPBACK = "127.0.0.1"
 STATE_NAME, TOKEN_NAME, LOG_NAME = "keeper.json", "ray.token", "keeper.log"
+# How long a driver of the cluster waits for its head; the cluster's own processes have other limits. A lost GCS is the
+# agent's to notice and to mend: Ray's own way is to end the process without an exception. One that is dead before the
+# agent is connected must be noticed too: left alone, Ray tries 20 times (the second setting) for 40 s (the third) each.
+PATIENCE = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
+    "RAY_gcs_server_port_wait_time_s": "1",
+    "RAY_py_gcs_connect_timeout_s": "5",
+}
 
 # Below the range from which kernels take the ports of outgoing connections, above the one Ray takes by default.
 PORT_RANGE = range(20_000, 32_000)
@@ -228,8 +236,10 @@ class Keeper:
         return code
 
     def _environment(self) -> dict[str, str]:
-        # RAY_ADDRESS of some other cluster would be taken for this one's.
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        # RAY_ADDRESS of some other cluster would be taken for this one's; an agent that renews its cluster has PATIENCE
+        # in its environment, which is for drivers.
+        foreign = {"RAY_ADDRESS", *PATIENCE}
+        environment = {name: value for name, value in os.environ.items() if name not in foreign}
         # Hosts inherit one thread from here; raylets give a lost GCS 10 s.
         environment.update(OMP_NUM_THREADS="1", RAY_gcs_rpc_server_reconnect_timeout_s="10")
         return environment | ray_environment(str(self._token_path))

@@ -104,9 +104,7 @@ class LocalRay:
         """Variables that a driver of this cluster must set before it imports Ray."""
         if self._state is None:
             return {}
-        # A lost GCS is the agent's to notice and to mend: Ray's own way is to end the process without an exception.
-        patience = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3600"}
-        return keeper.ray_environment(self._state.token_path) | patience
+        return keeper.ray_environment(self._state.token_path) | keeper.PATIENCE
 
     def check(self) -> None:
         """Whether the cluster is still kept. `ensure` returns when the head answers; the rest of Ray may fail later.

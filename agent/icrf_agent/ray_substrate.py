@@ -59,6 +59,8 @@ _KIND = "accelerator_type:"
 # An actor that was just killed is back within a few seconds; loading torch takes most of them.
 PROBE_S = 20.0
 REBUILD_DEADLINE_S = 600.0
+# Each takes at most about 15 s with what `keeper.PATIENCE` sets, and is made only while the head's port is open.
+CONNECT_TRIES = 4
 
 
 @dataclass
@@ -153,27 +155,35 @@ class RaySubstrate:
             await self._calls.run(_restart, actor.handle)
 
     def _connect(self, address: str) -> None:
-        # Ray itself would try for minutes, and take no signal meanwhile.
-        if not accepts(address):
-            raise LocalError(
-                "L008", f"nothing listens at {address}", place="--ray-address", hint="is the Ray cluster running?"
-            )
-        try:
-            ray.init(
-                address=address,
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level="error",
-                configure_logging=False,
-            )
-        except Exception as error:  # Ray raises anything here: sockets, version checks, authentication
-            raise LocalError(
-                "L008",
-                f"cannot use the Ray cluster at {address}: {type(error).__name__}: {str(error).splitlines()[0]}",
-                place="--ray-address",
-                value=address,
-                hint="is it running, of the same Ray version, and readable with this machine's token?",
-            ) from error
+        # A cluster of the agent's own has Ray try once; a head that is slow but there is asked again.
+        tries = CONNECT_TRIES if self.renew is not None else 1
+        for left in reversed(range(tries)):
+            # Ray itself would try for long, and take no signal meanwhile.
+            if not accepts(address):
+                raise LocalError(
+                    "L008", f"nothing listens at {address}", place="--ray-address", hint="is the Ray cluster running?"
+                )
+            try:
+                ray.init(
+                    address=address,
+                    namespace=NAMESPACE,
+                    log_to_driver=False,
+                    logging_level="error",
+                    configure_logging=False,
+                )
+            except Exception as error:  # Ray raises anything here: sockets, version checks, authentication
+                if left and isinstance(error, ConnectionError):
+                    log.info("the Ray head at %s does not answer yet: %s", address, error)
+                    ray.shutdown()
+                    continue
+                raise LocalError(
+                    "L008",
+                    f"cannot use the Ray cluster at {address}: {type(error).__name__}: {str(error).splitlines()[0]}",
+                    place="--ray-address",
+                    value=address,
+                    hint="is it running, of the same Ray version, and readable with this machine's token?",
+                ) from error
+            return
 
     def _facts(self) -> ClusterFacts:
         cpus = float(self._resources.get("CPU", 0.0))

@@ -104,6 +104,7 @@ class RoundMachine:
     _finished: bool = False
     _overflow: tuple[int, ...] = ()
     _wire_bytes: int = 0
+    _saved_bytes: int = 0
     _seconds: _Seconds = field(default_factory=_Seconds)
 
     def begin(self, now_s: float) -> list[Step]:
@@ -137,11 +138,11 @@ class RoundMachine:
         header = arrival.header
         key = _key(header.kind, header.sender, source, header.recipients)
         if header.kind == MESSAGE:
-            self._wire_bytes += arrival.wire_bytes
+            self._count(arrival)
         if self._finished or key not in self._expected:
             return []
         # Counted here, so that a payload that comes twice counts once.
-        self._wire_bytes += arrival.wire_bytes
+        self._count(arrival)
         self._expected.discard(key)
         if header.kind == MODEL:
             return self._train_when_there(now_s) if self._published else []
@@ -261,6 +262,10 @@ class RoundMachine:
         if self._seconds.exchange_from < 0.0:
             self._seconds.exchange_from = now_s
 
+    def _count(self, arrival: Arrival) -> None:
+        self._wire_bytes += arrival.wire_bytes
+        self._saved_bytes += arrival.saved_bytes
+
     def _exchanged(self, now_s: float) -> None:
         if self._seconds.exchange_from >= 0.0:
             self._seconds.exchange += max(0.0, now_s - self._seconds.exchange_from)
@@ -281,6 +286,7 @@ class RoundMachine:
             metrics={name: value for phase in self._merged for name, value in phase.metrics.items()},
             node_metrics=by_node(self._merged),
             bytes_inter_cluster=self._wire_bytes,
+            bytes_saved=self._saved_bytes,
             bytes_intra_cluster=sum(p.bytes_intra_cluster for p in self._merged),
             train_s=self._seconds.train,
             exchange_s=self._seconds.exchange,

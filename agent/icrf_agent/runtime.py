@@ -31,6 +31,7 @@ from icrf.protocol import (
     shared_size,
 )
 from icrf.update import elementwise_max
+from icrf_agent.gateway_coding import coding_of
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.phases import TRAIN, Phases
@@ -279,6 +280,7 @@ class HostedRuntime:
             num_elements=num_elements(transfer.kind, shared_size(layout), rows, len(posting.senders)),
             weight=posting.weight,
             recipients=transfer.recipients if transfer.kind in EXACT else (),
+            coding=coding_of(run.codec, transfer.kind),
         )
         assert self._shared is not None and self._shared.gateway is not None
         peer = self._peer(run, transfer.target)
@@ -372,8 +374,10 @@ class HostedRuntime:
             try:
                 if self._shared is not None and self._alive.is_set():
                     await self._manager.call("unlink", run_id)
+                    if self._shared.gateway is not None:
+                        await self._shared.gateway.call("forget", run_id)
             except NodeError as error:
-                # A manager that died comes back without it.
+                # A manager or a gateway that died comes back without it.
                 if error.code != "U003":
                     raise
             finally:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from icrf.codecs import NONE
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve, StartRound, nodes_that
@@ -166,6 +168,11 @@ class Hosted:
             raise RoutingError("P003", over, value=was.generation)
         self.activation = order.applied_to(was)
         self.setups = [replace(setup, activation=self.activation) for setup in self.setups]
+
+    @cached_property
+    def codec(self) -> str:
+        """The configuration's ``inter_cluster_codec``."""
+        return str(json.loads(self.activation.config_json).get("inter_cluster_codec", NONE))
 
     @cached_property
     def _slot_of(self) -> dict[int, int]:

@@ -72,7 +72,7 @@ class _Room:
     postings: dict[tuple[Position, str], dict[tuple[int, ...], Posting]] = field(default_factory=dict)
     # Where the row of a node of this cluster is: what leaves for others is asked for node by node.
     places: dict[tuple[Position, str], dict[int, tuple[Posting, int]]] = field(default_factory=dict)
-    arrived: dict[PayloadHeader, int] = field(default_factory=dict)
+    arrived: dict[PayloadHeader, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         training = frozenset(nodes_that("train", self.activation.nodes))
@@ -149,7 +149,7 @@ class HybridTopologyManager:
     def arrived(self) -> list[Arrival]:
         """What other clusters have delivered for attempts that are not over, in the order it came."""
         with self._lock:
-            return [Arrival(header, size) for room in self._rooms.values() for header, size in room.arrived.items()]
+            return [Arrival(header, *size) for room in self._rooms.values() for header, size in room.arrived.items()]
 
     # ------------------------------------------------------------ rounds
 
@@ -263,7 +263,7 @@ class HybridTopologyManager:
             run_id, first.generation, round_number, attempt, kind, senders, reference, first.recipients, weight
         )
 
-    def deliver(self, header: PayloadHeader, reference: Any, wire_bytes: int = 0) -> bool:
+    def deliver(self, header: PayloadHeader, reference: Any, wire_bytes: int = 0, saved_bytes: int = 0) -> bool:
         """A payload that came through the gateway: owner, generation, attempt and edges are checked first.
 
         Returns:
@@ -286,7 +286,7 @@ class HybridTopologyManager:
             described = (header.recipients or None, header.weight)
             is_new = self._keep(room, Posting(*at, header.kind, senders, reference, *described))
             if is_new:
-                room.arrived[header] = wire_bytes
+                room.arrived[header] = wire_bytes, saved_bytes
             return is_new
 
     # ------------------------------------------------------------ user messages
@@ -357,7 +357,7 @@ class HybridTopologyManager:
             is_new = [room.delivery.stage(position, letter, recipients) for letter, recipients in letters]
             if any(is_new):
                 # Bundles of two phases may have equal headers.
-                room.arrived[header] = room.arrived.get(header, 0) + wire_bytes
+                room.arrived[header] = room.arrived.get(header, (0, 0))[0] + wire_bytes, 0
             return any(is_new)
 
     def sync(self, run_id: str, node_id: str, wait_s: float = 0.0, position: Position | None = None) -> list[Message]:

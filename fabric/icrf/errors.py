@@ -89,6 +89,7 @@ CATALOGUE: dict[str, Entry] = {
     "P021": Entry("chunk corrupted", EXIT_DATA, "DATA_LOSS"),
     "P022": Entry("payload truncated", EXIT_DATA, "DATA_LOSS"),
     "P026": Entry("payload too large", EXIT_DATA, "RESOURCE_EXHAUSTED"),
+    "P027": Entry("what a payload was packed against is not here", EXIT_DATA, "FAILED_PRECONDITION"),
     "P030": Entry("peer cluster not reachable", EXIT_UNAVAILABLE, "UNAVAILABLE"),
     "W010": Entry("tensors differ from the model's layout", EXIT_DATA, "INVALID_ARGUMENT"),
     "W011": Entry("tensor type without an aggregation rule", EXIT_CONFIG, "UNIMPLEMENTED"),

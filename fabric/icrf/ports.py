@@ -145,6 +145,9 @@ class PayloadHeader:
     hierarchy), ``update`` (one node's parameters), ``partial`` and ``consensus`` (exact sums, float64), ``message`` (an
     encoded user message, uint8). Recipients of a model or an update are the sender's neighbours on the receiving
     cluster; of a partial and a message they are listed.
+
+    coding: how the array travels: "" as it is, ``packed`` (:mod:`icrf.wire.packing`), or ``delta``: packed against an
+    earlier array of the same sender, whose identity `base` is.
     """
 
     run_id: str
@@ -159,14 +162,18 @@ class PayloadHeader:
     num_elements: int
     weight: int = 0
     recipients: tuple[int, ...] = ()
+    coding: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A payload that came in: its header and the bytes it took on the wire, headers included."""
+    """A payload that came in: its header, the bytes it took on the wire, headers included, and how many bytes of data
+    its coding has saved (fewer than none where packing made it larger)."""
 
     header: PayloadHeader
     wire_bytes: int
+    saved_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from icrf.console.format import (
     format_duration,
     format_metric,
     safe_text,
+    saved_text,
     short_id,
 )
 from icrf.errors import error_from_dict
@@ -183,6 +184,8 @@ def _tile_values(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("within clusters", format_bytes(summary["bytes_intra_cluster"])),
         ("wall time", format_duration(summary["wall_s"])),
     ]
+    if "bytes_saved" in summary:
+        values.insert(5, (f"by {summary['inter_cluster_codec']}", saved_text(summary)))
     if "rounds_to_target" in summary:
         values.insert(3, ("rounds to target", str(summary["rounds_to_target"] or MISSING)))
     return [(_text(name), _text(value)) for name, value in values]

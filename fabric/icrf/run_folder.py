@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from icrf.codecs import NONE
 from icrf.console.format import clean_json, short_id
 from icrf.errors import LocalError
 from icrf.model_file import ARTIFACT, write_file
@@ -227,6 +228,9 @@ def summarize(info: RunInfo, rounds: list[RoundResult]) -> dict[str, Any]:
         "flow": info.flow,
         "seed": config.get("seed"),
     }
+    if config.get("inter_cluster_codec", NONE) != NONE:
+        summary["inter_cluster_codec"] = config["inter_cluster_codec"]
+        summary["bytes_saved"] = sum(r.bytes_saved for r in rounds)
     if config.get("topology_adaptation_strategy", "static") != "static":
         summary |= {name: sum(getattr(r, name) for r in rounds) for name in ("edges_added", "edges_removed")}
     if config.get("target_accuracy") is not None:

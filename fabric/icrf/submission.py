@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from icrf.codecs import TOP_K
 from icrf.criterion import active_by_round
 from icrf.errors import ConfigError, TopologyError
 from icrf.participation import UNIFORM, schedule, waves_of
@@ -342,6 +343,8 @@ def resolve_rows(
     rows = rule.rows.with_private(layout)
     if rows.clients_keep and config.min_nodes is not None:
         other = f"aggregation_strategy {config.aggregation_strategy}" if rule.rows.clients_keep else "private_keys"
+        if config.inter_cluster_codec == TOP_K:
+            other = f"inter_cluster_codec {TOP_K}"
         raise ConfigError(
             "C008",
             f"min_nodes {config.min_nodes} contradicts {other}",

@@ -43,6 +43,7 @@ from icrf_mediator.assignment import (
     link_costs,
     resolve_pins,
 )
+from icrf_mediator.coded_bytes import coded_bytes
 from icrf_mediator.feasibility import lacking
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
@@ -184,6 +185,7 @@ def make_plan(
         **_room(config, settings, clusters, assignment, exchange, num_parameters),
         **_mixed(submission, settings),
         **_adapted(settings, per_adaptation),
+        **coded_bytes(exchange, submission.layout, config),
         **_grouped(submission, exchange, adjacency, num_parameters),
     )
     return plan, assignment

@@ -52,6 +52,7 @@ class Commit:
     graph: Graph | None = None
     opened_s: float = 0.0
     profiles: dict[str, ClusterProfile] = field(default_factory=dict)
+    bytes_saved: int = 0
 
     def result(self, generation: int, wall_s: float, node_ids: Sequence[str] = ()) -> RoundResult:
         """The round as users see it.
@@ -71,6 +72,7 @@ class Commit:
             metrics=self.metrics,
             bytes_inter_cluster=self.bytes_inter_cluster,
             bytes_intra_cluster=self.bytes_intra_cluster,
+            bytes_saved=self.bytes_saved,
             participants=self.num_participants,
             model_sha256=self.model_hash,
             parent_sha256=self.parent_hash,
@@ -249,6 +251,7 @@ class RoundLedger:
             absmax=absmax,
             bytes_inter_cluster=sum(r.bytes_inter_cluster for r in reports.values()),
             bytes_intra_cluster=sum(r.bytes_intra_cluster for r in reports.values()),
+            bytes_saved=sum(r.bytes_saved for r in reports.values()),
             bytes_by_cluster={c: reports[c].bytes_inter_cluster for c in attempt.clusters},
             train_s=max(r.train_s for r in reports.values()),
             exchange_s=max(r.exchange_s for r in reports.values()),

@@ -365,7 +365,7 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "clustering_period: 2",
         "store_node_models: true",
         "on_cluster_loss: reassign",
-        "inter_cluster_codec: bf16",
+        "inter_cluster_codec: int8",
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(tmp_path: Path, line: str) -> None:

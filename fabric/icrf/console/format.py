@@ -29,6 +29,13 @@ def format_bytes(num_bytes: float) -> str:
     return f"{value:.1f} {unit}"
 
 
+def saved_text(summary: Mapping[str, Any]) -> str:
+    """What a codec has saved, of a summary that says so: ``saved 3.1 MiB (42.0 %)``."""
+    saved, sent = int(summary["bytes_saved"]), int(summary["bytes_inter_cluster"])
+    share = 100 * saved / (saved + sent) if saved + sent else 0.0
+    return f"saved {format_bytes(saved)} ({share:.1f} %)"
+
+
 def format_duration(seconds: float) -> str:
     """``0.42 s``, ``12.3 s``, ``3 min 05 s``, ``2 h 03 min``."""
     if seconds < 9.995:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.text import Text
 
+from icrf.codecs import NONE
 from icrf.console.format import compress_names, format_bytes, format_count, safe_text
 from icrf.console.terminal import Terminal
 from icrf.errors import IcrfError
@@ -91,6 +92,21 @@ def show_comparison(terminal: Terminal, plans: Mapping[str, Plan | IcrfError]) -
     terminal.table(columns, rows, right=columns[1:5], wrap=columns[5:])
 
 
+def _traffic(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What crosses between clusters, and how much of it at most with a codec."""
+    yield "traffic", f"{format_bytes(plan.bytes_inter_cluster_per_round)} per round between clusters"
+    if plan.bytes_inter_cluster_per_evaluation:
+        yield "", f"{format_bytes(plan.bytes_inter_cluster_per_evaluation)} more per evaluation"
+    if plan.groups:
+        yield "", f"{format_bytes(plan.bytes_inter_cluster_within_groups)} in a round within the groups"
+        yield "", f"{format_bytes(plan.bytes_inter_cluster_per_merge)} in a round that merges them"
+    if plan.bytes_inter_cluster_per_adaptation:
+        yield "", f"{format_bytes(plan.bytes_inter_cluster_per_adaptation)} more per change of the graph"
+    yield "", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"
+    if plan.codec != NONE:
+        yield f"with {plan.codec}", f"at most {format_bytes(plan.bytes_coded_per_round)} per round"
+
+
 def show_plan(terminal: Terminal, plan: Plan) -> None:
     """Print a plan."""
     title = Text.assemble((safe_text(plan.federation), "bold"), f"  {plan.flow}, placed by ", (plan.strategy, "cyan"))
@@ -127,16 +143,8 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
         ("parameters", f"{plan.num_parameters:,}"),
         ("tensors", ", ".join(f"{count:,} {rule}" for rule, count in sorted(plan.tensors.items()))),
         ("cut edges", cut),
-        ("traffic", f"{format_bytes(plan.bytes_inter_cluster_per_round)} per round between clusters"),
     ]
-    if plan.bytes_inter_cluster_per_evaluation:
-        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_evaluation)} more per evaluation"))
-    if plan.groups:
-        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_within_groups)} in a round within the groups"))
-        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_merge)} in a round that merges them"))
-    if plan.bytes_inter_cluster_per_adaptation:
-        facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_per_adaptation)} more per change of the graph"))
-    facts.append(("", f"{format_bytes(plan.bytes_inter_cluster_total)} for the whole run"))
+    facts += _traffic(plan)
     if mixing := consensus_text(plan):
         facts += [("mixing", mixing), ("", f"spectral gap {1 - plan.slem:.6f}"), ("", limit_text(plan))]
     if plan.adaptation:

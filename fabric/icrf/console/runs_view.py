@@ -17,6 +17,7 @@ from icrf.console.format import (
     format_duration,
     format_metric,
     safe_text,
+    saved_text,
     short_id,
     sparkline,
 )
@@ -136,6 +137,8 @@ def show_summary(terminal: Terminal, summary: Mapping[str, Any], folder: Path | 
         reached = summary["rounds_to_target"]
         facts.append(("target", f"reached in round {reached}" if reached else "not reached"))
     facts.append(("traffic", f"{format_bytes(summary['bytes_inter_cluster'])} between clusters"))
+    if "bytes_saved" in summary:
+        facts.append(("", f"{summary['inter_cluster_codec']} {saved_text(summary)}"))
     if summary["model_sha256"]:
         facts.append(("sha256", str(summary["model_sha256"])))
     if folder is not None:

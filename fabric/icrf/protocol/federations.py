@@ -327,6 +327,9 @@ class Plan:
         bytes_inter_cluster_per_adaptation: payload bytes that such a decision adds.
         memory: cluster name -> peak memory that it needs, an estimate; `peak_memory_bytes` is the largest of these.
         lacking: cluster name -> what it lacks, in a sentence or more; those that are not named have what it takes.
+        codec: the configuration's ``inter_cluster_codec``. All other bytes are those without it.
+        bytes_coded_per_round: a bound on the payload bytes of a round under it, without evaluation and messages; how
+            much less it will be depends on the values. 0 for ``none``.
     """
 
     federation: str
@@ -361,6 +364,8 @@ class Plan:
     residents: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)
+    codec: str = "none"
+    bytes_coded_per_round: int = 0
 
 
 @dataclass(frozen=True)

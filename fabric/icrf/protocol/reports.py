@@ -115,6 +115,7 @@ class RoundReport:
         model_hash: hex sha256 of the new global or consensus model (coordinator, when there is one).
         state_hashes: 32 bytes per node of this cluster in index order (decentralized).
         bytes_inter_cluster: gateway bytes received by this cluster for this attempt, headers included.
+        bytes_saved: bytes of data that `inter_cluster_codec` has kept out of those.
         bytes_intra_cluster: payload bytes that moved between hosts of this cluster.
         recovery: what an error asks for: ``retry`` (committed states are intact here: run the round again),
             ``restore`` (some are lost: go back to the last checkpoint), or empty (the error is the run's).
@@ -141,6 +142,7 @@ class RoundReport:
     recovery: str = ""
     node_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     graph: Graph | None = None
+    bytes_saved: int = 0
     profile: ClusterProfile | None = None
 
 

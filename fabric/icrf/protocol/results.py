@@ -43,6 +43,7 @@ class RoundResult:
             256 nodes; `metrics` has the averages, weighted by samples, of all of them.
         consensus_sha256: hash of the consensus model where one was made.
         participants_bitmap: which nodes contributed, in hexadecimal: bit i % 8 of byte i // 8 is node i.
+        bytes_saved: bytes of data that `inter_cluster_codec` has kept out of `bytes_inter_cluster`.
         edges_added, edges_removed: directed edges that the rounds to come have more than this one, and less.
         staleness: node id -> how many rounds ago the round was whose update it contributed; only nodes that were late.
         profile: where the time went, if the run was submitted so.
@@ -68,6 +69,7 @@ class RoundResult:
     staleness: dict[str, int] = field(default_factory=dict)
     edges_added: int = 0
     edges_removed: int = 0
+    bytes_saved: int = 0
     profile: RoundProfile | None = None
 
     @property

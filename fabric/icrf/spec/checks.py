@@ -20,6 +20,7 @@ from icrf.spec.choices import (
     in_groups,
     not_built,
 )
+from icrf.spec.codec_checks import codec_problems
 from icrf.spec.participation_checks import PARTICIPATION_CHECKS, fewest_participants
 from icrf.spec.problems import Check, Problem, Values, too_many
 from icrf.spec.rule_settings import unread_settings
@@ -426,6 +427,7 @@ CHECKS: tuple[Check, ...] = (
     _byzantine,
     _communities,
     *PARTICIPATION_CHECKS,
+    codec_problems,
     _optimizer_state,
     _schema_and_topology,
     _hierarchy,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from icrf.codecs import BF16, NONE, TOP_K, ZSTD
 from icrf.registry import did_you_mean, is_import_path, registered_names
 from icrf.spec.problems import Problem
 from icrf.waves import ALL, WAVES
@@ -179,7 +180,7 @@ CHOICES: dict[str, Choice] = {
     ),
     "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
     "late_updates": Choice(("drop", "weigh")),
-    "inter_cluster_codec": Choice(("none",), ("bf16", "fp16", "int8", "top_k")),
+    "inter_cluster_codec": Choice((NONE, ZSTD, BF16, TOP_K), ("fp16", "int8")),
     "device": Choice(("cpu", "cuda"), ("mps",)),
     "group_by": Choice(("contiguous", "labels"), kind="grouping", import_path=True),
     "first_choice": Choice(("drawn", "loss")),

@@ -285,7 +285,12 @@ class FederationConfig(BaseModel):
     max_staleness: Count = 4
     """With ``late_updates: weigh``: how many rounds late an update may be; after that it is dropped."""
     inter_cluster_codec: Text = "none"
-    """How payloads are compressed between clusters."""
+    """How payloads between clusters are made smaller: ``none``; ``zstd``, packed without loss; ``bf16``, packed after
+    models and their changes were rounded to bfloat16; ``top_k``, packed after every node has kept all but the largest
+    entries of its change for later (error feedback). The last two change what is learned, and that equally on any
+    number of clusters (see codecs.md)."""
+    top_k_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """With ``inter_cluster_codec: top_k``: the share of a change's entries that a node sends."""
     evaluate_every: Count = 1
     """Rounds between evaluations; a consensus model is made only then and at the end."""
     evaluate_clients: bool = False

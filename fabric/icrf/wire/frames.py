@@ -46,6 +46,9 @@ DTYPES = frozenset(
     ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 )
 
+# What a coded payload's bytes are, to the frames.
+CODED_DTYPE = "uint8"
+
 _OPENING = struct.Struct("<4sBBIQI")
 _CHUNK = struct.Struct("<IIQ")
 _TRAILER = struct.Struct("<4sI16s")
@@ -60,7 +63,7 @@ class Received:
 
     Attributes:
         header: what the sender said about it.
-        array: one-dimensional, owned by the caller.
+        array: one-dimensional, owned by the caller; the coded bytes where the header has a coding.
         wire_bytes: sum of the lengths of all frames, the gateway's own headers included.
         payload_id: hex xxh3-128 over the chunk checksums.
     """
@@ -95,8 +98,8 @@ class FrameWriter:
     Every chunk is copied once, into its frame, and its checksum computed once. The array is only read.
 
     Args:
-        header: its `dtype` and `num_elements` must be the array's.
-        array: one-dimensional, contiguous, in native byte order.
+        header: its `dtype` and `num_elements` must be the array's, unless it has a coding.
+        array: one-dimensional, contiguous, in native byte order; with a coding what it was coded to, uint8.
         chunk_bytes: data bytes per chunk, at most :data:`MAX_CHUNK_BYTES`.
 
     Raises:
@@ -241,7 +244,11 @@ class FrameReader:
     def _open(self, frame: bytes) -> None:
         opening = read_opening(frame, self._max_bytes)
         try:
-            array = np.empty(opening.header.num_elements, dtype=opening.header.dtype)
+            coded = bool(opening.header.coding)
+            array = np.empty(
+                opening.total_bytes if coded else opening.header.num_elements,
+                dtype=CODED_DTYPE if coded else opening.header.dtype,
+            )
         except MemoryError:
             _refuse(
                 "P026",
@@ -312,7 +319,10 @@ def read_opening(frame: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Opening:
     if not 1 <= chunk_bytes <= MAX_CHUNK_BYTES or total_bytes > chunk_bytes * 0xFFFFFFFF:
         _refuse("P001", "chunk size out of range", place=place, value=chunk_bytes, allowed=f"1 to {MAX_CHUNK_BYTES}")
     header = _read_header(bytes(body[_OPENING.size :]))
-    if header.num_elements * np.dtype(header.dtype).itemsize != total_bytes:
+    plain_bytes = header.num_elements * np.dtype(header.dtype).itemsize
+    if plain_bytes > max_bytes:
+        _refuse("P026", f"payload of {plain_bytes} bytes", place=place, allowed=f"at most {max_bytes} bytes")
+    if not header.coding and plain_bytes != total_bytes:
         _refuse(
             "P001",
             f"{header.num_elements} elements of {header.dtype} do not take {total_bytes} bytes",
@@ -344,7 +354,10 @@ def _check_sendable(header: PayloadHeader, array: np.ndarray[Any, Any], chunk_by
             place="payload",
             allowed="one-dimensional, contiguous, native byte order",
         )
-    if array.dtype.name != header.dtype or header.dtype not in DTYPES or array.size != header.num_elements:
+    if header.coding:
+        if array.dtype.name != CODED_DTYPE:
+            _refuse("P001", f"a coded payload of {array.dtype.name}", place="payload", allowed=CODED_DTYPE)
+    elif array.dtype.name != header.dtype or header.dtype not in DTYPES or array.size != header.num_elements:
         _refuse(
             "P001",
             f"the header says {header.num_elements} elements of {header.dtype}, "

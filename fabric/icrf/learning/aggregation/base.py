@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from icrf.learning.training import LocalTerms
 from icrf.protocol import Rows
 from icrf.registry import Registry
-from icrf.update import CHUNK, ExactSum
+from icrf.update import CHUNK
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -48,6 +48,7 @@ class ClientUpdate:
         next_state: what it keeps from now on; filled with `state`, to be changed in place.
         out: a buffer for the contribution, shape (rows.up * num_parameters + rows.scalars,).
         chosen: which of the federation's models the node has trained. With several, `received` is that one alone.
+        learned: the parts of `trained` that are learned; all others, such as counters, are averaged beside the rule.
     """
 
     received: Array
@@ -57,6 +58,15 @@ class ClientUpdate:
     next_state: Array
     out: Array
     chosen: int = 0
+    learned: Sequence[slice] = (slice(None),)
+
+
+class Means(Protocol):
+    """Weighted means of contributions, such as those of :class:`icrf.update.ExactSum`."""
+
+    def mean_part(self, start: int, stop: int, out: Array) -> Array:
+        """The mean of the elements `start` to `stop`, written to the float64 array `out`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,15 @@ class Aggregator:
         state[: len(models)] = models
         return state
 
+    def sent(self, rows: Array, learned: Sequence[slice]) -> Array:
+        """What goes out of the server's state.
+
+        Args:
+            rows: its first ``rows.down`` rows; read only.
+            learned: the parts of a row that are learned.
+        """
+        return rows
+
     def terms(self, received: Array, state: Array) -> LocalTerms | None:
         """What is added to a node's local training.
 
@@ -126,7 +145,7 @@ class Aggregator:
 class MeanAggregator(Aggregator):
     """A rule that needs the weighted mean of the contributions only, element by element: partial sums merge."""
 
-    def finish(self, total: ExactSum, previous: Array, out: Array, facts: RoundFacts) -> None:
+    def finish(self, total: Means, previous: Array, out: Array, facts: RoundFacts) -> None:
         """Write the next server state.
 
         Args:

@@ -8,6 +8,7 @@ from typing import Any
 from icrf.errors import ConfigError
 from icrf.learning.aggregation.base import AGGREGATORS, MeanAggregator, UpdateAggregator
 from icrf.learning.aggregation.clustered import Ifca
+from icrf.learning.aggregation.coded import coded
 from icrf.learning.injection import accepted_arguments
 
 
@@ -37,4 +38,4 @@ def build_aggregator(name: str, settings: Mapping[str, Any], num_models: int = 1
     if rule.rows.every_update and (rule.rows.up != 1 or rule.rows.scalars):
         message = f"'{name}' has rows with every_update, up {rule.rows.up} and scalars {rule.rows.scalars}"
         raise ConfigError("C017", message, place=place, allowed="up 1 and scalars 0: the updates are whole models")
-    return rule if num_models == 1 else Ifca(rule, num_models)
+    return coded(name, rule if num_models == 1 else Ifca(rule, num_models), settings)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15icrf/v1/gateway.proto\x12\x07icrf.v1\"\xda\x01\n\rPayloadHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x03\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0e\n\x06sender\x18\x06 \x01(\x12\x12\x0e\n\x06source\x18\x07 \x01(\t\x12\x0e\n\x06target\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x14\n\x0cnum_elements\x18\n \x01(\x03\x12\x0e\n\x06weight\x18\x0b \x01(\x03\x12\x12\n\nrecipients\x18\x0c \x03(\x03\"%\n\x03\x41\x63k\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x12\n\nerror_json\x18\x02 \x01(\t\"Y\n\rTransferReply\x12\x17\n\x0fverified_chunks\x18\x01 \x01(\x03\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x03\x12\x19\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x0c.icrf.v1.Ack\"3\n\x0bRelayAttach\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"1\n\nRelayOffer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"8\n\x0cRelayReceive\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15icrf/v1/gateway.proto\x12\x07icrf.v1\"\xf8\x01\n\rPayloadHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12\r\n\x05round\x18\x03 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x03\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0e\n\x06sender\x18\x06 \x01(\x12\x12\x0e\n\x06source\x18\x07 \x01(\t\x12\x0e\n\x06target\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x14\n\x0cnum_elements\x18\n \x01(\x03\x12\x0e\n\x06weight\x18\x0b \x01(\x03\x12\x12\n\nrecipients\x18\x0c \x03(\x03\x12\x0e\n\x06\x63oding\x18\r \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x0e \x01(\t\"%\n\x03\x41\x63k\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x12\n\nerror_json\x18\x02 \x01(\t\"Y\n\rTransferReply\x12\x17\n\x0fverified_chunks\x18\x01 \x01(\x03\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x03\x12\x19\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x0c.icrf.v1.Ack\"3\n\x0bRelayAttach\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"1\n\nRelayOffer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"8\n\x0cRelayReceive\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'icrf.wire._generated.icrf.v
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PAYLOADHEADER']._serialized_start=35
-  _globals['_PAYLOADHEADER']._serialized_end=253
-  _globals['_ACK']._serialized_start=255
-  _globals['_ACK']._serialized_end=292
-  _globals['_TRANSFERREPLY']._serialized_start=294
-  _globals['_TRANSFERREPLY']._serialized_end=383
-  _globals['_RELAYATTACH']._serialized_start=385
-  _globals['_RELAYATTACH']._serialized_end=436
-  _globals['_RELAYOFFER']._serialized_start=438
-  _globals['_RELAYOFFER']._serialized_end=487
-  _globals['_RELAYRECEIVE']._serialized_start=489
-  _globals['_RELAYRECEIVE']._serialized_end=545
+  _globals['_PAYLOADHEADER']._serialized_end=283
+  _globals['_ACK']._serialized_start=285
+  _globals['_ACK']._serialized_end=322
+  _globals['_TRANSFERREPLY']._serialized_start=324
+  _globals['_TRANSFERREPLY']._serialized_end=413
+  _globals['_RELAYATTACH']._serialized_start=415
+  _globals['_RELAYATTACH']._serialized_end=466
+  _globals['_RELAYOFFER']._serialized_start=468
+  _globals['_RELAYOFFER']._serialized_end=517
+  _globals['_RELAYRECEIVE']._serialized_start=519
+  _globals['_RELAYRECEIVE']._serialized_end=575
 # @@protoc_insertion_point(module_scope)

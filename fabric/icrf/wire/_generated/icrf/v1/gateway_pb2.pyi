@@ -40,6 +40,8 @@ class PayloadHeader(_message.Message):
     NUM_ELEMENTS_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     RECIPIENTS_FIELD_NUMBER: _builtins.int
+    CODING_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
     round: _builtins.int
@@ -55,6 +57,9 @@ class PayloadHeader(_message.Message):
     """NumPy name of the element type."""
     num_elements: _builtins.int
     weight: _builtins.int
+    coding: _builtins.str
+    """How the array travels: "" as it is, "packed", or "delta" against the array with the identity `base`."""
+    base: _builtins.str
     @_builtins.property
     def recipients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -72,10 +77,12 @@ class PayloadHeader(_message.Message):
         num_elements: _builtins.int = ...,
         weight: _builtins.int = ...,
         recipients: _abc.Iterable[_builtins.int] | None = ...,
+        coding: _builtins.str = ...,
+        base: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "dtype", b"dtype", "generation", b"generation", "kind", b"kind", "num_elements", b"num_elements", "recipients", b"recipients", "round", b"round", "run_id", b"run_id", "sender", b"sender", "source", b"source", "target", b"target", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base", b"base", "coding", b"coding", "dtype", b"dtype", "generation", b"generation", "kind", b"kind", "num_elements", b"num_elements", "recipients", b"recipients", "round", b"round", "run_id", b"run_id", "sender", b"sender", "source", b"source", "target", b"target", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

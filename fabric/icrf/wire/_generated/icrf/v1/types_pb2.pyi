@@ -563,6 +563,8 @@ class Plan(_message.Message):
     RESIDENTS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     LACKING_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    BYTES_CODED_PER_ROUND_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     flow: _builtins.str
     num_edges: _builtins.int
@@ -583,6 +585,8 @@ class Plan(_message.Message):
     adaptation: _builtins.str
     adaptation_period: _builtins.int
     bytes_inter_cluster_per_adaptation: _builtins.int
+    codec: _builtins.str
+    bytes_coded_per_round: _builtins.int
     @_builtins.property
     def clusters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -642,10 +646,12 @@ class Plan(_message.Message):
         residents: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         memory: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         lacking: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        codec: _builtins.str = ...,
+        bytes_coded_per_round: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mixing", b"mixing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "adaptation_period", b"adaptation_period", "assignment", b"assignment", "bytes_inter_cluster_per_adaptation", b"bytes_inter_cluster_per_adaptation", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "lacking", b"lacking", "links", b"links", "memory", b"memory", "mixing", b"mixing", "num_edges", b"num_edges", "num_models", b"num_models", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "residents", b"residents", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adaptation", b"adaptation", "adaptation_period", b"adaptation_period", "assignment", b"assignment", "bytes_coded_per_round", b"bytes_coded_per_round", "bytes_inter_cluster_per_adaptation", b"bytes_inter_cluster_per_adaptation", "bytes_inter_cluster_per_evaluation", b"bytes_inter_cluster_per_evaluation", "bytes_inter_cluster_per_merge", b"bytes_inter_cluster_per_merge", "bytes_inter_cluster_per_round", b"bytes_inter_cluster_per_round", "bytes_inter_cluster_total", b"bytes_inter_cluster_total", "bytes_inter_cluster_within_groups", b"bytes_inter_cluster_within_groups", "clusters", b"clusters", "codec", b"codec", "cut_edges", b"cut_edges", "explanation", b"explanation", "feasible", b"feasible", "federation", b"federation", "flow", b"flow", "groups", b"groups", "lacking", b"lacking", "links", b"links", "memory", b"memory", "mixing", b"mixing", "num_edges", b"num_edges", "num_models", b"num_models", "num_parameters", b"num_parameters", "peak_memory_bytes", b"peak_memory_bytes", "problems", b"problems", "residents", b"residents", "rounds_to_consensus", b"rounds_to_consensus", "slem", b"slem", "slem_kind", b"slem_kind", "slots", b"slots", "strategy", b"strategy", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1672,6 +1678,7 @@ class RoundReport(_message.Message):
     RECOVERY_FIELD_NUMBER: _builtins.int
     NODE_METRICS_FIELD_NUMBER: _builtins.int
     GRAPH_FIELD_NUMBER: _builtins.int
+    BYTES_SAVED_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     generation: _builtins.int
@@ -1686,6 +1693,7 @@ class RoundReport(_message.Message):
     exchange_s: _builtins.float
     error_json: _builtins.str
     recovery: _builtins.str
+    bytes_saved: _builtins.int
     @_builtins.property
     def overflow(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1722,11 +1730,12 @@ class RoundReport(_message.Message):
         recovery: _builtins.str = ...,
         node_metrics: _abc.Mapping[_builtins.str, Global___NodeMetrics] | None = ...,
         graph: Global___Graph | None = ...,
+        bytes_saved: _builtins.int = ...,
         profile: Global___ClusterProfile | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absmax", b"absmax", "attempt", b"attempt", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "bytes_saved", b"bytes_saved", "error_json", b"error_json", "exchange_s", b"exchange_s", "generation", b"generation", "graph", b"graph", "metric_sums", b"metric_sums", "metrics", b"metrics", "model_hash", b"model_hash", "node_metrics", b"node_metrics", "overflow", b"overflow", "participants", b"participants", "profile", b"profile", "recovery", b"recovery", "round", b"round", "run_id", b"run_id", "state_hashes", b"state_hashes", "train_s", b"train_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2318,6 +2327,7 @@ class RoundResult(_message.Message):
     STALENESS_FIELD_NUMBER: _builtins.int
     EDGES_ADDED_FIELD_NUMBER: _builtins.int
     EDGES_REMOVED_FIELD_NUMBER: _builtins.int
+    BYTES_SAVED_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     attempt: _builtins.int
@@ -2335,6 +2345,7 @@ class RoundResult(_message.Message):
     participants_bitmap: _builtins.str
     edges_added: _builtins.int
     edges_removed: _builtins.int
+    bytes_saved: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
@@ -2368,11 +2379,12 @@ class RoundResult(_message.Message):
         staleness: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         edges_added: _builtins.int = ...,
         edges_removed: _builtins.int = ...,
+        bytes_saved: _builtins.int = ...,
         profile: Global___RoundProfile | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "edges_added", b"edges_added", "edges_removed", b"edges_removed", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "profile", b"profile", "staleness", b"staleness", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_by_cluster", b"bytes_by_cluster", "bytes_inter_cluster", b"bytes_inter_cluster", "bytes_intra_cluster", b"bytes_intra_cluster", "bytes_saved", b"bytes_saved", "commit_s", b"commit_s", "consensus_sha256", b"consensus_sha256", "edges_added", b"edges_added", "edges_removed", b"edges_removed", "exchange_s", b"exchange_s", "generation", b"generation", "metrics", b"metrics", "model_sha256", b"model_sha256", "node_metrics", b"node_metrics", "number", b"number", "parent_sha256", b"parent_sha256", "participants", b"participants", "participants_bitmap", b"participants_bitmap", "profile", b"profile", "staleness", b"staleness", "train_s", b"train_s", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
