@@ -32,7 +32,7 @@ def test_plans_are_compared(tmp_path: Path, where: tuple[str, ...]) -> None:
         asked.append((json.loads(submission.config_json)["assignment_strategy"], clusters))
         return port.plan(submission)
 
-    doors = Doors(remote=lambda address: port, plan_local=plan_local)
+    doors = Doors(remote=lambda *where: port, plan_local=plan_local)
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "fed.yaml"), "--compare", "--json", *where], obj=doors)
     assert result.exit_code == 0, result.output
     compared = json.loads(result.stdout.splitlines()[-1])["alternatives"]
@@ -57,7 +57,7 @@ def test_a_strategy_that_makes_no_plan_shows_why_in_its_row(
         return plan(submission)
 
     monkeypatch.setattr(port, "plan", plan_of)
-    doors = Doors(remote=lambda address: port, plan_local=plan_of)
+    doors = Doors(remote=lambda *where: port, plan_local=plan_of)
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "fed.yaml"), "--compare", "--json", *where], obj=doors)
     assert result.exit_code == 0, result.output
     compared = json.loads(result.stdout.splitlines()[-1])["alternatives"]
