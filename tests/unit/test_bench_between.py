@@ -18,7 +18,7 @@ def test_a_row_has_what_was_delivered_per_second_and_the_ratio_to_the_copying_st
     lines = [json.loads(row.line()) for row in rows]
     assert lines[0] == {
         **{"case": "fanout", "system": "grpc-copy", "median": 1.0, "min": 0.5, "max": 2.0, "unit": "GB/s"},
-        **{"ratio_to_reference": 1.0, "versions": {"python": "3"}},
+        **{"tls": False, "ratio_to_reference": 1.0, "versions": {"python": "3"}},
     }
     assert (lines[1]["median"], lines[1]["ratio_to_reference"]) == (4.0, 4.0)
     (row,) = rows_of(CASES["small"], {"grpc-copy": turns(0.5)})
