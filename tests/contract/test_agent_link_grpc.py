@@ -179,6 +179,23 @@ def test_a_link_without_a_mediator_closes_at_once(mediator: Any) -> None:
     with_agent(mediator, scenario)
 
 
+def test_a_link_that_is_being_dialled_closes_at_once(mediator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mediator.stop()
+    dialling = asyncio.Event()
+
+    async def never(*arguments: Any) -> None:
+        dialling.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(GrpcAgentLink, "_register", never)
+
+    async def scenario(agent: Agent) -> None:
+        await dialling.wait()
+        await asyncio.wait_for(agent.close(), PATIENCE_S)
+
+    with_agent(mediator, scenario)
+
+
 def test_the_mediator_may_end_a_stream_after_what_it_had_to_say(mediator: Any) -> None:
     async def scenario(agent: Agent) -> None:
         await agent.next()

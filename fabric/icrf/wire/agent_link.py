@@ -112,13 +112,27 @@ class GrpcAgentLink:
             reraise=True,
         )
         try:
-            connected: tuple[Any, Instruction] = await retrying(self._register_anew, register)
+            connected: tuple[Any, Instruction] = await retrying(self._register_unless_closing, register)
             self._was_connected = True
             return connected
         except IcrfError:
             if self._closing.is_set():
                 return None, None
             raise
+
+    async def _register_unless_closing(self, register: Callable[[], Report]) -> tuple[Any, Instruction]:
+        """Dial, and give that up at once when the link closes: a call that was just made may not notice its channel."""
+        dialling = asyncio.ensure_future(self._register_anew(register))
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.wait({dialling, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not dialling.done():
+                raise LocalError("L001", "this connection to the mediator is closed", place=self._address)
+            return dialling.result()
+        finally:
+            for task in (dialling, closing):
+                task.cancel()
+            await asyncio.gather(dialling, closing, return_exceptions=True)
 
     async def _register_anew(self, register: Callable[[], Report]) -> tuple[Any, Instruction]:
         """Register with the certificate as it is now, and find out why if that fails for reasons of certificates."""
