@@ -7,23 +7,22 @@ import sys
 
 from benchmarks import assignment, between_clusters, nodes, one_cluster
 
+COMMANDS = (
+    ("one-cluster", one_cluster, "rounds on one machine: ICRF, a plain loop, and peers"),
+    ("assignment", assignment, "graphs divided over clusters: ICRF, METIS and Louvain"),
+    ("between-clusters", between_clusters, "payloads and messages from one Ray cluster to another"),
+    ("nodes", nodes, "rounds of more and more nodes, and the mediator's share of them"),
+)
+
 
 def main() -> int:
     """Parse the command line and run what it asks for."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("one-cluster", help="rounds on one machine: ICRF, a plain loop, and peers")
-    one_cluster.add_arguments(command)
-    command.set_defaults(run=one_cluster.main)
-    command = commands.add_parser("assignment", help="graphs divided over clusters: ICRF, METIS and Louvain")
-    assignment.add_arguments(command)
-    command.set_defaults(run=assignment.main)
-    command = commands.add_parser("between-clusters", help="payloads and messages from one Ray cluster to another")
-    between_clusters.add_arguments(command)
-    command.set_defaults(run=between_clusters.main)
-    command = commands.add_parser("nodes", help="rounds of more and more nodes, and the mediator's share of them")
-    nodes.add_arguments(command)
-    command.set_defaults(run=nodes.main)
+    for name, module, does in COMMANDS:
+        command = commands.add_parser(name, help=does)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
     arguments = parser.parse_args()
     try:
         return int(arguments.run(arguments))
