@@ -9,6 +9,7 @@ import pytest
 from icrf.protocol import COMPLETED
 from icrf.spec import FederationConfig
 from icrf.testing import FabricEnvironment
+from icrf.testing.processes import private_bytes
 
 from .bench import Outcome, Watch
 
@@ -55,12 +56,6 @@ def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FederationConfig:
             "round_deadline_s": LIMIT_S,
         }
     )
-
-
-def private_bytes(pid: int) -> int:
-    """Resident memory of a process that is no file's and nobody else's."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
 def hashes(outcome: Outcome) -> list[tuple[int, str]]:

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from icrf.federation.base import FederatedBase
 from icrf.spec import FederationConfig
 from icrf.testing import FabricEnvironment
+from icrf.testing.processes import private_bytes
 from icrf_agent.keeper import STATE_NAME, ray_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -59,13 +59,6 @@ class Look:
 
     processes: dict[str, int]
     stores: dict[str, Store]
-
-
-def private_bytes(pid: int) -> int:
-    """Resident memory of a process that is not mapped from files or shared, such as an object store."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    (kilobytes,) = (int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-    return kilobytes * 1024
 
 
 def store_of(environment: FabricEnvironment, cluster: str) -> Store:

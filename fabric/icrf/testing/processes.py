@@ -118,3 +118,9 @@ def _stat(pid: int) -> list[str]:
     except OSError:
         return []
     return text.rpartition(")")[2].split()
+
+
+def private_bytes(pid: int) -> int:
+    """Resident memory of a process that is not mapped from files or shared, such as an object store."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
