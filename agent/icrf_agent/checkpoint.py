@@ -8,7 +8,7 @@ late clusters still train from. Whatever is loaded is checked before it is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,15 @@ def merge_rows(parts: Sequence[bytes], round_number: int) -> bytes:
     if len(parts) < 2:
         return parts[0] if parts else b""
     return pack_rows({name: row for part in parts for name, row in _load(part, round_number).items()}, round_number)
+
+
+def only_rows(data: bytes, round_number: int, nodes: Collection[int]) -> bytes:
+    """What these nodes have kept; the server's rows stay, with those of earlier rounds, for whoever is the server."""
+    if not data:
+        return b""
+    rows = _load(data, round_number)
+    chosen = {name: row for name, row in rows.items() if not name.isdecimal() or int(name) in nodes}
+    return pack_rows(chosen, round_number) if chosen else b""
 
 
 def split_rows(data: bytes, round_number: int, groups: Sequence[Sequence[str]]) -> list[bytes]:

@@ -82,6 +82,12 @@ class Delivery:
         letters.setdefault(key, (letter, tuple(recipients)))
         return not known
 
+    def staged(self, number: int) -> list[Addressed]:
+        """What a committed round has left here, in order, before the next one opens it."""
+        attempts = [position for position in self._staged if position[0] == number]
+        letters = self._staged[max(attempts)] if attempts else {}
+        return [letters[key] for key in sorted(letters)]
+
     # ------------------------------------------------------------ rounds
 
     def begin(self, position: Position) -> list[Addressed]:
@@ -90,10 +96,8 @@ class Delivery:
         Only the last attempt of a round can have been committed; the letters of the others vanish.
         """
         opened: list[Addressed] = []
-        last = {p[0]: p for p in sorted(self._staged) if p[0] < position[0]}
-        for committed in sorted(last.values()):
-            letters = self._staged[committed]
-            opened += [letters[key] for key in sorted(letters)]
+        for number in sorted({p[0] for p in self._staged if p[0] < position[0]}):
+            opened += self.staged(number)
         for held in (self._staged, self._outbox):
             for stale in [p for p in held if p < position]:
                 del held[stale]

@@ -37,8 +37,8 @@ from icrf_agent.host_peers import DecentralizedFlow
 from icrf_agent.host_state import HostHeld
 from icrf_agent.host_tools import HostTools, HostTray, Worked
 from icrf_agent.host_vector import Together
+from icrf_agent.kept import Kept
 from icrf_agent.node_metrics import NodeMetrics
-from icrf_agent.node_state import wrap
 from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
 
 NUM_THREADS = 1
@@ -124,7 +124,7 @@ class NodeHost:
         states = nodes.states.at(round_number) if nodes.states.used else {}
         if packed is None or states is None:
             raise RunError("F006", f"no state of round {round_number} on {nodes.cluster}")
-        return wrap(packed, states, round_number)
+        return Kept(packed, states).pack(round_number)
 
     def host_publish_model(self, start: StartRound, handed: Handed = None) -> Worked:
         """Publish the models that are kept here (hosts with an aggregator)."""

@@ -7,11 +7,11 @@ committed. A federation whose nodes have no state pays for a look at an empty di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from icrf import values
-from icrf.errors import IcrfError, NodeError, WeightsError
+from icrf.errors import IcrfError, NodeError
 from icrf.protocol import StartRound
 from icrf_agent.row_file import BytesFile
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MAX_STATE_BYTES = 16 << 20
 _DIGEST_BYTES = 32
-_MAGIC = b"ICRV"  # of icrf.values; a safetensors file would have a header of gigabytes
 
 ByNode = Mapping[int, bytes]
 # One that can be added to.
@@ -220,39 +219,3 @@ class NodeStates:
                 allowed=f"up to {MAX_STATE_BYTES} bytes",
             )
         return packed
-
-
-def wrap(flow_part: bytes, states: ByNode, round_number: int) -> bytes:
-    """A checkpoint of a flow together with states of nodes; the flow's alone where no node has any."""
-    if flow_part and not states:
-        return flow_part
-    nodes = {str(index): states[index] for index in sorted(states)}
-    return values.encode({"round": round_number, "flow": flow_part, "nodes": nodes})
-
-
-def unwrap(data: bytes, round_number: int) -> tuple[bytes, dict[int, bytes]]:
-    """The inverse of :func:`wrap`.
-
-    Raises:
-        WeightsError: W010 for a checkpoint of another round, or what is none.
-    """
-    if data[: len(_MAGIC)] != _MAGIC:
-        return data, {}
-    try:
-        found: Any = values.decode(data)
-        if found["round"] != round_number:
-            raise WeightsError(
-                "W010",
-                "a checkpoint of another round",
-                place="checkpoint",
-                value=found["round"],
-                allowed=str(round_number),
-            )
-        return found["flow"], {int(index): packed for index, packed in found["nodes"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError("W010", "not a checkpoint of nodes with states", place="checkpoint") from error
-
-
-def merge(parts: Iterable[ByNode]) -> dict[int, bytes]:
-    """The states of several hosts."""
-    return {index: packed for part in parts for index, packed in part.items()}

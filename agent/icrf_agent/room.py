@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from icrf.federation.message import Message
 from icrf.topology import build_topology
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.delivery import Addressed, Letter
+from icrf_agent.mail import Mail
 
 
 class TopologyManager:
@@ -122,6 +123,24 @@ class TopologyManager:
         for node, letters in self._read.items():
             self._mail.setdefault(node, []).extend(letters)
         self._read.clear()
+
+    def waiting(self, staged: Sequence[Addressed] = (), *, with_read: bool = False) -> Mail:
+        """What is in the mailboxes, and what is about to be.
+
+        Args:
+            staged: what the next round will find beside it.
+            with_read: also what was read since the round began.
+        """
+        found = [(letter, (node,)) for node, letters in sorted(self._mail.items()) for letter in letters]
+        if with_read:
+            found += [(letter, (node,)) for node, letters in sorted(self._read.items()) for letter in letters]
+        return Mail((*found, *staged), dict(self._sequence))
+
+    def restore(self, mail: Mail, here: Collection[int]) -> None:
+        """Put letters back into the mailboxes of the nodes that live here."""
+        for letter, recipients in mail.letters:
+            self.deliver(letter, [node for node in recipients if node in here])
+        self._sequence = dict(mail.numbers)
 
     def get_stats(self) -> dict[str, int]:
         """Counters of this room."""

@@ -122,10 +122,10 @@ class HostedRuntime:
         run = Hosted(request, [s.nodes for s in setups], setups)
         if run_id in self._runs:
             run.allow_active(self._runs[run_id].most_active)
-        loaded = await asyncio.to_thread(run.setups_from, checkpoint)
+        loaded, mail = await asyncio.to_thread(run.loaded, checkpoint)
         async with self._healing:
             await self._healer.shared(self._require_shared(), self._gateway_address, self._runs.values())
-            await self._manager.call("link", request)
+            await self._manager.call("link", request, mail)
             earlier = self._runs.get(run_id)
             if earlier is not None and earlier.setting_up is not None:
                 earlier.setting_up.cancel()
@@ -185,7 +185,8 @@ class HostedRuntime:
         run = self._run(run_id)
         keepers = [host for slot, host in enumerate(run.hosts) if run.keeps_state(slot)]
         parts = await asyncio.gather(*(host.call("host_checkpoint", round_number) for host in keepers))
-        return await asyncio.to_thread(run.checkpoint_from, parts, round_number)
+        mail = await self._manager.call("mail_after", run_id, round_number)
+        return await asyncio.to_thread(run.checkpoint_from, parts, mail, round_number)
 
     async def recover(self, run_id: str, error: IcrfError) -> str:
         """See the port; concurrent calls heal one after the other, later ones find it done.

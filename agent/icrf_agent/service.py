@@ -44,6 +44,7 @@ from icrf.protocol import (
 )
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
 from icrf_agent.journal import AgentJournal
+from icrf_agent.kept import part_of
 from icrf_agent.round_machine import ADAPT, AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
 
 log = logging.getLogger("icrf.agent")
@@ -334,9 +335,8 @@ class AgentService:
             await self._store_model(instruction)
 
     async def _activate(self, order: Activate) -> Activated:
-        checkpoint = b""
-        if order.checkpoint:
-            checkpoint = await self._link.download(order.run_id, order.checkpoint)
+        parts = [await self._link.download(order.run_id, artifact) for artifact in order.checkpoints]
+        checkpoint = await asyncio.to_thread(part_of, order, self._identity.cluster, parts)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.remember, order)
         report = await self._runtime.activate(order, checkpoint)
@@ -345,7 +345,7 @@ class AgentService:
 
     async def _save_checkpoint(self, order: SaveCheckpoint) -> None:
         data = await self._runtime.checkpoint(order.run_id, order.round)
-        artifact = f"checkpoint/{order.round}/{self._identity.cluster}"
+        artifact = f"checkpoint/{order.round}.{order.generation}/{self._identity.cluster}"
         sha256 = await self._link.upload(order.run_id, artifact, chunks_of(data))
         self._link.report(Checkpointed(order.run_id, order.generation, order.round, artifact, sha256))
 

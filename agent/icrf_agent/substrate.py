@@ -13,9 +13,10 @@ from icrf.codecs import NONE
 from icrf.errors import NodeError, RoutingError, RunError
 from icrf.ports import ClusterFacts
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, Activate, Activated, Relink, Reserve, StartRound, nodes_that
-from icrf_agent.checkpoint import SERVER, merge_rows, split_rows
+from icrf_agent.checkpoint import SERVER, split_rows
 from icrf_agent.host_nodes import HostSetup
-from icrf_agent.node_state import merge, unwrap, wrap
+from icrf_agent.kept import Kept, merged
+from icrf_agent.mail import Mail
 from icrf_agent.topology_manager import Posting
 
 
@@ -244,23 +245,21 @@ class Hosted:
         number, slots = self.activation.restore_round, range(len(self.nodes))
         return split_rows(checkpoint, number, [self._keepers(slot) if number else [] for slot in slots])
 
-    def setups_from(self, checkpoint: bytes) -> list[HostSetup]:
-        """Each host's setup with its part of the state to restore; W010 if that is not there."""
-        number = self.activation.restore_round
-        flow_part, by_node = unwrap(checkpoint, number)
+    def loaded(self, checkpoint: bytes) -> tuple[list[HostSetup], Mail]:
+        """Each host's setup with its part of the state to restore, and the letters; W010 if a state is not there."""
+        kept = Kept.unpack(checkpoint, self.activation.restore_round)
         loaded = []
-        for slot, state in enumerate(self.states_from(flow_part)):
-            own = {index: by_node[index] for index in self.nodes[slot] if index in by_node}
+        for slot, state in enumerate(self.states_from(kept.flow)):
+            own = {index: kept.states[index] for index in self.nodes[slot] if index in kept.states}
             if own:
                 self.stateful.add(slot)
             loaded.append(replace(self.setups[slot], state=state, node_states=own))
-        return loaded
+        return loaded, kept.mail
 
-    def checkpoint_from(self, parts: Sequence[bytes], round_number: int) -> bytes:
-        """This cluster's checkpoint from those of its hosts that keep state."""
-        found = [unwrap(part, round_number) for part in parts]
-        merged = merge_rows([flow_part for flow_part, _ in found], round_number)
-        return wrap(merged, merge(states for _, states in found), round_number)
+    def checkpoint_from(self, parts: Sequence[bytes], mail: Mail, round_number: int) -> bytes:
+        """This cluster's checkpoint from those of its hosts that keep state, and its letters."""
+        kept = merged([Kept.unpack(part, round_number) for part in parts], round_number)
+        return replace(kept, mail=mail).pack(round_number)
 
 
 def host_label(request: Activate, nodes: Sequence[int], slot: int) -> str:

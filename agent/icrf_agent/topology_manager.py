@@ -21,6 +21,7 @@ from icrf.ports import Arrival, PayloadHeader
 from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, nodes_that, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.delivery import Delivery, Position
+from icrf_agent.mail import NO_MAIL, Mail
 from icrf_agent.object_store import GlobalObjectStore, object_key
 from icrf_agent.room import TopologyManager, decode_letters, encode_letters
 
@@ -108,8 +109,8 @@ class HybridTopologyManager:
         self._lock = threading.RLock()
         self._mail_came = threading.Condition(self._lock)
 
-    def link(self, activation: Activate) -> None:
-        """Open (or re-open under a new generation) the room of a run."""
+    def link(self, activation: Activate, mail: Mail = NO_MAIL) -> None:
+        """Open (or re-open under a new generation) the room of a run, where `mail` waits for those that live here."""
         with self._lock:
             present = self._rooms.get(activation.run_id)
             if present is not None and present.activation.generation == activation.generation:
@@ -118,7 +119,9 @@ class HybridTopologyManager:
             topology = TopologyManager()
             adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
             topology.link_nodes([node.id for node in activation.nodes], adjacency)
-            self._rooms[activation.run_id] = _Room(activation, activation.clusters.index(self._cluster), topology)
+            room = _Room(activation, activation.clusters.index(self._cluster), topology)
+            topology.restore(mail, frozenset(room.local(range(len(activation.nodes)))))
+            self._rooms[activation.run_id] = room
 
     def relink(self, order: Relink) -> None:
         """The nodes of a run are linked otherwise from now on, under a new generation; mail that was sent stays sent.
@@ -359,6 +362,18 @@ class HybridTopologyManager:
                 # Bundles of two phases may have equal headers.
                 room.arrived[header] = room.arrived.get(header, (0, 0))[0] + wire_bytes, 0
             return any(is_new)
+
+    def mail_after(self, run_id: str, round_number: int) -> Mail:
+        """The letters that a committed round has left for the nodes here; F006 if it is too long ago."""
+        with self._lock:
+            room = self._linked(run_id)
+            newest = room.position[0]
+            if newest > round_number + 1:
+                raise RunError("F006", f"no mail of round {round_number} on {self._cluster}")
+            if newest > round_number:
+                # What the next round has read so far, it has not read before.
+                return room.topology.waiting(with_read=True)
+            return room.topology.waiting(room.delivery.staged(round_number))
 
     def sync(self, run_id: str, node_id: str, wait_s: float = 0.0, position: Position | None = None) -> list[Message]:
         """Drain a node's mailbox; with `wait_s` wait up to that long for a message of the supervisor.

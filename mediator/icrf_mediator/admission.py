@@ -15,7 +15,7 @@ from icrf.errors import IcrfError, ResourceError
 from icrf.protocol import ClusterInfo, Plan, Submission
 from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
-from icrf_mediator.feasibility import decisive, slot_resources
+from icrf_mediator.feasibility import decisive
 from icrf_mediator.holdings import Lack, known_as
 from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
@@ -35,6 +35,8 @@ class Admission:
 
     def __init__(self, members: Membership, planner: Planner) -> None:
         self._members, self._planner = members, planner
+        # By cluster, who is first in line there.
+        self._line: dict[str, RunMachine] = {}
         # Of every run that waits: its last plan, and the clusters that it was made for.
         self._plans: dict[str, tuple[tuple[ClusterInfo, ...], Planned]] = {}
 
@@ -46,6 +48,7 @@ class Admission:
         """
         failed = []
         line: dict[str, RunMachine] = {}
+        self._line = line
         for run in runs:
             if not run.is_queued:
                 self._plans.pop(run.run_id, None)
@@ -85,16 +88,15 @@ class Admission:
             return Lack(f"its turn on {ahead}, behind {known_as(first.info.federation, first.run_id)}")
         return lack
 
+    def first_in_line(self, cluster: str) -> RunMachine | None:
+        """The run whose turn is next on a cluster, of those that wait for it."""
+        first = self._line.get(cluster)
+        return first if first is not None and first.is_queued else None
+
     def _placed(self, run: RunMachine, clusters: Sequence[ClusterInfo]) -> Placement:
         plan, assignment = self._planned(run, clusters)
         refuse_infeasible(plan)
-        by_name = {c.name: c for c in clusters}
-        used = sorted({clusters[c].name for c in assignment.clusters})
-        plan = replace(plan, clusters=tuple(used), slots={name: plan.slots[name] for name in used})
-        position = {name: k for k, name in enumerate(used)}
-        where = tuple(position[clusters[c].name] for c in assignment.clusters)
-        resources = {n: slot_resources(run.config, by_name[n], plan.slots[n]) for n in plan.clusters}
-        return Placement(plan, where, resources)
+        return Placement.of_plan(plan, assignment, clusters, run.config)
 
     def _planned(self, run: RunMachine, clusters: Sequence[ClusterInfo]) -> Planned:
         """The plan of a run that waits, made again only for other clusters."""

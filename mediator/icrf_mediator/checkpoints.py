@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from icrf.protocol import Submission
+from icrf_mediator.placement import Placement
 
 KEPT = 2
 
@@ -19,12 +22,21 @@ class Checkpoints:
 
     durable: dict[int, dict[str, str]] = field(default_factory=dict)
     open_round: int = 0
+    # Where nodes lived when a durable checkpoint was made, and the generation of that.
+    _made_under: dict[int, tuple[int, Placement]] = field(default_factory=dict)
+    _open_under: tuple[int, Placement] | None = None
     _missing: set[str] = field(default_factory=set)
     _arrived: dict[str, str] = field(default_factory=dict)
 
-    def begin(self, round_number: int, clusters: tuple[str, ...]) -> None:
-        """A checkpoint of `round_number` is asked of `clusters`; an unfinished older one is given up."""
+    def begin(self, round_number: int, clusters: Iterable[str], generation: int, placement: Placement) -> None:
+        """A checkpoint of `round_number` is asked of `clusters`; an unfinished older one is given up.
+
+        Args:
+            generation: of the assignment that nodes live under.
+            placement: that assignment.
+        """
         self.open_round, self._missing, self._arrived = round_number, set(clusters), {}
+        self._open_under = generation, placement
 
     def arrived(self, cluster: str, round_number: int, artifact: str) -> bool:
         """One cluster's part is durable; True when it was the last."""
@@ -34,7 +46,9 @@ class Checkpoints:
         self._arrived[cluster] = artifact
         if self._missing:
             return False
+        assert self._open_under is not None
         self.durable[round_number] = self._arrived
+        self._made_under[round_number] = self._open_under
         self.open_round, self._arrived = 0, {}
         return True
 
@@ -53,15 +67,34 @@ class Checkpoints:
         """The newest durable round up to `not_after`; 0, the initial state, is always there."""
         return max((r for r in self.durable if r <= not_after), default=0)
 
-    def artifact(self, round_number: int, cluster: str) -> str:
-        """The artifact with a cluster's part; empty where it keeps none."""
-        return self.durable.get(round_number, {}).get(cluster, "")
+    def generation(self, round_number: int) -> int:
+        """The generation of the assignment that a durable one was made under."""
+        return self._made_under[round_number][0]
+
+    def parts(self, round_number: int, placement: Placement, submission: Submission) -> dict[str, tuple[str, ...]]:
+        """The artifacts with what the nodes of each cluster have kept, wherever these lived then.
+
+        Args:
+            placement: where nodes are to live.
+        """
+        if round_number not in self.durable:
+            return {}
+        artifacts, before = self.durable[round_number], self._made_under[round_number][1]
+        keepers = placement.members() if submission.rows.anybody_keeps else placement.keepers(submission)
+        sources = {cluster: {before.cluster_of(node) for node in nodes} for cluster, nodes in keepers.items()}
+        return {
+            cluster: tuple(artifacts[source] for source in sorted(names) if source in artifacts)
+            for cluster, names in sources.items()
+        }
 
     def outdated(self) -> list[str]:
         """Forget all but the newest ones; the artifacts that may be deleted."""
         doomed = sorted(self.durable)[:-KEPT]
+        for number in doomed:
+            del self._made_under[number]
         return [artifact for r in doomed for artifact in self.durable.pop(r).values()]
 
-    def load(self, round_number: int, artifacts: Mapping[str, str]) -> None:
+    def load(self, round_number: int, artifacts: Mapping[str, str], generation: int, placement: Placement) -> None:
         """Take over a journal row."""
         self.durable[round_number] = dict(artifacts)
+        self._made_under[round_number] = generation, placement

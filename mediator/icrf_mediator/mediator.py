@@ -43,6 +43,7 @@ from icrf.protocol import (
 from icrf_mediator.admission import Admission, Planner, refuse_infeasible
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.membership import Membership
+from icrf_mediator.moves import Moves
 from icrf_mediator.planning import check_submission, make_plan
 from icrf_mediator.run_restore import request_id, restore_run, run_event, run_info
 from icrf_mediator.runs import RunMachine
@@ -87,6 +88,7 @@ class FederationMediator:
         self._plan = planner
         self._members = Membership(self.policy.lease_ttl_s)
         self._admission = Admission(self._members, planner)
+        self._moves = Moves(self._members, self._admission)
         self._runs: dict[str, RunMachine] = {}
         self._archive: dict[str, Archived] = {}
         self._requests: dict[str, str] = {}
@@ -122,7 +124,8 @@ class FederationMediator:
 
     @property
     def _times(self) -> dict[str, float]:
-        return {"reserve_s": self.policy.reserve_s, "activate_s": self.policy.activate_s}
+        policy = self.policy
+        return {"reserve_s": policy.reserve_s, "activate_s": policy.activate_s, "lease_s": policy.lease_ttl_s}
 
     # ------------------------------------------------------------ SDK
 
@@ -246,14 +249,16 @@ class FederationMediator:
         owed = {**self._owed.pop(cluster, {}), **{run_id: what.generation for run_id, what in held.items()}}
         for run_id, generation in owed.items():
             known = self._runs.get(run_id)
-            if known is None or known.holds_nothing_for_long:
+            if known is None or known.has_left(cluster):
                 effects.send(cluster, Release(run_id, known.generation if known else generation))
+                if known is not None:
+                    known.owes(cluster)
         for run_id, run in list(self._runs.items()):
             if run.placement is not None and cluster in run.clusters and not run.terminal:
                 self._members.take(run_id, {cluster: run.needs(run.placement, run.held_since)[cluster]})
                 run.cluster_joined(effects, now, cluster, held.get(run_id))
                 self._happened(effects, now, run)
-            elif run.holds_nothing_for_long and run.holds(cluster) and run_id not in owed:
+            elif run.has_left(cluster) and run.holds(cluster) and run_id not in owed:
                 effects.send(cluster, Release(run_id, run.generation))
         self._admit(effects, now)
         return None, effects
@@ -320,7 +325,7 @@ class FederationMediator:
                 run.model_stored(effects, now, cluster, report)
             elif isinstance(report, Warned):
                 run.warned(effects, now, f"{cluster}: {report.text}")
-            elif run.terminal or (run.is_queued and report.generation == run.generation):
+            elif run.has_left(cluster) and (report.generation == run.generation or not run.is_queued):
                 self._members.give_back(report.run_id, cluster)
                 run.released(cluster)
                 self._admit(effects, now)
@@ -373,7 +378,8 @@ class FederationMediator:
         self._admit(effects, now)
 
     def _happened(self, effects: Effects, now: Now, run: RunMachine) -> None:
-        """After every event of a run: when it is over, others may have waited for that."""
+        """After every event of a run: it may look for other clusters, or be over, and others have waited for that."""
+        self._moves.serve(run, effects, now)
         if run.terminal:
             self._retire(effects, run)
             self._admit(effects, now)
@@ -384,10 +390,9 @@ class FederationMediator:
             return
         error = RunError("F005", f"run {run.run_id[:8]} is {run.info.status}: the call was not answered")
         self._settle_calls(effects, error, run_id=run.run_id)
-        for cluster in set(run.clusters) - self._members.names():
-            if run.holds(cluster):
-                self._owed.setdefault(cluster, {})[run.run_id] = run.generation
-                run.released(cluster)
+        for cluster in run.holders - self._members.names():
+            self._owed.setdefault(cluster, {})[run.run_id] = run.generation
+            run.released(cluster)
         if run.ended and run.run_id in self._runs:
             del self._runs[run.run_id]
             self._archive[run.run_id] = Archived(run.info, tuple(run.events))

@@ -155,12 +155,19 @@ class Membership:
         if member:
             member.holdings.pop(run_id, None)
 
-    def lacking(self, needs: Mapping[str, Holding]) -> Lack | None:
-        """What a run that needs this, by cluster, has to wait for; None when everything is free."""
+    def lacking(self, needs: Mapping[str, Holding], run_id: str = "") -> Lack | None:
+        """What a run that needs this, by cluster, has to wait for; None when everything is free.
+
+        Args:
+            run_id: whose holdings count as free.
+        """
         if absent := self.absent(needs):
             return absent
         members = {cluster: self._members[cluster] for cluster in sorted(needs)}
-        lacks = (lack_on(name, m.info.capacity, m.holdings, needs[name]) for name, m in members.items())
+        lacks = (
+            lack_on(name, m.info.capacity, {r: h for r, h in m.holdings.items() if r != run_id}, needs[name])
+            for name, m in members.items()
+        )
         return min((lack for lack in lacks if lack), key=lambda lack: not lack.aside, default=None)
 
     def absent(self, clusters: Iterable[str]) -> Lack | None:

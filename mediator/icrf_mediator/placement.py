@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from icrf.ports import Write
 from icrf.protocol import (
     DECENTRALIZED,
     Activate,
+    ClusterInfo,
+    Fingerprint,
     Graph,
     Instruction,
     LinkBytes,
@@ -21,6 +23,11 @@ from icrf.protocol import (
     Submission,
     nodes_that,
 )
+from icrf_mediator.assignment import Assignment
+from icrf_mediator.feasibility import decisive, slot_resources
+
+# Of the nodes that move from one cluster to another so many are named.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,27 @@ class Placement:
         plan: the plan it came from; its clusters are those that have nodes.
         assignment: index into ``plan.clusters`` per node.
         resources: what one slot takes, by cluster.
+        fingerprint: what decides the bits, of the first cluster; under ``strict`` determinism that of all.
     """
 
     plan: Plan
     assignment: tuple[int, ...]
     resources: dict[str, Resources]
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of_plan(
+        cls, plan: Plan, assignment: Assignment, clusters: Sequence[ClusterInfo], config: Mapping[str, Any]
+    ) -> Placement:
+        """What a feasible plan for `clusters` has come to, without those that get no nodes."""
+        by_name = {c.name: c for c in clusters}
+        used = sorted({clusters[c].name for c in assignment.clusters})
+        plan = replace(plan, clusters=tuple(used), slots={name: plan.slots[name] for name in used})
+        position = {name: k for k, name in enumerate(used)}
+        where = tuple(position[clusters[c].name] for c in assignment.clusters)
+        resources = {name: slot_resources(config, by_name[name], plan.slots[name]) for name in used}
+        fingerprint = decisive(by_name[used[0]].fingerprint, str(config.get("device") or "cpu"))
+        return cls(plan, where, resources, fingerprint)
 
     @property
     def clusters(self) -> tuple[str, ...]:
@@ -90,7 +113,7 @@ class Placement:
         federation: str,
         submission: Submission,
         peers: Sequence[PeerAddress],
-        restore: tuple[int, dict[str, str]],
+        restore: tuple[int, Mapping[str, tuple[str, ...]]],
         graph: Graph,
     ) -> dict[str, Instruction]:
         """Activate for every cluster; `restore` is the round to start from and its artifacts by cluster, `graph` the
@@ -113,7 +136,7 @@ class Placement:
                 num_slots=self.slots[cluster],
                 code_path=submission.code_path,
                 restore_round=round_number,
-                checkpoint=artifacts.get(cluster, ""),
+                checkpoints=artifacts.get(cluster, ()),
                 initial_graph=None if graph == submission.graph else submission.graph,
             )
             for cluster in self.clusters
@@ -129,6 +152,7 @@ class Placement:
                 "assignment": list(self.assignment),
                 "plan": asdict(self.plan),
                 "resources": {name: asdict(each) for name, each in self.resources.items()},
+                "fingerprint": asdict(self.fingerprint),
             },
         )
 
@@ -140,4 +164,17 @@ class Placement:
         plan["links"] = tuple(LinkBytes(**link) for link in plan["links"])
         plan["mixing"] = MixingReport(**plan["mixing"]) if plan.get("mixing") else None
         resources = {name: Resources(**each) for name, each in row["resources"].items()}
-        return cls(Plan(**plan), tuple(row["assignment"]), resources)
+        return cls(Plan(**plan), tuple(row["assignment"]), resources, Fingerprint(**row["fingerprint"]))
+
+
+def moved(before: Placement, after: Placement, node_ids: Sequence[str]) -> str:
+    """Which nodes live elsewhere, in words."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for node, node_id in enumerate(node_ids):
+        if (way := (before.cluster_of(node), after.cluster_of(node)))[0] != way[1]:
+            found.setdefault(way, []).append(node_id)
+    ways = [
+        f"{source} -> {target} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+        for (source, target), names in sorted(found.items())
+    ]
+    return f"{sum(map(len, found.values()))} of {len(node_ids)} nodes move: {'; '.join(ways)}"

@@ -154,22 +154,45 @@ def make_plan(
         TopologyError: T004 a directed graph that the mixing rule does not take, T007 a mixing matrix that is not
             stochastic, T0xx a malformed graph.
     """
+    assignment = assign_nodes(submission, clusters, measured, previous)
+    return plan_of(submission, clusters, assignment), assignment
+
+
+def assign_nodes(
+    submission: Submission,
+    clusters: Sequence[ClusterInfo],
+    measured: Sequence[MeasuredLink] = (),
+    previous: Mapping[str, str] | None = None,
+    *,
+    improve: bool = False,
+) -> Assignment:
+    """The part of a plan that is decided: where nodes live. See :func:`make_plan`.
+
+    Args:
+        improve: whether nodes may also move where that makes less cross.
+    """
+    if not clusters:
+        return Assignment((), ())
+    settings = _Settings.from_config(_parse(submission.config_json))
+    adjacency = HybridAdjacencyMatrix.from_graph(submission.graph)
+    pins = resolve_pins(settings.placement, [node.id for node in submission.nodes], clusters)
+    hints = _hints(submission, settings, clusters, measured, previous)
+    hints = replace(hints, improve=improve)
+    return _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
+
+
+def plan_of(submission: Submission, clusters: Sequence[ClusterInfo], assignment: Assignment) -> Plan:
+    """What an assignment leads to. See :func:`make_plan`."""
     config = _parse(submission.config_json)
     settings = _Settings.from_config(config)
     adjacency = HybridAdjacencyMatrix.from_graph(submission.graph)
     node_ids = [node.id for node in submission.nodes]
-    if clusters:
-        pins = resolve_pins(settings.placement, node_ids, clusters)
-        hints = _hints(submission, settings, clusters, measured, previous)
-        assignment = _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
-    else:
-        assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
     owners = assignment.clusters or (0,) * adjacency.num_nodes
     exchange = compile_exchange(submission.flow, adjacency, [n.role for n in submission.nodes], owners, submission.rows)
     num_parameters = shared_size(submission.layout)
     per_adaptation = exchange.adaptation_bytes(num_parameters, _itemsize(submission))
-    plan = Plan(
+    return Plan(
         federation=settings.federation_id,
         flow=submission.flow,
         clusters=tuple(cluster.name for cluster in clusters),
@@ -188,7 +211,6 @@ def make_plan(
         **coded_bytes(exchange, submission.layout, config),
         **_grouped(submission, exchange, adjacency, num_parameters),
     )
-    return plan, assignment
 
 
 def check_submission(submission: Submission) -> None:
@@ -267,7 +289,7 @@ def _assign(
     """Where nodes live; groups of a hierarchy are kept whole where the strategy is to keep neighbours together."""
     if submission.flow == HIERARCHICAL and strategy == "locality":
         hierarchy = Hierarchy.of(adjacency, [node.role for node in submission.nodes])
-        whole = assign_groups(hierarchy, [node.id for node in submission.nodes], clusters, pins)
+        whole = assign_groups(hierarchy, [node.id for node in submission.nodes], clusters, pins, hints.previous)
         if whole is not None:
             return whole
     return assign(strategy, adjacency, clusters, pins, hints)

@@ -42,6 +42,10 @@ class Quorum:
             config, self._num_nodes, cluster_of, lambda number: frozenset(self.nodes(self.chosen(number)))
         )
 
+    def move(self, cluster_of: Callable[[int], str], coordinator: str) -> None:
+        """From now on nodes live elsewhere; not where late updates count, as clusters owe them."""
+        self._cluster_of, self._coordinator = cluster_of, coordinator
+
     @property
     def exists(self) -> bool:
         """Whether a round is valid with fewer nodes than were chosen."""

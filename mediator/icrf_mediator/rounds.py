@@ -134,6 +134,10 @@ class RoundLedger:
         self._with_model: set[int] = set()
         self._evaluated: set[int] = set()
 
+    def move(self, clusters: tuple[str, ...], keepers: dict[str, tuple[int, ...]], coordinator: str) -> None:
+        """From now on nodes live elsewhere; no attempt is open."""
+        self.clusters, self.keepers, self.coordinator = clusters, keepers, coordinator
+
     def begin(self, absmax: Sequence[Sequence[float]], head_hash: str, total_weight: int) -> None:
         """Set the state before the first round: initial maxima per cluster, hash, and the sum of sample counts."""
         self.absmax = elementwise_max(absmax)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 from icrf.errors import IcrfError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
+    FAILED,
     IDLE,
     QUEUED,
     READY,
@@ -35,7 +37,7 @@ NEVER = float("inf")
 LIVE = frozenset({READY, RUNNING, IDLE})
 
 
-class RunBase:
+class RunBase(ABC):
     """What a run is, and the small steps that every part of its life uses.
 
     Args:
@@ -45,6 +47,7 @@ class RunBase:
         addresses: where the gateways of clusters can be dialled now, by cluster.
         reserve_s: how long clusters may take to reserve.
         activate_s: how long they may take to set up their nodes.
+        lease_s: how long a cluster stays owned without a sign of life.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class RunBase:
         *,
         reserve_s: float = 60.0,
         activate_s: float = 300.0,
+        lease_s: float = 20.0,
     ) -> None:
         self.run_id, self.submission = run_id, submission
         self.config = json.loads(submission.config_json)
@@ -67,6 +71,7 @@ class RunBase:
         self.generation, self._set_up_generation = 0, 0
         self.leaving: set[str] = set()
         self._addresses, self._reserve_s, self._activate_s = addresses, reserve_s, activate_s
+        self._lease_s = lease_s
         self._ledger: RoundLedger | None = None
         self._stage = submission.stage
         self._rounds_wanted = self.info.rounds_planned if submission.stage == "run" else 0
@@ -76,6 +81,8 @@ class RunBase:
         self._pending: dict[str, Instruction] = {}
         self._held: set[str] = set()
         self._away: set[str] = set()
+        # From when on the nodes of a cluster that is away may go elsewhere.
+        self._given_up_s: dict[str, float] = {}
         # Away, and the run does not wait for them; they may be back and wait for the state to be durable.
         self._excluded: set[str] = set()
         self._returning: set[str] = set()
@@ -122,14 +129,23 @@ class RunBase:
         """Whether a cluster may still have something of this run."""
         return cluster in self._held
 
+    @property
+    def holders(self) -> frozenset[str]:
+        """The clusters that may still have something of it."""
+        return frozenset(self._held)
+
     def released(self, cluster: str) -> None:
         """A cluster freed what it held."""
         self._held.discard(cluster)
 
-    @property
-    def holds_nothing_for_long(self) -> bool:
-        """Whether clusters have to release what they still have of it: it is over, or back in line."""
-        return self.terminal or self.info.status == QUEUED
+    def has_left(self, cluster: str) -> bool:
+        """Whether a cluster has to release what it may still have of it: the run is over, in line, or elsewhere."""
+        return self.terminal or cluster not in self.clusters
+
+    def owes(self, cluster: str) -> None:
+        """A cluster that the run has left was told to release what it may have of it."""
+        if not self.terminal:
+            self._held.add(cluster)
 
     @property
     def is_activated(self) -> bool:
@@ -168,10 +184,14 @@ class RunBase:
         self.placement = placement
         flow, members = self.submission.flow, placement.members()
         coordinator = placement.clusters[placement.coordinator(self.submission)]
-        by_samples = bool(self.config.get("aggregation_sample_scaling", True))
         keepers = placement.keepers(self.submission)
-        self._ledger = RoundLedger(flow, placement.clusters, keepers, coordinator, by_samples=by_samples)
-        self._quorum = Quorum(self.submission, self.config, placement.cluster_of, coordinator)
+        if self._ledger is None:
+            by_samples = bool(self.config.get("aggregation_sample_scaling", True))
+            self._ledger = RoundLedger(flow, placement.clusters, keepers, coordinator, by_samples=by_samples)
+            self._quorum = Quorum(self.submission, self.config, placement.cluster_of, coordinator)
+        else:
+            self._ledger.move(placement.clusters, keepers, coordinator)
+            self._quorum.move(placement.cluster_of, coordinator)
         num_summed = self.submission.rows.num_summed(len(shared_tensors(self.submission.layout)))
         self._checks = ReportChecks(flow, num_summed, members, keepers)
 
@@ -199,6 +219,14 @@ class RunBase:
         if self._ledger and self._ledger.open:
             return f"round {self._ledger.open.start.round}"
         return self.info.status.lower()
+
+    @abstractmethod
+    def _go_on(self, effects: Effects, now: Now) -> None:
+        """Take the next step towards what is wanted."""
+
+    def fail(self, effects: Effects, now: Now, error: IcrfError) -> None:
+        """End the run with an error."""
+        self._end(effects, now, FAILED, error)
 
     def _end(self, effects: Effects, now: Now, status: str, error: IcrfError | None) -> None:
         open_attempt = self._ledger.open if self._ledger else None

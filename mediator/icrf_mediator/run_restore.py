@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from icrf.ports import Write
@@ -88,7 +89,9 @@ def restore_run(
     if not assignments:
         run.rejoin_queue(effects, now)
         return run
-    run.load_placement(int(assignments[-1].key[1]), Placement.from_row(assignments[-1].row))
+    rows = {int(write.key[1]): write.row for write in assignments}
+    placed = cache(lambda generation: Placement.from_row(rows[generation]))
+    run.load_placement(max(rows), placed(max(rows)))
     run.load_progress(
         [a.row for a in activations],
         [
@@ -109,7 +112,8 @@ def restore_run(
     for row in _rows(tables, "participants", run_id):
         run.load_participants(int(row.key[1]), str(row.row["participants"]), str(row.row.get("late", "")))
     for row in _rows(tables, "checkpoints", run_id):
-        run.checkpoints.load(int(row.key[1]), row.row["artifacts"])
+        generation = int(row.row["generation"])
+        run.checkpoints.load(int(row.key[1]), row.row["artifacts"], generation, placed(generation))
     run.load_graphs(
         {int(row.key[1]): graph_of(row.row) for row in _rows(tables, "graphs", run_id)},
         {int(row.key[1]): int(row.row["round"]) for row in activations},

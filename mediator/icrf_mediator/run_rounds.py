@@ -275,6 +275,7 @@ class RunRounds(RunQueue):
         may_be_the_last = config.get("target_accuracy") is not None and self._evaluates(number)
         depends = may_be_the_last or config.get("wave_condition") or submission.keep
         in_between = self._gone or self.leaving or self._returning or self._saves_after(number)
+        in_between = in_between or self._may_move_after(number)
         if number >= self._rounds_wanted or depends or in_between:
             return None
         return self._draft(number + 1, self._quorum.chosen(number + 1))
@@ -288,6 +289,11 @@ class RunRounds(RunQueue):
     def _saves_after(self, number: int) -> bool:
         """Whether a checkpoint is due after a round."""
         return self.checkpoints.due(number, int(self.config.get("checkpoint_every") or 0))
+
+    def _may_move_after(self, number: int) -> bool:
+        """Whether another assignment is looked for once a round is committed."""
+        period = int(self.config.get("clustering_period") or 0)
+        return period > 0 and number > 0 and number % period == 0
 
     def _evaluates(self, number: int) -> bool:
         """Whether a round is evaluated: every so many are, and the last one.
@@ -405,7 +411,7 @@ class RunRounds(RunQueue):
         assert self._ledger is not None and self.placement is not None
         self._take_back()
         clusters = self.placement.stateful(self.submission)
-        self.checkpoints.begin(self._ledger.round, clusters)
+        self.checkpoints.begin(self._ledger.round, clusters, self._set_up_generation, self.placement)
         for cluster in clusters:
             effects.send(cluster, SaveCheckpoint(self.run_id, self.generation, self._ledger.round))
 

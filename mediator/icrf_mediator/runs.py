@@ -17,15 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from icrf.errors import AgentError, IcrfError, InternalError, RunError, make_error
+from icrf.errors import AgentError, IcrfError, RunError, make_error
 from icrf.ports import Write
 from icrf.protocol import (
     ACTIVATING,
     CANCELLED,
-    CENTRALIZED,
     COMPLETED,
-    DECENTRALIZED,
-    FAILED,
     IDLE,
     QUEUED,
     READY,
@@ -41,24 +38,22 @@ from icrf.protocol import (
     Fingerprint,
     HeldRun,
     ModelStored,
-    PeerAddress,
     Relinked,
     Reserved,
     RoundReport,
     StoreModel,
-    nodes_that,
 )
 from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
-from icrf_mediator.rounds import Commit, differs
+from icrf_mediator.rounds import Commit
 from icrf_mediator.run_base import LIVE, NEVER
-from icrf_mediator.run_rounds import RunRounds
+from icrf_mediator.run_setup import GRACE_S, RunSetup
 
 MAX_RECOVERIES = 12
 
 
-class RunMachine(RunRounds):
+class RunMachine(RunSetup):
     """One run from submission to its end; see the module's docstring."""
 
     # ------------------------------------------------------------ events from the SDK
@@ -198,9 +193,14 @@ class RunMachine(RunRounds):
             return
         if report.error_json:
             self.checkpoints.give_up()
+            if self._looking:
+                self.stays(effects, now, f"their state did not become durable: {error_of(cluster, report.error_json)}")
         elif self.checkpoints.arrived(cluster, report.round, report.artifact):
             artifacts = self.checkpoints.durable[report.round]
-            effects.writes.append(Write("checkpoints", (self.run_id, report.round), {"artifacts": artifacts}))
+            generation = self.checkpoints.generation(report.round)
+            effects.writes.append(
+                Write("checkpoints", (self.run_id, report.round), {"artifacts": artifacts, "generation": generation})
+            )
             effects.deletes += [(self.run_id, artifact) for artifact in self.checkpoints.outdated()]
             self._forget_graphs()
         if (self.leaving or self._returning) and self.info.status in LIVE and not (self._ledger and self._ledger.open):
@@ -225,7 +225,7 @@ class RunMachine(RunRounds):
 
     def cluster_lost(self, effects: Effects, now: Now, cluster: str) -> None:
         """The lease of a cluster ran out, or its agent left."""
-        if self.is_queued:
+        if not self.terminal and cluster not in self.clusters:
             self._held.discard(cluster)
         if self.terminal or cluster not in self.clusters:
             return
@@ -234,7 +234,7 @@ class RunMachine(RunRounds):
             "A003", f"cluster {cluster} was lost in {self._doing()}", hint="start its fabric-agent again"
         )
         left_in_order = cluster in self.leaving
-        self._away.add(cluster)
+        self._gone_for(now, [cluster], 0.0 if left_in_order else GRACE_S)
         self._returning.discard(cluster)
         if self.config.get("on_cluster_loss") == "fail" and not left_in_order:
             return self.fail(effects, now, error)
@@ -282,7 +282,7 @@ class RunMachine(RunRounds):
         if self.info.status in LIVE and not (self._ledger and self._ledger.open):
             self._go_on(effects, now)
         elif self.info.status not in LIVE:
-            self._away.add(cluster)
+            self._gone_for(now, [cluster], 0.0)
             if self._excludes:
                 self._excluded.add(cluster)
             self.recover(effects, now, f"{cluster} leaves", lost_state=not self._excludes)
@@ -293,6 +293,8 @@ class RunMachine(RunRounds):
             return self._tick_queued(effects, now)
         if self.terminal or now.monotonic_s < self._deadline_s or self._drop_late(effects, now):
             return
+        if self._looking:
+            return self.stays(effects, now, "their state did not become durable in time")
         if self.info.status == RECOVERING and self._away and self._may_go_on(self._away):
             self._excluded |= self._away
             return self._go_on(effects, now)
@@ -302,13 +304,9 @@ class RunMachine(RunRounds):
         error = RunError("F002", f"{self._doing()} took too long on {late}", hint=hint)
         self.fail(effects, now, error)
 
-    def fail(self, effects: Effects, now: Now, error: IcrfError) -> None:
-        """End the run with an error."""
-        self._end(effects, now, FAILED, error)
-
     def rejoin(self, effects: Effects, now: Now) -> None:
         """After a restart of the mediator: wait for all clusters, which tell what they still hold."""
-        self._away = set(self.clusters)
+        self._gone_for(now, self.clusters, self._lease_s + GRACE_S)
         self._excluded, self._held = set(), set()
         self._in_vain = self.info.rounds_done + 2
         self.recover(effects, now, "the mediator was restarted", lost_state=False)
@@ -330,7 +328,7 @@ class RunMachine(RunRounds):
             return self.fail(effects, now, error)
         self._abort_open(effects)
         self.checkpoints.give_up()
-        self._pending, self._storing = {}, False
+        self._pending, self._storing, self._looking = {}, False, False
         self._deadline_s = now.monotonic_s + float(self.config["round_deadline_s"])
         waiting = f"cluster {', '.join(sorted(self._away))} to come back" if self._away else ""
         self.record.status(effects, now, RECOVERING, waiting, text=reason)
@@ -357,68 +355,6 @@ class RunMachine(RunRounds):
         if self._stage != "run":
             status = READY
         self.record.status(effects, now, status)
-        self._go_on(effects, now)
-
-    def _reserve(self, effects: Effects, now: Now) -> None:
-        """Start under a new generation."""
-        assert self.placement is not None
-        self.generation += 1
-        self._set_up_generation = self.generation
-        self._lost_state, self._attempt_floor, self._parts = False, 0, {}
-        self._promised, self._in_vain = None, 0
-        effects.writes.append(self.placement.row(self.run_id, self.generation))
-        self._held = set(self.placement.clusters)
-        self.record.status(effects, now, RESERVING, f"reservations on {', '.join(sorted(self._held))}")
-        strategy = self.config["placement_group_strategy"]
-        federation = self.info.federation
-        orders = self.placement.reserve(self.run_id, self.generation, federation, strategy, self._reserve_s)
-        self._ask(effects, now, orders, self._reserve_s + 30.0)
-
-    def _activate(self, effects: Effects, now: Now) -> None:
-        assert self.placement is not None
-        done = self.info.rounds_done
-        over = done >= self._rounds_wanted and self.submission.flow == DECENTRALIZED
-        # A consensus model is no part of the state: its round has to run again to make it.
-        self._restored_round = self.checkpoints.latest(done - 1 if over and done else done)
-        artifacts = {c: self.checkpoints.artifact(self._restored_round, c) for c in self.clusters}
-        peers = [PeerAddress(name, self._addresses(name)) for name in self.clusters]
-        self.record.status(effects, now, ACTIVATING, f"nodes to be set up on {', '.join(self.clusters)}")
-        restore, graph = (self._restored_round, artifacts), self.graphs.after(self._restored_round)
-        self.graphs.set_up(self._restored_round)
-        whom = (self.run_id, self.generation, self.info.federation)
-        orders = self.placement.activate(*whom, self.submission, peers, restore, graph)
-        self._ask(effects, now, orders, self._activate_s)
-
-    def _ready(self, effects: Effects, now: Now) -> None:
-        ledger = self._ledger
-        assert ledger is not None and self.placement is not None
-        samples = {node: count for part in self._parts.values() for node, count in part.num_samples}
-        trains = nodes_that("train", self.submission.nodes)
-        missing = [self.submission.nodes[i].id for i in trains if samples.get(i, 0) < 1]
-        if missing:
-            return self.fail(effects, now, InternalError("X001", f"no sample count for {', '.join(missing[:5])}"))
-        if self.submission.flow == CENTRALIZED:
-            head = "".join(part.model_hash for part in self._parts.values())
-        else:
-            head = ledger.root(ledger.leaves({c: part.state_hashes for c, part in self._parts.items()}))
-        known = ledger.recorded(self._restored_round)
-        if known and known != head:
-            return self.fail(effects, now, differs(self._restored_round, known, head))
-        ledger.samples = samples
-        total = ledger.most_weight(trains)
-        if self._restored_round == 0:
-            ledger.begin([part.absmax for part in self._parts.values()], head, total)
-        ledger.total_weight = total
-        ledger.rewind(self._restored_round)
-        row = {
-            "total_weight": total,
-            "samples": sorted(samples.items()),
-            "head_hash": head,
-            "absmax": list(ledger.absmax),
-            "round": ledger.round,
-        }
-        effects.writes.append(Write("activations", (self.run_id, self.generation), row))
-        self.record.status(effects, now, READY)
         self._go_on(effects, now)
 
     # ------------------------------------------------------------ rounds
@@ -477,7 +413,7 @@ class RunMachine(RunRounds):
         elif status in (RUNNING, IDLE) and done < self._rounds_wanted:
             if status == IDLE:
                 self.record.status(effects, now, RUNNING)
-            if not self._next_round(effects, now):
+            if not self._begin_looking(now) and not self._next_round(effects, now):
                 self.recover(effects, now, f"round {done + 1} has too few nodes", lost_state=False)
         elif status in (RUNNING, IDLE) and self._finishing:
             self._store(effects, now)
@@ -493,7 +429,7 @@ class RunMachine(RunRounds):
             return
         texts = [f"{c} left in order" for c in sorted(self.leaving - self._away)]
         texts += [f"{c} is back" for c in sorted(self._returning)]
-        self._away |= self.leaving
+        self._gone_for(now, sorted(self.leaving), 0.0)
         if self._excludes:
             self._excluded |= self.leaving
         self.recover(effects, now, ", ".join(texts), lost_state=not self._excludes)

@@ -27,7 +27,7 @@ def activation(run_id: str = "run-1", generation: int = 1) -> Activate:
         peers=(PeerAddress("b", "127.0.0.1:1"),),
         num_slots=1,
         restore_round=4,
-        checkpoint="checkpoint/4/a",
+        checkpoints=("checkpoint/4.2/a", "checkpoint/4.2/b"),
     )
 
 

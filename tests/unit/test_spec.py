@@ -362,9 +362,7 @@ def test_federation_ids_are_safe_names(tmp_path: Path, name: str) -> None:
         "optimizer: LBFGS",
         "aggregation_strategy: FedBuff",
         "topology_adaptation_strategy: random",
-        "clustering_period: 2",
         "store_node_models: true",
-        "on_cluster_loss: reassign",
         "inter_cluster_codec: int8",
     ],
 )

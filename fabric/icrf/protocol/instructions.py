@@ -34,7 +34,8 @@ class Activate:
 
     Attributes:
         restore_round: start from the committed state of this round; 0 is the initial state.
-        checkpoint: artifact with this cluster's part of that state; empty where the cluster keeps none.
+        checkpoints: artifacts of the clusters that its nodes lived on then, with what they kept; none where they keep
+            nothing. What else is in them is left aside.
         initial_graph: the graph that the federation was submitted with, where it has changed since.
     """
 
@@ -52,7 +53,7 @@ class Activate:
     num_slots: int
     code_path: str = ""
     restore_round: int = 0
-    checkpoint: str = ""
+    checkpoints: tuple[str, ...] = ()
     rows: Rows = field(default_factory=Rows)
     initial_graph: Graph | None = None
 

@@ -75,8 +75,6 @@ def _unusable_names(values: Values) -> Iterator[Problem]:
 
 
 def _only_today(values: Values) -> Iterator[Problem]:
-    if values.get("clustering_period", 0) != 0:
-        yield not_built("clustering_period", values["clustering_period"], "0")
     if values.get("store_node_models", False) is not False:
         yield not_built("store_node_models", True, "false")
 

@@ -178,7 +178,7 @@ CHOICES: dict[str, Choice] = {
         kind="adapter",
         import_path=True,
     ),
-    "on_cluster_loss": Choice(("wait", "exclude", "fail"), ("reassign",)),
+    "on_cluster_loss": Choice(("wait", "reassign", "exclude", "fail")),
     "late_updates": Choice(("drop", "weigh")),
     "inter_cluster_codec": Choice((NONE, ZSTD, BF16, TOP_K), ("fp16", "int8")),
     "device": Choice(("cpu", "cuda"), ("mps",)),

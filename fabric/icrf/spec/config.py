@@ -263,7 +263,8 @@ class FederationConfig(BaseModel):
     adaptation_share: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the edges that ``random_rewire`` moves, ``densify`` adds or ``sparsify`` removes each time."""
     clustering_period: CountOrZero = 0
-    """Re-plan the assignment every so many rounds; 0: never."""
+    """Re-plan the assignment every so many rounds, and move nodes where less crosses then, or where clusters have come
+    or gone; 0: never (see docs/assignment.md)."""
     do_cluster: bool = False
     """Place nodes by the similarity of their label distributions: communities come first, cut edges second."""
     label_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -274,7 +275,8 @@ class FederationConfig(BaseModel):
     """Seconds that one attempt of a round may take; null means the default."""
     on_cluster_loss: Text = "wait"
     """What happens to a run whose cluster is lost: ``wait`` for its return (up to ``round_deadline_s``, then without
-    it where ``min_nodes`` allows), ``exclude``: go on at once without its nodes, or ``fail``."""
+    it where ``min_nodes`` allows), ``reassign`` its nodes to other clusters, ``exclude``: go on at once without its
+    nodes, or ``fail``."""
     late_updates: Text = "drop"
     """What becomes of the updates of a cluster that missed a round's deadline: ``drop``, or ``weigh``: its nodes bring
     them to a later round, with a weight that falls with every round of delay. Star with ``min_nodes``, FedAvg and

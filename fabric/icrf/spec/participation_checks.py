@@ -89,6 +89,11 @@ def _late_updates(values: Values) -> Iterator[Problem]:
             f"{key} '{values[key]}' contradicts min_nodes null: no round goes on without a late cluster",
             hint="Set min_nodes to the fewest nodes that make a round valid.",
         )
+    moves = values["clustering_period"] or values["on_cluster_loss"] == "reassign"
+    if moves:
+        other = "clustering_period" if values["clustering_period"] else "on_cluster_loss 'reassign'"
+        text = f"{key} '{values[key]}' contradicts {other}: what a late cluster owes cannot move with its nodes"
+        yield Problem("C008", (key,), text, allowed="drop")
 
 
 PARTICIPATION_CHECKS: tuple[Check, ...] = (_sampled_clients, _min_nodes, _waves, _cluster_loss, _late_updates)

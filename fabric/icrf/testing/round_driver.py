@@ -134,4 +134,6 @@ class RoundDriver:
 
 def restored(request: Activate, number: int) -> Activate:
     """The activation that follows a loss: the next generation, from the state of round `number`."""
-    return replace(request, generation=request.generation + 1, restore_round=number, checkpoint=f"checkpoint/{number}")
+    return replace(
+        request, generation=request.generation + 1, restore_round=number, checkpoints=(f"checkpoint/{number}",)
+    )

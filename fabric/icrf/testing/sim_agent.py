@@ -349,10 +349,7 @@ class SimAgent:
             self._reservations.add(order.run_id)
             self.cluster.reserve(order, done)
         elif isinstance(order, Activate):
-            if order.checkpoint:
-                self._download(order.run_id, order.checkpoint, lambda data, e: self._activate(order, data, e, done))
-            else:
-                self._activate(order, b"", None, done)
+            self._activate(order, [], done)
         elif isinstance(order, Relink):
             self.cluster.relink(order, done)
         elif isinstance(order, SaveCheckpoint):
@@ -362,11 +359,18 @@ class SimAgent:
         elif isinstance(order, Release):
             self.cluster.release(order.run_id, done)
 
-    def _activate(self, order: Activate, data: bytes, error: IcrfError | None, done: Any) -> None:
-        if error is not None:
-            return done(None, error)  # type: ignore[no-any-return]
-        self._journal[order.run_id] = order
-        self.cluster.activate(order, data, done)
+    def _activate(self, order: Activate, parts: list[bytes], done: Any) -> None:
+        """Download one artifact after the other, then set up the nodes."""
+        if len(parts) == len(order.checkpoints):
+            self._journal[order.run_id] = order
+            return self.cluster.activate(order, parts, done)
+
+        def came(data: bytes, error: IcrfError | None) -> None:
+            if error is not None:
+                return done(None, error)  # type: ignore[no-any-return]
+            self._activate(order, [*parts, data], done)
+
+        self._download(order.run_id, order.checkpoints[len(parts)], came)
 
     def _performed(self, order: Any, result: Any, error: IcrfError | None) -> None:
         if error is not None:
@@ -382,7 +386,7 @@ class SimAgent:
             self._journal[order.run_id] = result
             self._say(Relinked(order.run_id, order.generation))
         elif isinstance(order, SaveCheckpoint):
-            artifact = f"checkpoint/{order.round}/{self.cluster.name}"
+            artifact = f"checkpoint/{order.round}.{order.generation}/{self.cluster.name}"
             report = Checkpointed(order.run_id, order.generation, order.round, artifact)
             self._upload(order, artifact, result, report)
         elif isinstance(order, StoreModel):

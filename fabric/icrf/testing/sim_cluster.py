@@ -172,7 +172,7 @@ class SimCluster:
 
         self._world.soon(0.01, 1.0, None, look)
 
-    def activate(self, request: Activate, checkpoint: bytes, done: Done) -> None:
+    def activate(self, request: Activate, checkpoints: Sequence[bytes], done: Done) -> None:
         """Set up this cluster's nodes from the initial state or a checkpoint; live hosts are kept."""
         if not self.alive or request.run_id not in self.reserved:
             return done(None, NodeError("U003", "no reservation is left", place=self.name))
@@ -185,7 +185,7 @@ class SimCluster:
             known = self._hosts[request.run_id] = [SimHost(group) for group in groups]
         run = SimRun(request, tally, known)
         try:
-            states = sim_hosts.unpack_states(checkpoint, request.restore_round)
+            states = sim_hosts.unpack_states(checkpoints, request.restore_round)
         except IcrfError as error:
             return done(None, error)
         self._relink()

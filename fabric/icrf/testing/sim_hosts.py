@@ -320,14 +320,14 @@ def pack_states(parts: Sequence[Mapping[str, list[int]]], round_number: int) -> 
     return json.dumps({"round": round_number, "rows": {n: row for part in parts for n, row in part.items()}}).encode()
 
 
-def unpack_states(data: bytes, round_number: int) -> dict[int, Vector]:
-    """The inverse of :func:`pack_states`; empty where no checkpoint is given."""
-    if not data:
-        return {}
-    packed = json.loads(data)
-    if packed["round"] != round_number:
-        raise WeightsError("W010", f"checkpoint of round {packed['round']}, not {round_number}", place="checkpoint")
-    return {int(n): np.array(row, np.int64) for n, row in packed["rows"].items()}
+def unpack_states(parts: Sequence[bytes], round_number: int) -> dict[int, Vector]:
+    """The inverse of :func:`pack_states`, of several clusters; empty where no checkpoint is given."""
+    states: dict[int, Vector] = {}
+    for packed in map(json.loads, parts):
+        if packed["round"] != round_number:
+            raise WeightsError("W010", f"checkpoint of round {packed['round']}, not {round_number}", place="checkpoint")
+        states.update({int(n): np.array(row, np.int64) for n, row in packed["rows"].items()})
+    return states
 
 
 def model_file(run: SimRun, host: SimHost, round_number: int) -> ModelFile:

@@ -39,12 +39,14 @@ class Hints:
             the same.
         communities: community per node by what their data look like, -1 for a node in none; empty where that does not
             matter.
+        improve: with an assignment before, whether nodes may also move where that makes less cross.
     """
 
     seed: int = 0
     previous: tuple[int, ...] = ()
     costs: tuple[tuple[int, ...], ...] | None = None
     communities: tuple[int, ...] = ()
+    improve: bool = False
 
 
 class AssignmentStrategy(Protocol):

@@ -10,11 +10,19 @@ from icrf_mediator.assignment.base import Assignment, Pins, cluster_slots, fair_
 
 
 def assign_groups(
-    hierarchy: Hierarchy, node_ids: Sequence[str], clusters: Sequence[ClusterInfo], pins: Pins
+    hierarchy: Hierarchy,
+    node_ids: Sequence[str],
+    clusters: Sequence[ClusterInfo],
+    pins: Pins,
+    previous: Sequence[int] = (),
 ) -> Assignment | None:
     """Whole groups, the largest first, each to the cluster with most of its share of the nodes left.
 
     A group goes where most of its pinned nodes may be; those that may not be there go where they are pinned, alone.
+
+    Args:
+        previous: cluster per node until now, -1 where it is gone: a group stays where its aggregator was as long as
+            that has any of its share left.
 
     Returns:
         None where there are fewer groups than clusters: groups have to be divided for all clusters to get nodes.
@@ -37,7 +45,9 @@ def assign_groups(
         pinned = [node for node in nodes if node in pins]
         votes = {c: sum(c in pins[node] for node in pinned) for c in range(len(slots))}
         most = max(votes.values())
-        home = choose([c for c in (votes if most else usable) if votes[c] == most])
+        allowed = [c for c in (votes if most else usable) if votes[c] == most]
+        stays = [c for c in allowed if previous and c == previous[aggregator] and left[c] > 0]
+        home = choose(stays or allowed)
         for node in nodes:
             if node in pins and home not in pins[node]:
                 cluster = choose(sorted(pins[node]))

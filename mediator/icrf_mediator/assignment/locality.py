@@ -60,7 +60,7 @@ class LocalityAwareAssignment:
         pinned, shares = room_for(adj.num_nodes, clusters, pins)
         names = [cluster.name for cluster in clusters]
         if hints.previous:
-            kept = keep_most(Crossing(adj, hints.costs).neighbours(), hints.previous, pinned, shares, pins, hints.costs)
+            kept = keep_most(Crossing(adj, hints.costs).neighbours(), pinned, shares, pins, hints)
             return Assignment(tuple(kept), explain(adj, kept, names, pins, hints.previous))
         if hints.communities:
             graph = Crossing(adj, hints.costs).neighbours()

@@ -54,9 +54,14 @@ def pack(
     for node in loose:
         clusters[node] = next(c for c, left in enumerate(room) if left > 0)
         room[clusters[node]] -= 1
+    held = held_together(clusters, communities, pins)
+    return refine(graph, clusters, shares.low, shares.high, {**pins, **held}, costs=costs)
+
+
+def held_together(clusters: Sequence[int], communities: Sequence[int], pins: Pins) -> Pins:
+    """Where the nodes of communities may be, so that none comes to lie on more clusters than it does."""
     spans: dict[int, set[int]] = {}
     for node, community in enumerate(communities):
         spans.setdefault(community, set()).add(clusters[node])
     allowed = {node: spans[community] for node, community in enumerate(communities) if community >= 0}
-    held = {node: spans_of & set(pins.get(node, spans_of)) for node, spans_of in allowed.items()}
-    return refine(graph, clusters, shares.low, shares.high, {**pins, **held}, costs=costs)
+    return {node: span & set(pins.get(node, span)) for node, span in allowed.items()}

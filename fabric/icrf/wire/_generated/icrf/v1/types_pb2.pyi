@@ -820,7 +820,7 @@ class Activate(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     CODE_PATH_FIELD_NUMBER: _builtins.int
     RESTORE_ROUND_FIELD_NUMBER: _builtins.int
-    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     INITIAL_GRAPH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
@@ -831,7 +831,6 @@ class Activate(_message.Message):
     num_slots: _builtins.int
     code_path: _builtins.str
     restore_round: _builtins.int
-    checkpoint: _builtins.str
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeSpec]: ...
     @_builtins.property
@@ -844,6 +843,8 @@ class Activate(_message.Message):
     def assignment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerAddress]: ...
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def rows(self) -> Global___Rows: ...
     @_builtins.property
@@ -865,13 +866,13 @@ class Activate(_message.Message):
         num_slots: _builtins.int = ...,
         code_path: _builtins.str = ...,
         restore_round: _builtins.int = ...,
-        checkpoint: _builtins.str = ...,
+        checkpoints: _abc.Iterable[_builtins.str] | None = ...,
         rows: Global___Rows | None = ...,
         initial_graph: Global___Graph | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "initial_graph", b"initial_graph", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoint", b"checkpoint", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "initial_graph", b"initial_graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "checkpoints", b"checkpoints", "clusters", b"clusters", "code_path", b"code_path", "config_json", b"config_json", "federation", b"federation", "flow", b"flow", "generation", b"generation", "graph", b"graph", "initial_graph", b"initial_graph", "layout", b"layout", "nodes", b"nodes", "num_slots", b"num_slots", "peers", b"peers", "restore_round", b"restore_round", "rows", b"rows", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,118 @@
+"""Where a run that goes on may live from now on: as few of its nodes as possible move. Pure.
+
+A move takes slots like a queued run does: all or none, within quotas, and never those that a run in line waits for. By
+choice nodes move only when the new assignment fits at once; those of a lost cluster wait until it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from icrf.errors import IcrfError
+from icrf.protocol import ClusterInfo
+from icrf_mediator.admission import Admission, refuse_infeasible
+from icrf_mediator.effects import Effects, Now
+from icrf_mediator.feasibility import decisive
+from icrf_mediator.holdings import known_as
+from icrf_mediator.membership import Membership
+from icrf_mediator.placement import Placement
+from icrf_mediator.planning import assign_nodes, plan_of
+from icrf_mediator.runs import RunMachine
+
+
+class Moves:
+    """Finds other clusters for runs.
+
+    Args:
+        members: the clusters, and what runs hold there.
+        admission: who is in line.
+    """
+
+    def __init__(self, members: Membership, admission: Admission) -> None:
+        self._members, self._admission = members, admission
+        # Of every run that looks for clusters: the generation, the clusters that were asked last, and what came of it.
+        self._offers: dict[str, list[tuple[int, Sequence[ClusterInfo], Placement | str]]] = {}
+
+    def serve(self, run: RunMachine, effects: Effects, now: Now) -> None:
+        """Move a run that looks for other clusters, or tell it why it stays; harmless for all others."""
+        if not run.looks_for_clusters(now):
+            self._offers.pop(run.run_id, None)
+            return
+        try:
+            found = self._found(run)
+            if isinstance(found, str):
+                run.stays(effects, now, found)
+            elif run.is_durable(effects, now):
+                self._members.take(run.run_id, run.needs(found, run.held_since))
+                run.move(effects, now, found)
+        except IcrfError as error:
+            # Going on may be impossible, such as a grid for a state that diverged.
+            run.fail(effects, now, error)
+
+    def _found(self, run: RunMachine) -> Placement | str:
+        """Where the nodes of a run are to live, or why they stay; empty where they live well."""
+        assert run.placement is not None
+        everybody = self._members.clusters()
+        missing = [c.name for c in everybody if c.name in run.clusters and not c.alive and run.waits_for(c.name)]
+        if missing:
+            return f"cluster {', '.join(missing)} is away"
+        candidates = [c for c in everybody if c.alive and self._is_fit(run, c)]
+        found = self._offered(run, candidates)
+        if (lack := self._lack(run, found)) is None:
+            return found
+        # What is full does not keep nodes from what the run has already.
+        found = self._offered(run, [c for c in candidates if c.name in run.clusters])
+        return found if self._lack(run, found) is None else lack
+
+    @staticmethod
+    def _is_fit(run: RunMachine, cluster: ClusterInfo) -> bool:
+        """Whether nodes may go to a cluster: it computes the same bits, and has nothing of the run left to release."""
+        assert run.placement is not None
+        if cluster.name not in run.clusters and run.holds(cluster.name):
+            return False
+        device, strict = str(run.config.get("device") or "cpu"), run.config.get("determinism") or "strict"
+        return strict != "strict" or decisive(cluster.fingerprint, device) == run.placement.fingerprint
+
+    def _offered(self, run: RunMachine, clusters: Sequence[ClusterInfo]) -> Placement | str:
+        known = [replace(cluster, free_slots=0) for cluster in clusters]
+        offers = self._offers.setdefault(run.run_id, [])
+        for generation, asked, offer in offers:
+            if (generation, asked) == (run.generation, known):
+                return offer
+        offer = self._assigned(run, known)
+        self._offers[run.run_id] = [*offers[-1:], (run.generation, known, offer)]
+        return offer
+
+    @staticmethod
+    def _assigned(run: RunMachine, clusters: Sequence[ClusterInfo]) -> Placement | str:
+        before = run.placement
+        assert before is not None
+        if not clusters:
+            return "there is no other cluster that computes the same bits"
+        submission = replace(run.submission, graph=run.graphs.after(run.info.rounds_done))
+        previous = {node.id: before.cluster_of(index) for index, node in enumerate(submission.nodes)}
+        try:
+            found = assign_nodes(submission, clusters, previous=previous, improve=run.by_choice)
+            if [clusters[c].name for c in found.clusters] == list(previous.values()):
+                return ""
+            plan = plan_of(submission, clusters, found)
+            refuse_infeasible(plan)
+        except IcrfError as error:
+            return str(error)
+        return Placement.of_plan(plan, found, clusters, run.config)
+
+    def _lack(self, run: RunMachine, found: Placement | str) -> str | None:
+        """What is not free of what nodes need elsewhere; None if nothing, or if they stay anyway."""
+        if isinstance(found, str):
+            return found or None
+        needs = run.needs(found, run.held_since)
+        lack = self._members.lacking(needs, run.run_id)
+        if lack is not None:
+            return lack.text
+        held = run.placement.slots if run.placement is not None else {}
+        for name, need in needs.items():
+            first = self._admission.first_in_line(name)
+            if first is not None and need.slots > held.get(name, 0) and run.comes_after(first):
+                return f"{name} is wanted by {known_as(first.info.federation, first.run_id)}, which is in line"
+        return None
