@@ -127,6 +127,7 @@ class Fabric:
         adapting: long runs of peers whose graph changes.
         gap_s: mean time between faults of these kinds.
         crowded: other programs take the slots of clusters now and then.
+        moving: long runs whose nodes move to clusters that come, and away from those that are lost.
     """
 
     def __init__(
@@ -138,10 +139,12 @@ class Fabric:
         gap_s: float = 3.0,
         adapting: bool = False,
         crowded: bool = False,
+        moving: bool = False,
     ) -> None:
         self.world = world = World(seed, len(FAULTS), trace)
         if kinds:
             options = f"kinds={tuple(kinds)!r}, quorum={quorum}, gap_s={gap_s}, adapting={adapting}, crowded={crowded}"
+            options += f", moving={moving}"
             world.repeat = f"simulate({seed}, trace=True, {options})"
             world.concentrate([float(kind in kinds) for kind in FAULTS], gap_s)
         policy = Policy()
@@ -150,8 +153,9 @@ class Fabric:
         self.checker.blobs = self.mediator.blobs
         self._tallies: dict[str, Tally] = {}
         self._seed, self._quorum, self._adapting, self._run_ids = seed, quorum, adapting, 0
+        self._moving = moving
         self.network, rng = Network(world), world.rng
-        names = [f"c{k + 1}" for k in range(rng.choice((2, 3, 4) if quorum or adapting else (1, 2, 2, 3, 4)))]
+        names = [f"c{k + 1}" for k in range(rng.choice((2, 3, 4) if quorum or adapting or moving else (1, 2, 2, 3, 4)))]
         self.clusters = [
             SimCluster(name, rng.choice((1, 2, 2, 3)), world, self.network, self._tallies.__getitem__, self.checker)
             for name in names
@@ -239,7 +243,7 @@ class Fabric:
 
     def _user(self, number: int) -> User:
         rng = self.world.rng
-        long = self._quorum or self._adapting
+        long = self._quorum or self._adapting or self._moving
         flow = CENTRALIZED if self._quorum else rng.choice((CENTRALIZED, DECENTRALIZED))
         flow = DECENTRALIZED if self._adapting else flow
         size = rng.randint(5, 7) if long else rng.randint(2, 7)
@@ -259,9 +263,13 @@ class Fabric:
             "on_cluster_loss": "wait",
             "tally_escalations": [rng.choice((0, 0, 0, 0, 1, 2)) for _ in range(rounds)],
         }
+        if self._moving:
+            moves = Random(f"moves of {number} under {self._seed}")
+            config |= {"on_cluster_loss": "reassign", "clustering_period": moves.randint(0, 3)}
+            config["assignment_strategy"] = moves.choice(("locality", "round_robin"))
         schedule: list[list[int]] = []
         groups, aggregators = Random(f"groups of {number} under {self._seed}"), []
-        if size > 3 and groups.random() < 0.35 and not long:
+        if size > 3 and groups.random() < 0.35 and (not long or self._moving):
             flow, aggregators = HIERARCHICAL, [0, size - 1]
             above = [0, size - 1, *(groups.choice((0, size - 1)) for _ in range(size - 4))]
             edges = [(0, size - 1), *zip(above, range(1, size - 1), strict=True)]
@@ -276,7 +284,7 @@ class Fabric:
                 "on_cluster_loss": "exclude",
                 "assignment_strategy": "round_robin",
             }
-        elif flow == CENTRALIZED and draw.random() < 0.4:
+        elif flow == CENTRALIZED and draw.random() < 0.4 and not self._moving:
             config |= {"min_nodes": 1, "on_cluster_loss": draw.choice(("wait", "exclude"))}
         if config.get("min_nodes") and draw.random() < 0.5:
             config |= {"late_updates": "weigh", "max_staleness": draw.randint(1, 3)}
@@ -321,6 +329,7 @@ def simulate(
     gap_s: float = 3.0,
     adapting: bool = False,
     crowded: bool = False,
+    moving: bool = False,
 ) -> Outcome:
     """One history.
 
@@ -332,11 +341,12 @@ def simulate(
         adapting: long runs of peers whose graph changes.
         gap_s: mean seconds between faults of these kinds.
         crowded: other programs take the slots of clusters now and then.
+        moving: long runs whose nodes move to clusters that come, and away from those that are lost.
 
     Raises:
         SimulationFailed: an invariant does not hold.
     """
-    return Fabric(seed, trace, kinds, quorum, gap_s, adapting, crowded).run()
+    return Fabric(seed, trace, kinds, quorum, gap_s, adapting, crowded, moving).run()
 
 
 # ---------------------------------------------------------------- kinds of faults that strike from outside

@@ -1,0 +1,182 @@
+"""Nodes that move while a run goes on: the bits are those of a run on one cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icrf.federation.node import FederatedNode
+from icrf.protocol import RECOVERING, RunInfo, Submission
+from icrf.spec import FederationConfig
+from icrf.submission import build_submission
+from icrf.testing.clocks import MovedClock
+from icrf.testing.inline import InlineFabric
+from icrf.testing.runs import follow, follow_until
+from icrf.testing.waiting import until
+
+ROUNDS = 6
+BASE: dict[str, Any] = {
+    "federation_id": "moving",
+    "number_of_clients": 6,
+    "federated_learning_rounds": ROUNDS,
+    "evaluate_every": 3,
+    "batch_size": 64,
+    "checkpoint_every": 0,
+}
+STAR = {**BASE, "schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
+PEERS = {**BASE, "schema": "DecentralizedFederatedLearning"}
+RING = {**PEERS, "federated_learning_topology": "ring"}
+MOMENTUM = {**RING, "momentum": 0.9, "keep_optimizer_state": True}
+GROUPS = {"number_of_groups": 3, "global_every": 3}
+HIERARCHY = {
+    **BASE,
+    **GROUPS,
+    "schema": "HierarchicalFederatedLearning",
+    "federated_learning_topology": "hierarchy",
+}
+DRIFT = {**STAR, "aggregation_strategy": "SCAFFOLD"}
+ADAPTING = {
+    **PEERS,
+    "federated_learning_topology": "k_connected",
+    "k_value": 2,
+    "topology_adaptation_strategy": "random_rewire",
+    "adaptation_share": 0.3,
+}
+OWN = {"client_template": "local:Node"}
+FEDERATIONS = {
+    "star": STAR,
+    "star with states at nodes": DRIFT,
+    "ring": RING,
+    "ring with optimizer states": MOMENTUM,
+    "hierarchy": HIERARCHY,
+    "changing graph": ADAPTING,
+    "own nodes in a star": {**STAR, **OWN},
+    "own nodes in a ring": {**RING, **OWN},
+    "own nodes in a hierarchy": {**HIERARCHY, **OWN},
+}
+EVERY_FEDERATION = pytest.mark.parametrize("name", list(FEDERATIONS))
+
+
+Undisturbed = Callable[[str, int], list[str]]
+
+
+class Talking(FederatedNode):
+    """What it trains depends on what it has counted, and on letters that it reads long after they came."""
+
+    def setup(self) -> None:
+        self.state = {"rounds": 0, "heard": 0.0}
+
+    def train(self, **kwargs: Any) -> dict[str, float]:
+        number = self.state["rounds"] = int(self.state["rounds"]) + 1
+        for to in self.neighbors:
+            self.send("word", {"said": np.array([number * 10.0 + self.context.index])}, to=[to])
+        if (number + self.context.index) % 3 == 0:
+            for k, message in enumerate(self.sync()):
+                self.state["heard"] = float(self.state["heard"]) + float(message.body["said"][0]) * (k + 1)
+        first = next(self.model.parameters())
+        first.data.add_(1e-4 * number + 1e-7 * float(self.state["heard"]))
+        return {"loss": 0.0}
+
+
+@dataclass
+class Kept:
+    """A run that goes on when it is told to."""
+
+    fabric: InlineFabric
+    clock: MovedClock
+    run_id: str
+
+    @property
+    def info(self) -> RunInfo:
+        return self.fabric.port.get(self.run_id)
+
+    def go(self, rounds: int) -> None:
+        self.fabric.port.advance(self.run_id, "run", rounds)
+        follow_until(self.fabric, self.run_id, rounds)
+
+    def homes(self) -> dict[str, str]:
+        """Where nodes live now."""
+        run = self.fabric.service._core._runs[self.run_id]
+        return {node.id: run.cluster_of(k) for k, node in enumerate(run.submission.nodes)}
+
+    def texts(self) -> list[str]:
+        """What users have been told so far."""
+        found = []
+        for event in self.fabric.port.watch(self.run_id):
+            found.append(event.text)
+            if event.seq == len(self.fabric.service._core._runs[self.run_id].events):
+                return found
+        return found
+
+    def hashes(self) -> list[str]:
+        """End the run; the hash of every round and of the model."""
+        self.fabric.port.finish(self.run_id)
+        info, rounds = follow(self.fabric, self.run_id)
+        assert (info.status, info.error_json) == ("COMPLETED", "")
+        assert [r.number for r in rounds] == list(range(1, ROUNDS + 1))
+        return [r.model_sha256 for r in rounds] + [info.model_sha256]
+
+
+def submission(values: dict[str, Any], **more: Any) -> Submission:
+    return build_submission(FederationConfig.from_mapping({**values, **more}), keep=True, stage="activate")
+
+
+@contextmanager
+def kept(values: dict[str, Any], clusters: int, **more: Any) -> Iterator[Kept]:
+    """A run on so many clusters that waits to be told to go."""
+    clock = MovedClock()
+    with InlineFabric(clusters, templates={"local:Node": Talking}, clock=clock) as fabric:
+        yield Kept(fabric, clock, fabric.port.submit(submission(values, **more)).run_id)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Undisturbed:
+    """The hashes of a run on one cluster that was stopped after a round: there groups are merged."""
+    known: dict[tuple[str, int], list[str]] = {}
+
+    def hashes(name: str, stop: int) -> list[str]:
+        if (name, stop) not in known:
+            with kept(FEDERATIONS[name], 1) as run:
+                run.go(stop)
+                run.go(ROUNDS)
+                known[name, stop] = run.hashes()
+        return known[name, stop]
+
+    return hashes
+
+
+# ---------------------------------------------------------------- by choice
+
+
+@EVERY_FEDERATION
+def test_a_new_cluster_gets_nodes_and_no_bit_changes(name: str, undisturbed: Undisturbed) -> None:
+    with kept(FEDERATIONS[name], 2, clustering_period=3) as run:
+        run.go(3)
+        before = run.homes()
+        run.fabric.start_agent("local-3")
+        run.go(ROUNDS)
+        after = run.homes()
+        moved = [node for node in before if before[node] != after[node]]
+        assert moved and {after[node] for node in moved} == {"local-3"}
+        assert any(f"{len(moved)} of {len(before)} nodes move" in text for text in run.texts())
+        assert run.hashes() == undisturbed(name, 3)
+
+
+@EVERY_FEDERATION
+def test_nodes_of_a_lost_cluster_go_to_the_others(name: str, undisturbed: Undisturbed) -> None:
+    with kept(FEDERATIONS[name], 3, on_cluster_loss="reassign", checkpoint_every=2) as run:
+        run.go(3)
+        before = run.homes()
+        lost = before["server"] if "server" in before else before["client_0"]
+        run.fabric.stop_agent(lost)
+        run.clock.ahead_s += 3.0
+        run.go(ROUNDS)
+        after = run.homes()
+        assert lost not in after.values()
+        assert {node for node in before if before[node] != after[node]} == {n for n in before if before[n] == lost}
+        assert run.hashes() == undisturbed(name, 3)
