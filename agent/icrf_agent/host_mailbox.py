@@ -19,12 +19,13 @@ class HostMailbox:
     Attributes:
         position: the attempt that the host works on; None between rounds.
         open: whether the nodes are set up; other clusters may not be before.
+        used: whether any of them has sent something.
     """
 
     def __init__(self, manager: HybridTopologyManager, run_id: str) -> None:
         self._manager, self._run_id = manager, run_id
         self.position: tuple[int, int] | None = None
-        self.open = False
+        self.open = self.used = False
 
     def publish(self, message: Message, to: Sequence[str] | str | None) -> int:
         if not self.open:
@@ -34,6 +35,7 @@ class HostMailbox:
                 place=message.sender_id,
                 hint="send in train, not in build",
             )
+        self.used = True
         return self._manager.publish(self._run_id, message, to, self.position)
 
     def sync(self, node_id: str, wait_s: float) -> list[Message]:

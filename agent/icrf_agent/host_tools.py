@@ -38,11 +38,13 @@ class Worked:
     Attributes:
         postings: what it has posted in it.
         seconds: where its time went in all phases of the attempt so far, by part.
+        letters: whether nodes of it have sent any since they were set up.
     """
 
     report: PhaseReport
     postings: tuple[Posting, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    letters: bool = False
 
 
 @dataclass

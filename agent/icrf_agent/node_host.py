@@ -204,7 +204,7 @@ class NodeHost:
                 nodes.enter(start)
                 tray.handed, tray.made = handed, []
                 report = work(flow)
-            return Worked(report, tuple(tray.made), self._meter.seconds)
+            return Worked(report, tuple(tray.made), self._meter.seconds, nodes.mailbox.used)
         finally:
             tray.handed, tray.made = None, []
 

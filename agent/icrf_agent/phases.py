@@ -39,6 +39,8 @@ class Phases:
     async def begin(self, run: Hosted, start: StartRound, ahead: bool = False) -> None:
         """Open the attempt; harmless when it is open."""
         position = (start.round, start.attempt)
+        if run.lost_mail:
+            raise _over(start)
         if ahead:
             if run.tray.position != position:
                 run.tray.open(position)
@@ -67,6 +69,7 @@ class Phases:
             self._tell(run, start)
         worked = await self._call(run, slots, method, start)
         run.stateful.update(slot for slot, one in zip(slots, worked, strict=True) if one.report.node_states)
+        run.has_mail = run.has_mail or any(one.letters for one in worked)
         await self._post(run, start, worked, ahead)
         seconds = {run.host_label(slot): one.seconds for slot, one in zip(slots, worked, strict=True)}
         return replace(merge_reports([one.report for one in worked]), seconds=seconds)

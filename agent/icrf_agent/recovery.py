@@ -51,6 +51,7 @@ class Healer:
             activation = run.activation
             if linked.get(activation.run_id, (0,))[0] != activation.generation:
                 await manager.call("link", activation)
+                run.lost_mail = run.lost_mail or run.has_mail
                 if run.position[0]:
                     await manager.call("begin_round", activation.run_id, activation.generation, *run.position)
                     # Some of what was posted in it, and ahead of it, is lost.
@@ -69,7 +70,7 @@ class Healer:
         while True:
             if run.quarantine is not None:
                 raise run.quarantine
-            if not run.lives:
+            if not run.lives or run.lost_mail:
                 return RESTORE
             found = await self.lives(run.hosts)
             await self._count(run, found)

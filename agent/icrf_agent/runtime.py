@@ -36,7 +36,7 @@ from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.phases import TRAIN, Phases
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
-from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_label
+from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_name
 from icrf_agent.topology_manager import Posting
 
 log = logging.getLogger("icrf.agent")
@@ -176,6 +176,7 @@ class HostedRuntime:
             return None
         run.lives = [held.life for held in found]
         run.stateful = {slot for slot, held in enumerate(found) if held.node_states}
+        run.has_mail = await self._manager.call("has_mail", run_id)
         self._runs[run_id] = run
         return HeldRun(run_id, generation, *run.position)
 
@@ -183,6 +184,8 @@ class HostedRuntime:
         if run_id not in self._runs:
             raise RunError("F006", f"no state of run {run_id[:8]} on {self._cluster}")
         run = self._run(run_id)
+        if run.lost_mail:
+            raise RunError("F006", f"no mail of round {round_number} on {self._cluster}")
         keepers = [host for slot, host in enumerate(run.hosts) if run.keeps_state(slot)]
         parts = await asyncio.gather(*(host.call("host_checkpoint", round_number) for host in keepers))
         mail = await self._manager.call("mail_after", run_id, round_number)
@@ -341,6 +344,8 @@ class HostedRuntime:
 
     def _is_new(self, header: PayloadHeader) -> bool:
         """Whether an arrival was not handed out before; those of finished rounds are forgotten."""
+        if header.kind == MESSAGE and header.run_id in self._runs:
+            self._runs[header.run_id].has_mail = True
         known = self._arrived.setdefault(header.run_id, set())
         if header in known:
             return False
@@ -480,11 +485,6 @@ class HostedRuntime:
 
     def _needed_templates(self, request: Activate) -> dict[str, type]:
         return {name: kind for name, kind in self._templates.items() if name in request.config_json}
-
-
-def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:
-    """``{federation}/{node}`` where a node has a host of its own, else ``{federation}/host-{slot}``."""
-    return f"{request.federation}/{host_label(request, nodes, slot)}"
 
 
 def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:

@@ -99,6 +99,8 @@ class AgentService:
         self._refusal: IcrfError | None = None
         self.registered = asyncio.Event()
         self._dismissed = asyncio.Event()
+        # Runs that are being released: who reserves for one again waits for that.
+        self._releasing: dict[str, asyncio.Event] = {}
 
     async def start(self) -> ClusterFacts:
         """Start the runtime and take over what an earlier life of this agent left on the cluster."""
@@ -303,6 +305,8 @@ class AgentService:
         if type(instruction) in _PHASE_BY_ORDER:
             failpoints.reached(_PHASE_BY_ORDER[type(instruction)])
         if isinstance(instruction, Reserve):
+            if instruction.run_id in self._releasing:
+                await self._releasing[instruction.run_id].wait()
             if self._journal is not None:
                 await asyncio.to_thread(self._journal.reserve, instruction.run_id)
             await runtime.reserve(instruction)
@@ -317,10 +321,7 @@ class AgentService:
         elif isinstance(instruction, SaveCheckpoint):
             await self._save_checkpoint(instruction)
         elif isinstance(instruction, Release):
-            await runtime.release(instruction.run_id)
-            if self._journal is not None:
-                self._journal.forget(instruction.run_id)
-            report(Released(instruction.run_id, instruction.generation))
+            await self._release(instruction)
         elif isinstance(instruction, CallNode):
             value = await runtime.call_node(
                 instruction.run_id, instruction.node_id, instruction.method, instruction.arguments
@@ -342,6 +343,18 @@ class AgentService:
         report = await self._runtime.activate(order, checkpoint)
         self._core.activated(order.run_id, order.generation)
         return report
+
+    async def _release(self, order: Release) -> None:
+        over = self._releasing[order.run_id] = asyncio.Event()
+        try:
+            await self._runtime.release(order.run_id)
+            if self._journal is not None:
+                self._journal.forget(order.run_id)
+        finally:
+            over.set()
+            if self._releasing.get(order.run_id) is over:
+                del self._releasing[order.run_id]
+        self._link.report(Released(order.run_id, order.generation))
 
     async def _save_checkpoint(self, order: SaveCheckpoint) -> None:
         data = await self._runtime.checkpoint(order.run_id, order.round)

@@ -133,6 +133,8 @@ class Hosted:
         lives: the life of each host that was set up.
         position: the newest round and attempt that were begun here.
         stateful: slots whose nodes have durable states of their own.
+        has_mail: whether nodes exchange letters here, as far as it is known.
+        lost_mail: whether some of that is gone, with the topology manager that had it.
         active: whether all hosts have been set up.
         quarantine: why a node may not run any more.
         setting_up: what setting up the hosts will have led to; None before it has begun, and for adopted runs.
@@ -146,6 +148,8 @@ class Hosted:
     lives: list[str] = field(default_factory=list)
     position: tuple[int, int] = (0, 0)
     stateful: set[int] = field(default_factory=set)
+    has_mail: bool = False
+    lost_mail: bool = False
     active: bool = False
     quarantine: NodeError | None = None
     setting_up: asyncio.Future[Activated] | None = None
@@ -254,6 +258,7 @@ class Hosted:
             if own:
                 self.stateful.add(slot)
             loaded.append(replace(self.setups[slot], state=state, node_states=own))
+        self.has_mail = bool(kept.mail)
         return loaded, kept.mail
 
     def checkpoint_from(self, parts: Sequence[bytes], mail: Mail, round_number: int) -> bytes:
@@ -265,3 +270,8 @@ class Hosted:
 def host_label(request: Activate, nodes: Sequence[int], slot: int) -> str:
     """The node's id where a node has a host of its own, else ``host-{slot}``."""
     return request.nodes[nodes[0]].id if len(nodes) == 1 else f"host-{slot}"
+
+
+def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:
+    """``{federation}/{node}`` where a node has a host of its own, else ``{federation}/host-{slot}``."""
+    return f"{request.federation}/{host_label(request, nodes, slot)}"

@@ -375,6 +375,12 @@ class HybridTopologyManager:
                 return room.topology.waiting(with_read=True)
             return room.topology.waiting(room.delivery.staged(round_number))
 
+    def has_mail(self, run_id: str) -> bool:
+        """Whether nodes of a run have exchanged letters here."""
+        with self._lock:
+            room = self._linked(run_id)
+            return bool(room.topology.waiting(room.delivery.staged(room.position[0])))
+
     def sync(self, run_id: str, node_id: str, wait_s: float = 0.0, position: Position | None = None) -> list[Message]:
         """Drain a node's mailbox; with `wait_s` wait up to that long for a message of the supervisor.
 

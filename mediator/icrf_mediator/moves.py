@@ -63,7 +63,7 @@ class Moves:
             return found
         # What is full does not keep nodes from what the run has already.
         found = self._offered(run, [c for c in candidates if c.name in run.clusters])
-        return found if self._lack(run, found) is None else lack
+        return found if found and self._lack(run, found) is None else lack
 
     @staticmethod
     def _is_fit(run: RunMachine, cluster: ClusterInfo) -> bool:

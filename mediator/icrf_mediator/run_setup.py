@@ -33,6 +33,8 @@ class RunSetup(RunRounds):
     # The newest round after which another assignment was looked for, and whether one is being looked for now.
     _looked_after = 0
     _looking = False
+    # Why nodes stayed the last time; the same is told once.
+    _told_to_stay = ""
 
     def _reserve(self, effects: Effects, now: Now) -> None:
         """Start under a new generation."""
@@ -162,8 +164,9 @@ class RunSetup(RunRounds):
         """Nodes stay where they are; the reason is empty where they are well off there."""
         if self._looking:
             self._looking, self._deadline_s = False, NEVER
-            if reason:
+            if reason not in ("", self._told_to_stay):
                 self.record.event(effects, now, "status", f"nodes stay where they are: {reason}")
+            self._told_to_stay = reason
             self._go_on(effects, now)
         else:
             lost = ", ".join(sorted(self._away))

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from icrf.federation.node import FederatedNode
-from icrf.protocol import RECOVERING, RunInfo, Submission
+from icrf.protocol import RunInfo, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.clocks import MovedClock
 from icrf.testing.inline import InlineFabric
 from icrf.testing.runs import follow, follow_until
-from icrf.testing.waiting import until
 
 ROUNDS = 6
 BASE: dict[str, Any] = {

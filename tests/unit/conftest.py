@@ -21,6 +21,7 @@ from icrf.protocol import (
     CallDone,
     Capacity,
     Checkpointed,
+    Dismiss,
     Fingerprint,
     Instruction,
     Lease,
@@ -234,10 +235,11 @@ class Core:
         if isinstance(order, StoreModel):
             return ModelStored(order.run_id, order.generation, order.round, "model.safetensors", "ab" * 32)
         if isinstance(order, SaveCheckpoint):
-            return Checkpointed(order.run_id, order.generation, order.round, f"checkpoint/{order.round}/{cluster}")
+            artifact = f"checkpoint/{order.round}.{order.generation}/{cluster}"
+            return Checkpointed(order.run_id, order.generation, order.round, artifact)
         if isinstance(order, Release):
             return Released(order.run_id, order.generation)
-        assert isinstance(order, AbortAttempt | Lease | Reject)
+        assert isinstance(order, AbortAttempt | Dismiss | Lease | Reject)
         return None
 
     def nodes_on(self, run_id: str, cluster: str) -> list[int]:
@@ -254,8 +256,8 @@ class Core:
             order.generation,
             num_samples=tuple((n, 10 + n) for n in trains),
             absmax=(1.0, 2.0) if decentralized or is_coordinator else (),
-            state_hashes=b"".join(digest(0, n) for n in nodes) if decentralized else b"",
-            model_hash=digest("model", 0).hex() if is_coordinator and not decentralized else "",
+            state_hashes=b"".join(digest(order.restore_round, n) for n in nodes) if decentralized else b"",
+            model_hash=digest("model", order.restore_round).hex() if is_coordinator and not decentralized else "",
         )
 
     def round_report(self, cluster: str, start: StartRound, **parts: Any) -> RoundReport:
