@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from icrf.federation.node import FederatedNode
-from icrf.protocol import RunInfo, Submission
+from icrf.protocol import IDLE, RunInfo, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
 from icrf.testing.clocks import MovedClock
 from icrf.testing.inline import InlineFabric
 from icrf.testing.runs import follow, follow_until
+from icrf.testing.waiting import until
+from icrf_agent.mail import NO_MAIL, Mail
+from icrf_agent.room import TopologyManager
 
 ROUNDS = 6
 BASE: dict[str, Any] = {
@@ -179,3 +182,88 @@ def test_nodes_of_a_lost_cluster_go_to_the_others(name: str, undisturbed: Undist
         assert lost not in after.values()
         assert {node for node in before if before[node] != after[node]} == {n for n in before if before[n] == lost}
         assert run.hashes() == undisturbed(name, 3)
+
+
+def test_letters_wait_where_their_nodes_go(monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed) -> None:
+    """Without them the bits would be others, so the federation above is one that depends on them."""
+    restore = TopologyManager.restore
+    carried: list[int] = []
+
+    def counted(room: TopologyManager, mail: Mail, here: Collection[int]) -> None:
+        carried.append(len(mail.letters))
+        restore(room, NO_MAIL if dropped else mail, here)
+
+    monkeypatch.setattr(TopologyManager, "restore", counted)
+    found = {}
+    for dropped in (False, True):
+        with kept(FEDERATIONS["own nodes in a ring"], 2, clustering_period=3) as run:
+            run.go(3)
+            run.fabric.start_agent("local-3")
+            run.go(ROUNDS)
+            found[dropped] = run.hashes()
+    assert any(carried)
+    assert found[False] == undisturbed("own nodes in a ring", 3) != found[True]
+
+
+def test_nodes_follow_a_graph_that_changes(undisturbed: Undisturbed) -> None:
+    """On three clusters, with no cluster coming or going: only because less crosses then."""
+    with kept(FEDERATIONS["changing graph"], 3, clustering_period=1) as run:
+        run.go(3)
+        run.go(ROUNDS)
+        moves = [text for text in run.texts() if "nodes move: " in text]
+        assert moves
+        assert run.hashes() == undisturbed("changing graph", 3)
+
+
+@pytest.mark.parametrize("name", ["star", "own nodes in a ring"])
+def test_a_cluster_that_comes_back_is_fenced_and_gets_nodes_again(name: str, undisturbed: Undisturbed) -> None:
+    with kept(FEDERATIONS[name], 2, on_cluster_loss="reassign", clustering_period=1) as run:
+        run.go(3)
+        run.fabric.stop_agent("local-2")
+        run.clock.ahead_s += 3.0
+        until(lambda: "local-2" not in run.homes().values() and run.info.status == IDLE)
+        run.fabric.start_agent("local-2")
+        run.go(ROUNDS)
+        assert "local-2" in run.homes().values()
+        assert run.hashes() == undisturbed(name, 3)
+
+
+def test_pinned_nodes_wait(undisturbed: Undisturbed) -> None:
+    with kept(STAR, 2, on_cluster_loss="reassign", checkpoint_every=1, placement={"client_5": "local-2"}) as run:
+        run.go(3)
+        run.fabric.stop_agent("local-2")
+        run.clock.ahead_s += 3.0
+        until(lambda: "its nodes cannot move: " in run.info.waiting_for)
+        assert "client_5" in run.info.waiting_for
+        run.fabric.start_agent("local-2")
+        run.go(ROUNDS)
+        assert run.hashes() == undisturbed("star", 3)
+
+
+@pytest.mark.parametrize("name", ["star with states at nodes", "own nodes in a ring"])
+def test_a_mediator_that_is_restarted_after_a_move_goes_on(name: str, undisturbed: Undisturbed) -> None:
+    with kept(FEDERATIONS[name], 2, clustering_period=1, checkpoint_every=2) as run:
+        run.go(3)
+        run.fabric.start_agent("local-3")
+        run.go(4)
+        assert "local-3" in run.homes().values()
+        run.fabric.restart_mediator()
+        until(lambda: run.info.status == IDLE)
+        run.go(ROUNDS)
+        with kept(FEDERATIONS[name], 1) as alone:
+            for stop in (3, 4, ROUNDS):
+                alone.go(stop)
+            assert run.hashes() == alone.hashes()
+
+
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_letters_survive_the_death_of_a_topology_manager(clusters: int, undisturbed: Undisturbed) -> None:
+    name = "own nodes in a ring"
+    with kept(FEDERATIONS[name], clusters, checkpoint_every=2) as run:
+        run.go(3)
+        run.fabric.substrates["local-1"].kill_manager()
+        # Whatever needs it next brings it back, empty.
+        run.fabric._thread.call(run.fabric.agents["local-1"]._runtime.abort("another", 1, 1))
+        run.go(ROUNDS)
+        starts = [text for text in run.texts() if "is over here" in text]
+        assert starts and run.hashes() == undisturbed(name, 3)

@@ -1,4 +1,4 @@
-"""Where a run goes on when clusters come, are lost, or when less crosses elsewhere, as the mediator's core decides it."""
+"""Where a run goes on when clusters come or are lost, or when less crosses elsewhere, as the mediator decides it."""
 
 from __future__ import annotations
 
