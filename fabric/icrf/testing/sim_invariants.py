@@ -45,6 +45,7 @@ class _Facts:
     status: str = ""
     generation: int = 0
     clusters: tuple[str, ...] = ()
+    homes: tuple[str, ...] = ()
     heads: list[str] = field(default_factory=list)
     without: dict[int, set[str]] = field(default_factory=dict)
     events: list[Mapping[str, Any]] = field(default_factory=list)
@@ -145,6 +146,14 @@ class Checker:
         facts.generation, facts.clusters = generation, tuple(write.row["clusters"])
         assert facts.tally is not None
         facts.tally.place(write.row["assignment"])
+        homes = tuple(facts.clusters[k] for k in write.row["assignment"])
+        config = facts.tally.config
+        may_move = config["on_cluster_loss"] == "reassign" or config.get("clustering_period")
+        self.require(bool(may_move) or facts.homes in ((), homes), f"I4: nodes moved in generation {generation}")
+        for node, pinned in config.get("placement", {}).items():
+            home = homes[[n.id for n in facts.tally.submission.nodes].index(node)]
+            self.require(home == pinned, f"I4: {node}, pinned to {pinned}, lives on {home}")
+        facts.homes = homes
 
     def _on_relinks(self, facts: _Facts, write: Write) -> None:
         generation = int(write.key[1])

@@ -17,7 +17,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from icrf.errors import IcrfError
+from icrf.errors import ConfigErrors, IcrfError
 from icrf.protocol import CENTRALIZED, DECENTRALIZED, HIERARCHICAL, RunEvent
 from icrf.testing.sim_agent import SimAgent
 from icrf.testing.sim_cluster import ANOTHER_PROGRAM, Network, SimCluster
@@ -79,7 +79,8 @@ class User:
         submission = self._tally.submission
         try:
             info = self._fabric.mediator.decide(lambda core: core.submit(submission, run_id, world.now()))
-        except Away:
+        except (Away, ConfigErrors):
+            # Whoever pins nodes to a cluster waits for it to be there.
             return world.soon(0.5, 3.0, ("submit again", self.request_id), self._submit)
         self._fabric.checker.require(self.run_id in ("", info.run_id), "F40: one request became two runs")
         self._fabric.checker.submitted(info.run_id)
@@ -267,6 +268,8 @@ class Fabric:
             moves = Random(f"moves of {number} under {self._seed}")
             config |= {"on_cluster_loss": "reassign", "clustering_period": moves.randint(0, 3)}
             config["assignment_strategy"] = moves.choice(("locality", "round_robin"))
+            pinned = moves.random() < 0.3
+            config["placement"] = {f"node_{size - 1}": moves.choice(self.clusters).name} if pinned else {}
         schedule: list[list[int]] = []
         groups, aggregators = Random(f"groups of {number} under {self._seed}"), []
         if size > 3 and groups.random() < 0.35 and (not long or self._moving):
