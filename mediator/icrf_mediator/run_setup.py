@@ -165,7 +165,7 @@ class RunSetup(RunRounds):
         if self._looking:
             self._looking, self._deadline_s = False, NEVER
             if reason not in ("", self._told_to_stay):
-                self.record.event(effects, now, "status", f"nodes stay where they are: {reason}")
+                self.record.event(effects, now, "move", f"nodes stay where they are: {reason}")
             self._told_to_stay = reason
             self._go_on(effects, now)
         else:
@@ -184,5 +184,5 @@ class RunSetup(RunRounds):
         text = moved(self.placement, placement, [node.id for node in self.submission.nodes])
         self._place(placement)
         self.record.change(clusters=placement.clusters)
-        self.record.event(effects, now, "status", text)
+        self.record.event(effects, now, "move", text)
         self._reserve(effects, now)

@@ -16,7 +16,9 @@ from icrf.errors import RunError
 from icrf.federation.supervisor import Roster, Sighting
 from icrf.protocol import COMPLETED, IDLE
 from icrf.spec import FederationConfig
+from icrf.testing.clocks import MovedClock
 from icrf.testing.inline import InlineFabric
+from icrf.testing.waiting import until
 from icrf.topology import HybridAdjacencyMatrix
 
 STAR = {"schema": "TraditionalFederatedLearning", "federated_learning_topology": "star"}
@@ -90,6 +92,21 @@ def test_lost_nodes_leave_the_topology_and_come_back(inline: InlineFabric) -> No
     assert supervisor.ping() == back
     assert told == [lost, back]
     assert not supervisor.ended
+
+
+def test_lost_nodes_are_back_when_they_have_moved() -> None:
+    clock = MovedClock()
+    with InlineFabric(2, clock=clock) as fabric:
+        keys = {"placement": {}, "on_cluster_loss": "reassign", "federated_learning_rounds": 1}
+        run = Fabric(fabric.port).submit(config(**keys), keep=True)
+        rested(run)
+        supervisor = FederationSupervisor(run, min_nodes=1)
+        assert supervisor.ping() == NOTHING
+        fabric.stop_agent("local-2")
+        lost = supervisor.ping().lost
+        clock.ahead_s += 3.0
+        until(lambda: run.info().clusters == ("local-1",))
+        assert lost and supervisor.ping() == Sighting((), lost, below=False)
 
 
 def test_below_min_nodes_the_federation_ends_in_order_with_its_model(inline: InlineFabric) -> None:

@@ -34,6 +34,22 @@ def ring(core: Any, num_nodes: int = 6, **parts: Any) -> RunInfo:
     return core.submit(core.submission(num_nodes, federated_learning_rounds=6, **parts))
 
 
+def before_a_move(core: Any) -> RunInfo:
+    """A run on two clusters in the round after which another placement is looked for."""
+    core.register(*BOTH)
+    run = ring(core, clustering_period=2)
+    up_to(core, run, 2)
+    return run
+
+
+def before_a_loss(core: Any) -> RunInfo:
+    """A run on three clusters in its fourth round, with a checkpoint of the second."""
+    core.register(*ALL)
+    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
+    up_to(core, run, 4)
+    return run
+
+
 def homes(core: Any, run: RunInfo) -> list[str]:
     """The cluster of every node."""
     machine = core.mediator._runs[run.run_id]
@@ -69,9 +85,7 @@ def lose(core: Any, *names: str) -> None:
 
 
 def test_a_cluster_that_has_joined_gets_nodes_between_two_rounds(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     before = homes(core, run)
     core.register("za")
     up_to(core, run, 3)
@@ -85,9 +99,7 @@ def test_a_cluster_that_has_joined_gets_nodes_between_two_rounds(core: Any) -> N
 
 
 def test_nodes_go_on_from_what_the_clusters_kept_that_they_lived_on(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     before = homes(core, run)
     core.register("za")
     up_to(core, run, 3)
@@ -130,9 +142,7 @@ def test_a_round_after_which_nodes_may_move_announces_no_next_one(core: Any, per
 
 
 def test_nodes_stay_where_a_new_cluster_has_no_room_for_them(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     core.register("za")
     other = core.submit(core.submission(4, placement={f"client_{n}": "za" for n in range(4)}, keep=True))
     up_to(core, run, 3)
@@ -143,9 +153,7 @@ def test_nodes_stay_where_a_new_cluster_has_no_room_for_them(core: Any) -> None:
 
 
 def test_nobody_who_is_in_line_for_a_cluster_is_overtaken(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     waiting = core.submit(core.submission(4, placement={"client_0": "eu"}))
     core.register("za")
     assert core.get(waiting).status == "QUEUED" and "eu" in core.get(waiting).waiting_for
@@ -158,9 +166,7 @@ def test_nobody_who_is_in_line_for_a_cluster_is_overtaken(core: Any) -> None:
 
 
 def test_a_checkpoint_that_fails_leaves_nodes_where_they_are(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     core.register("za")
     core.play_round()
     error = make_error("F006", "no state").to_json()
@@ -173,9 +179,7 @@ def test_a_checkpoint_that_fails_leaves_nodes_where_they_are(core: Any) -> None:
 
 
 def test_a_checkpoint_that_takes_too_long_leaves_nodes_where_they_are(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     core.register("za")
     core.play_round()
     core.pass_time(120.0, beating=ALL)
@@ -184,9 +188,7 @@ def test_a_checkpoint_that_takes_too_long_leaves_nodes_where_they_are(core: Any)
 
 
 def test_a_cluster_that_computes_other_bits_gets_no_nodes(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     core.register("za", fingerprint=Fingerprint("2.13", "AVX512", "on", 1, "cpu"))
     completed(core, run)
     assert core.get(run).clusters == BOTH
@@ -194,9 +196,7 @@ def test_a_cluster_that_computes_other_bits_gets_no_nodes(core: Any) -> None:
 
 @pytest.mark.parametrize("held", [SaveCheckpoint, Reserve, Activate, StartRound])
 def test_a_mediator_that_is_restarted_during_a_move_goes_on(core: Any, held: type) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
+    run = before_a_move(core)
     core.register("za")
     core.play_round()
     core.play(hold=(held, StartRound))
@@ -215,9 +215,7 @@ def test_a_mediator_that_is_restarted_during_a_move_goes_on(core: Any, held: typ
 
 
 def test_a_lost_cluster_is_given_up_two_seconds_after_its_lease(core: Any) -> None:
-    core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
-    up_to(core, run, 4)
+    run = before_a_loss(core)
     lost = homes(core, run)[0]
     left = tuple(name for name in ALL if name != lost)
     core.pass_time(20.0, beating=left)
@@ -235,9 +233,7 @@ def test_a_lost_cluster_is_given_up_two_seconds_after_its_lease(core: Any) -> No
 
 
 def test_a_cluster_that_is_back_within_two_seconds_keeps_its_nodes(core: Any) -> None:
-    core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
-    up_to(core, run, 4)
+    run = before_a_loss(core)
     before = homes(core, run)
     core.pass_time(20.0, beating=("us", "za"))
     core.register("eu", held=(HeldRun(run.run_id, 1, 4, 1),))
@@ -253,9 +249,7 @@ def homes_of(core: Any, run: RunInfo) -> list[str]:
 
 
 def test_the_old_owner_is_fenced_and_then_free_for_others(core: Any) -> None:
-    core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
-    up_to(core, run, 4)
+    run = before_a_loss(core)
     old = [order for cluster, order in core.take(StartRound) if cluster == "eu"]
     lose(core, "eu")
     core.play(hold=(StartRound,))
@@ -371,9 +365,7 @@ def test_a_cluster_that_leaves_in_order_hands_its_nodes_over_at_once(core: Any) 
 
 
 def test_a_cluster_that_was_lost_while_the_mediator_was_away_is_given_up_after_a_lease(core: Any) -> None:
-    core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
-    up_to(core, run, 4)
+    run = before_a_loss(core)
     again = core.restarted()
     again.orders = core.orders
     again.register("us", "za", held=(HeldRun(run.run_id, 1, 4, 1),))
@@ -385,9 +377,7 @@ def test_a_cluster_that_was_lost_while_the_mediator_was_away_is_given_up_after_a
 
 
 def test_a_move_that_is_cut_short_by_another_loss_goes_elsewhere_again(core: Any) -> None:
-    core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
-    up_to(core, run, 4)
+    run = before_a_loss(core)
     lose(core, "eu")
     core.play(hold=(Activate, StartRound))
     core.pass_time(25.0, beating=("za",))
@@ -405,9 +395,7 @@ def test_with_wait_nobody_moves(core: Any) -> None:
 
 
 def test_what_a_cluster_sets_up_for_nodes_that_have_moved_on_is_not_taken(core: Any) -> None:
-    core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
-    up_to(core, run, 4)
+    run = before_a_loss(core)
     lose(core, "eu")
     core.play(hold=(Activate, StartRound))
     held = core.take(Activate)

@@ -137,14 +137,14 @@ class PlainView:
         """Nothing is held."""
 
     def show(self, event: RunEvent) -> None:
-        """Rounds, warnings and waits; a change of status says nothing that a log would need."""
+        """Rounds, moves, warnings and waits; a change of status says nothing that a log would need."""
         repeated = self._out_of_contact
         self._out_of_contact = event.seq == 0
         if repeated and self._out_of_contact:
             return  # events without a number say over and over that the mediator is out of reach
         if event.round is not None:
             self._terminal.line(plain_round(event.round, self._planned, merges=self._merges))
-        elif event.kind in ("warning", "waiting"):
+        elif event.kind in ("move", "warning", "waiting"):
             self._terminal.line(f"{event.kind}  {event.text}")
 
     def waiting(self, what: str) -> None:
@@ -213,6 +213,8 @@ class LiveView:
             self._round(event.round)
         elif event.kind == "warning":
             self._terminal.line(Text.assemble(("  ! ", "yellow"), safe_text(event.text)))
+        elif event.kind == "move":
+            self._terminal.line(Text.assemble(("  > ", "cyan"), safe_text(event.text)))
         elif event.kind == "waiting":
             self.waiting(event.text)
         elif event.kind == "status" and event.status != self._status:

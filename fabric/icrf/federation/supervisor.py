@@ -111,7 +111,9 @@ class FederationSupervisor:
         if run is None or submission is None:
             raise RunError("F005", "nothing was submitted here that could be supervised", hint="call train() first")
         trains = training(submission)
-        least = min_nodes or json.loads(submission.config_json).get("min_nodes") or len(trains)
+        config = json.loads(submission.config_json)
+        least = min_nodes or config.get("min_nodes") or len(trains)
+        self._nodes_move = config.get("on_cluster_loss") == "reassign" or bool(config.get("clustering_period"))
         graph = HybridAdjacencyMatrix.from_graph(submission.graph)
         self._run, self._interval_s, self._on_change = run, interval_s, on_change
         self._roster = Roster([node.id for node in submission.nodes], trains, least, graph)
@@ -137,7 +139,7 @@ class FederationSupervisor:
 
     def ping(self) -> Sighting:
         """Look once who is there, and do what follows from it."""
-        if not self._owner_of and self._run.info().clusters:
+        if (self._nodes_move or not self._owner_of) and self._run.info().clusters:
             plan = self._run.plan()
             self._owner_of = dict(plan.assignment) if plan is not None else {}
         if not self._owner_of:

@@ -85,7 +85,7 @@ class RunEvent:
     run_id: str
     seq: int
     at: float
-    kind: str  # "status", "waiting", "round", "warning", "end"
+    kind: str  # "status", "waiting", "round", "move", "warning", "end"
     text: str = ""
     status: str = ""
     round: RoundResult | None = None
