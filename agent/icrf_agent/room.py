@@ -17,7 +17,11 @@ from icrf_agent.mail import Mail
 
 
 class TopologyManager:
-    """The room of one federation: graph, names and mailboxes."""
+    """The room of one federation: graph, names and mailboxes.
+
+    Attributes:
+        used: whether any letter was written here, or came for somebody.
+    """
 
     def __init__(self) -> None:
         self._ids: list[str] = []
@@ -27,6 +31,7 @@ class TopologyManager:
         self._read: dict[int, list[Letter]] = {}
         self._sequence: dict[int, int] = {}
         self._published = 0
+        self.used = False
         self._rejected = 0
 
     def link_nodes(self, node_ids: Sequence[str], topology: str | np.ndarray[Any, Any] | HybridAdjacencyMatrix) -> None:
@@ -93,6 +98,7 @@ class TopologyManager:
         """The same for a message that is encoded already; `sender` is -1 for the supervisor."""
         self._sequence[sender] = self._sequence.get(sender, 0) + 1
         self._published += 1
+        self.used = True
         return Letter(sender, self._sequence[sender], message)
 
     def publish(self, message: Message, recipient_ids: Sequence[str] | str | None = None) -> int:
@@ -103,6 +109,7 @@ class TopologyManager:
 
     def deliver(self, letter: Letter, recipients: Sequence[int]) -> None:
         """Put a checked letter into mailboxes."""
+        self.used = True
         for recipient in recipients:
             self._mail.setdefault(recipient, []).append(letter)
 
@@ -141,6 +148,7 @@ class TopologyManager:
         for letter, recipients in mail.letters:
             self.deliver(letter, [node for node in recipients if node in here])
         self._sequence = dict(mail.numbers)
+        self.used = self.used or bool(mail)
 
     def get_stats(self) -> dict[str, int]:
         """Counters of this room."""

@@ -187,8 +187,9 @@ class HostedRuntime:
         if run.lost_mail:
             raise RunError("F006", f"no mail of round {round_number} on {self._cluster}")
         keepers = [host for slot, host in enumerate(run.hosts) if run.keeps_state(slot)]
-        parts = await asyncio.gather(*(host.call("host_checkpoint", round_number) for host in keepers))
-        mail = await self._manager.call("mail_after", run_id, round_number)
+        # The manager first: it is not busy with the round that goes on, and forgets letters as hosts forget states.
+        asked = [self._manager.call("mail_after", run_id, round_number)]
+        mail, *parts = await asyncio.gather(*asked, *(host.call("host_checkpoint", round_number) for host in keepers))
         return await asyncio.to_thread(run.checkpoint_from, parts, mail, round_number)
 
     async def recover(self, run_id: str, error: IcrfError) -> str:

@@ -368,7 +368,7 @@ class HybridTopologyManager:
         with self._lock:
             room = self._linked(run_id)
             newest = room.position[0]
-            if newest > round_number + 1:
+            if newest > round_number + 1 and room.topology.used:
                 raise RunError("F006", f"no mail of round {round_number} on {self._cluster}")
             if newest > round_number:
                 # What the next round has read so far, it has not read before.
@@ -379,7 +379,7 @@ class HybridTopologyManager:
         """Whether nodes of a run have exchanged letters here."""
         with self._lock:
             room = self._linked(run_id)
-            return bool(room.topology.waiting(room.delivery.staged(room.position[0])))
+            return room.topology.used or bool(room.delivery.staged(room.position[0]))
 
     def sync(self, run_id: str, node_id: str, wait_s: float = 0.0, position: Position | None = None) -> list[Message]:
         """Drain a node's mailbox; with `wait_s` wait up to that long for a message of the supervisor.

@@ -223,9 +223,10 @@ class ClusterRuntime(Protocol):
     async def activate(self, request: Activate, checkpoint: bytes = b"") -> Activated:
         """Create the hosts (live ones are kept) and set up this cluster's nodes; U001 carries a node's own traceback.
 
-        With ``request.restore_round`` > 0 the state is that of `checkpoint`, which an earlier `checkpoint` call of this
-        cluster returned for that round (empty where the cluster keeps no state). An earlier generation of the run on
-        this cluster is over; a repeated call of the same one waits for the first."""
+        With ``request.restore_round`` > 0 the state is that of `checkpoint`, out of what earlier `checkpoint` calls
+        returned for that round on the clusters that the nodes lived on then (empty where they keep no state); what it
+        has of others is left aside. An earlier generation of the run on this cluster is over; a repeated call of the
+        same one waits for the first."""
 
     async def adopt(self, request: Activate) -> HeldRun | None:
         """After a restart of the agent: take over the hosts of a run that were activated with `request`.
@@ -236,7 +237,8 @@ class ClusterRuntime(Protocol):
     async def checkpoint(self, run_id: str, round_number: int) -> bytes:
         """This cluster's part of the committed state of a round; F006 when it is no longer (or not) here, W0xx never.
 
-        Centralized: the coordinator's global model, empty elsewhere. Decentralized: the states of all nodes here."""
+        Centralized: the coordinator's global model, empty elsewhere. Decentralized: the states of all nodes here. In any
+        case what nodes keep themselves, and the letters that wait for them."""
 
     async def recover(self, run_id: str, error: IcrfError) -> str:
         """After a step of a run failed with `error`: bring back what died, as far as it can be.
