@@ -237,8 +237,8 @@ class ClusterRuntime(Protocol):
     async def checkpoint(self, run_id: str, round_number: int) -> bytes:
         """This cluster's part of the committed state of a round; F006 when it is no longer (or not) here, W0xx never.
 
-        Centralized: the coordinator's global model, empty elsewhere. Decentralized: the states of all nodes here. In any
-        case what nodes keep themselves, and the letters that wait for them."""
+        Centralized: the coordinator's global model, empty elsewhere. Decentralized: the states of all nodes here. In
+        any case what nodes keep themselves, and the letters that wait for them."""
 
     async def recover(self, run_id: str, error: IcrfError) -> str:
         """After a step of a run failed with `error`: bring back what died, as far as it can be.

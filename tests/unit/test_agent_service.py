@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,6 +173,38 @@ def test_an_agent_that_hears_nothing_any_more_ends_instead_of_letting_rounds_wai
         with pytest.raises(kind):
             await agent.serve()
         await agent.stop()
+
+    run(test())
+
+
+def test_who_reserves_again_waits_until_the_slots_are_released() -> None:
+    """A run may come back to a cluster that it has left."""
+
+    class Slow(Runtime):
+        def __init__(self) -> None:
+            super().__init__()
+            self.may_end, self.done = asyncio.Event(), list[str]()
+
+        async def release(self, run_id: str) -> None:
+            await self.may_end.wait()
+            self.done.append("released")
+
+        async def reserve(self, order: Reserve) -> None:
+            self.done.append("reserved")
+
+    async def test() -> None:
+        again = Reserve("run", 2, "fed", 1, Resources(1.0, 0.0), "PACK", 60.0)
+        other = replace(again, run_id="other")
+        link, runtime = Link(Lease(10.0, 5.0), Release("run", 1), again, other), Slow()
+        agent = await started(link, runtime)
+        serving = asyncio.create_task(agent.serve())
+        await async_until(lambda: Reserved("other", 2) in link.reports)
+        assert runtime.done == ["reserved"]
+        runtime.may_end.set()
+        await async_until(lambda: Reserved("run", 2) in link.reports)
+        assert runtime.done == ["reserved", "released", "reserved"]
+        await agent.stop()
+        await serving
 
     run(test())
 
