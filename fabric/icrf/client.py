@@ -369,6 +369,8 @@ class Run:
         for event in self.events():
             if event.round is not None:
                 folder.add_round(event.round)
+            if event.kind == "move" and (plan := self.plan()) is not None:
+                folder.write_plan(plan)
             on_event(event)
         return self.close_folder(folder)
 

@@ -33,9 +33,20 @@ WIRE = (
 )
 MEDIATOR_CORE = tuple(
     f"mediator/icrf_mediator/{n}*.py"
-    for n in ("checkpoints", "checks", "effects", "mediator", "membership", "placement", "rounds", "run_", "runs")
+    for n in (
+        "checkpoints",
+        "checks",
+        "effects",
+        "mediator",
+        "membership",
+        "moves",
+        "placement",
+        "rounds",
+        "run_",
+        "runs",
+    )
 )
-AGENT_CORE = tuple(f"agent/icrf_agent/{n}*.py" for n in ("core", "delivery", "round_machine", "phase_reports"))
+AGENT_CORE = tuple(f"agent/icrf_agent/{n}*.py" for n in ("core", "delivery", "mail", "round_machine", "phase_reports"))
 IMPURE = frozenset(
     [
         "grpc",

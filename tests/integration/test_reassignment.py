@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from icrf.client import Fabric
 from icrf.federation.node import FederatedNode
 from icrf.protocol import IDLE, RunInfo, Submission
 from icrf.spec import FederationConfig
@@ -226,6 +229,23 @@ def test_a_cluster_that_comes_back_is_fenced_and_gets_nodes_again(name: str, und
         run.go(ROUNDS)
         assert "local-2" in run.homes().values()
         assert run.hashes() == undisturbed(name, 3)
+
+
+def test_the_plan_of_a_run_is_the_one_in_force(tmp_path: Path) -> None:
+    with InlineFabric(3) as fabric:
+        config = FederationConfig.from_mapping({**ADAPTING, "clustering_period": 1})
+        run = Fabric(fabric.port).submit(config)
+        first = run.plan()
+        run.save(tmp_path)
+        found = json.loads((tmp_path / "plan.json").read_text())["assignment"]
+        assert first is not None and first.assignment != found
+        assert found == dict(zip(first.assignment, homes_in(fabric, run.id), strict=True))
+
+
+def homes_in(fabric: InlineFabric, run_id: str) -> list[str]:
+    """Where nodes lived last, out of the journal."""
+    row = fabric.store.rows("assignments", (run_id,))[-1].row
+    return [row["clusters"][k] for k in row["assignment"]]
 
 
 def test_pinned_nodes_wait(undisturbed: Undisturbed) -> None:
