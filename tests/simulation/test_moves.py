@@ -54,7 +54,7 @@ def test_runs_whose_nodes_move_end_as_without_faults(kinds: tuple[str, ...], mov
 
 def test_they_do_so_where_other_programs_take_the_slots(moved: Counter[str]) -> None:
     histories("line is cut", "mediator is killed", seeds=10, crowded=True)
-    assert moved["choice"] > 5 and moved["loss"] > 5
+    assert moved["choice"] > 2 and moved["loss"] > 2
 
 
 def caught(*kinds: str) -> str:
