@@ -40,11 +40,13 @@ from icrf.protocol import (
     Reserve,
     SaveCheckpoint,
     SendMessage,
+    StartRound,
     StoreModel,
 )
 from icrf_agent.core import Action, Advance, AgentCore, Discard, Perform, Say, failure
 from icrf_agent.journal import AgentJournal
 from icrf_agent.kept import part_of
+from icrf_agent.recovery import RETRY
 from icrf_agent.round_machine import ADAPT, AGGREGATE, EVALUATE, INSTALL, PUBLISH, SEND, TRAIN
 
 log = logging.getLogger("icrf.agent")
@@ -54,6 +56,8 @@ DRAIN_S = 60.0
 # How long to ask for the mediator's consent when it has not answered for so many heartbeats.
 DRAIN_UNHEARD_S, UNHEARD_BEATS = 2.0, 2
 DRAIN_POLL_S = 0.5
+# How long to wait before a round that has failed is tried again: nothing at first, then twice as long each time.
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 LEASE_LOST = "A002"
 _PHASE_OF = {
     PUBLISH: "train",
@@ -99,6 +103,8 @@ class AgentService:
         self._refusal: IcrfError | None = None
         self.registered = asyncio.Event()
         self._dismissed = asyncio.Event()
+        # By run: the round that failed last because something had died, and how often in a row.
+        self._failures: dict[str, tuple[int, int]] = {}
         # Runs that are being released: who reserves for one again waits for that.
         self._releasing: dict[str, asyncio.Event] = {}
 
@@ -257,10 +263,19 @@ class AgentService:
                 return  # an attempt that was given up meanwhile
             log.warning("round %d on %s: %s", action.start.round, self._identity.cluster, error)
             recovery, error = await self._heal(action.start.run_id, error)
+            if recovery == RETRY:
+                await asyncio.sleep(self._pause_s(action.start))
             self._act(self._core.step_failed(action.start, error, recovery))
             return
         now = time.monotonic()
         self._act(self._core.step_done(action.start, action.step, result, now - began, now))
+
+    def _pause_s(self, start: StartRound) -> float:
+        """What died on another cluster takes its time to come back there, and whoever needs it fails at once."""
+        number, times = self._failures.get(start.run_id, (0, 0))
+        times = times + 1 if number == start.round else 1
+        self._failures[start.run_id] = start.round, times
+        return 0.0 if times == 1 else min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (times - 2))
 
     async def _heal(self, run_id: str, error: IcrfError) -> tuple[str, IcrfError]:
         """Bring back what died: the recovery it takes, and the error to report."""
@@ -347,6 +362,7 @@ class AgentService:
     async def _release(self, order: Release) -> None:
         over = self._releasing[order.run_id] = asyncio.Event()
         try:
+            self._failures.pop(order.run_id, None)
             await self._runtime.release(order.run_id)
             if self._journal is not None:
                 self._journal.forget(order.run_id)
