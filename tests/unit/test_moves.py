@@ -10,7 +10,6 @@ import pytest
 from icrf.errors import make_error
 from icrf.protocol import (
     CENTRALIZED,
-    DECENTRALIZED,
     Activate,
     Activated,
     Checkpointed,
@@ -47,6 +46,14 @@ def before_a_loss(core: Any) -> RunInfo:
     core.register(*ALL)
     run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
     up_to(core, run, 4)
+    return run
+
+
+def on_one_cluster(core: Any) -> RunInfo:
+    """A run on a single cluster in its third round."""
+    core.register("eu")
+    run = ring(core, on_cluster_loss="reassign", checkpoint_every=1)
+    up_to(core, run, 3)
     return run
 
 
@@ -322,9 +329,7 @@ def test_a_full_cluster_is_left_aside_and_the_runs_own_take_the_nodes(core: Any)
 
 
 def test_a_run_whose_only_cluster_is_lost_goes_to_one_that_computes_the_same(core: Any) -> None:
-    core.register("eu")
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=1)
-    up_to(core, run, 3)
+    run = on_one_cluster(core)
     core.register("us", fingerprint=Fingerprint("2.13", "AVX512", "on", 1, "cpu"))
     lose(core, "eu")
     assert "no other cluster that computes the same bits" in core.get(run).waiting_for
@@ -335,9 +340,7 @@ def test_a_run_whose_only_cluster_is_lost_goes_to_one_that_computes_the_same(cor
 
 
 def test_nodes_wait_for_room_and_move_when_there_is_some(core: Any) -> None:
-    core.register("eu")
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=1)
-    up_to(core, run, 3)
+    run = on_one_cluster(core)
     core.register("us")
     other = core.submit(core.submission(4, placement={"client_0": "us"}, keep=True))
     up_to(core, run, 3)
@@ -404,4 +407,3 @@ def test_what_a_cluster_sets_up_for_nodes_that_have_moved_on_is_not_taken(core: 
     for cluster, order in held:
         core.report(cluster, core.answer(cluster, order))
     completed(core, run)
-    assert core.submission(2).flow == DECENTRALIZED
