@@ -210,6 +210,37 @@ def test_label_pins_may_leave_no_room_for_fair_shares() -> None:
     assert np.bincount(found.clusters).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("strategy", ["locality", "metis", "louvain"])
+def test_nodes_follow_a_graph_that_has_changed(strategy: str) -> None:
+    before = assign(strategy, circulant(60, 4, 1), clusters_of(1, 1, 1), {}).clusters
+    adjacency = circulant(60, 4, 2)
+    stays = assign(strategy, adjacency, clusters_of(1, 1, 1), {}, Hints(previous=before))
+    follows = assign(strategy, adjacency, clusters_of(1, 1, 1), {}, Hints(previous=before, improve=True))
+    assert stays.clusters == before
+    assert adjacency.cut_edges(follows.clusters) < adjacency.cut_edges(before)
+    assert np.bincount(follows.clusters).tolist() == [20, 20, 20]
+    settled = assign(strategy, adjacency, clusters_of(1, 1, 1), {}, Hints(previous=follows.clusters, improve=True))
+    assert settled.clusters == follows.clusters
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "capacity", "random"])
+def test_strategies_that_do_not_look_at_the_graph_move_what_shares_demand(strategy: str) -> None:
+    adjacency = circulant(60, 4, 1)
+    before = assign(strategy, adjacency, clusters_of(1, 1), {}).clusters
+    hints = Hints(previous=before, improve=True)
+    assert assign(strategy, circulant(60, 4, 2), clusters_of(1, 1), {}, hints).clusters == before
+    found = assign(strategy, adjacency, clusters_of(1, 1, 1), {}, hints).clusters
+    moved = [node for node in range(60) if found[node] != before[node]]
+    assert len(moved) == 20 and {found[node] for node in moved} == {2}
+
+
+def test_communities_stay_together_when_nodes_move() -> None:
+    adjacency, communities = circulant(60, 4, 3), tuple(node % 3 for node in range(60))
+    before = tuple(node % 3 for node in range(60))
+    hints = Hints(previous=before, improve=True, communities=communities)
+    assert assign("locality", adjacency, clusters_of(1, 1, 1), {}, hints).clusters == before
+
+
 # ---------------------------------------------------------------- the other strategies
 
 

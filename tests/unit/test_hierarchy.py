@@ -204,6 +204,21 @@ def test_pins_are_kept_and_draw_their_group_along() -> None:
     assert homes_of(groups, [1, 1], {1: {0}, 2: {1}, 3: {1}}) == [1, 0, 1, 1, 0, 0, 0, 0]
 
 
+def test_groups_stay_where_they_were_as_long_as_there_is_room() -> None:
+    hierarchy, ids = hierarchy_of([0, 0, 0, 1, 1, 1, 2, 2, 2]), [f"n{i}" for i in range(12)]
+    before = assign_groups(hierarchy, ids, clusters_of(1, 1), {})
+    assert before is not None
+    gone = [-1 if cluster == 1 else 0 for cluster in before.clusters]
+    alone = assign_groups(hierarchy, ids, clusters_of(1), {}, gone)
+    assert alone is not None and set(alone.clusters) == {0}
+    joined = assign_groups(hierarchy, ids, clusters_of(1, 1, 1), {}, before.clusters)
+    assert joined is not None
+    moved = [node for node in range(12) if joined.clusters[node] != before.clusters[node]]
+    assert sorted({joined.clusters[node] for node in moved}) == [2] and len(moved) == 4
+    again = assign_groups(hierarchy, ids, clusters_of(1, 1, 1), {}, joined.clusters)
+    assert again is not None and again.clusters == joined.clusters
+
+
 def test_fewer_groups_than_clusters_are_divided_as_any_graph() -> None:
     assert homes_of([0, 0, 1, 1], [1, 1, 1]) is None
 

@@ -93,6 +93,8 @@ def test_every_key_says_what_it_is() -> None:
         ("checkpoint_every: 0", "checkpoint_every", 0),
         ("checkpoint_every: 1000000", "checkpoint_every", 1_000_000),
         ("on_cluster_loss: wait", "on_cluster_loss", "wait"),
+        ("on_cluster_loss: reassign", "on_cluster_loss", "reassign"),
+        ("clustering_period: 2", "clustering_period", 2),
         ("on_cluster_loss: fail", "on_cluster_loss", "fail"),
     ],
 )
@@ -320,6 +322,14 @@ def test_peers_need_all_of_their_neighbours(tmp_path: Path) -> None:
         ("client_fraction: 0.5\nmin_nodes: 6", "C008 fed.yaml:5: min_nodes 6 > 5 that take part in a round"),
         ("client_fraction: 0.5\nsampled_clients: 6", "C008 fed.yaml:5: sampled_clients 6 contradicts client_fraction"),
         ("sampled_clients: 11", "C008 # sampled_clients 11 > 10 nodes"),
+        (
+            "min_nodes: 2\nlate_updates: weigh\nclustering_period: 5",
+            "C008 fed.yaml:5: late_updates 'weigh' contradicts clustering_period",
+        ),
+        (
+            "min_nodes: 2\nlate_updates: weigh\non_cluster_loss: reassign",
+            "C008 fed.yaml:5: late_updates 'weigh' contradicts on_cluster_loss 'reassign'",
+        ),
         ("on_cluster_loss: exclude", "C008 # on_cluster_loss 'exclude' contradicts min_nodes null"),
         ("optimizer: Adam\nmomentum: 0.9", "C008 fed.yaml:5: momentum 0.9 contradicts optimizer Adam"),
         ("optimizer: Rprop\nweight_decay: 0.1", "C008 fed.yaml:5: weight_decay 0.1 contradicts optimizer Rprop"),
