@@ -33,6 +33,8 @@ class RunSetup(RunRounds):
     # The newest round after which another assignment was looked for, and whether one is being looked for now.
     _looked_after = 0
     _looking = False
+    # How long a checkpoint is waited for that would spare a lost cluster's run rounds.
+    _durable_until_s = NEVER
     # Why nodes stayed the last time; the same is told once.
     _told_to_stay = ""
 
@@ -150,13 +152,20 @@ class RunSetup(RunRounds):
         return True
 
     def is_durable(self, effects: Effects, now: Now) -> bool:
-        """Whether what nodes would go on from elsewhere is durable; where no state is lost it is made so."""
-        assert self._ledger is not None
+        """Whether what nodes would go on from elsewhere is durable; it is made so where nothing of it is lost."""
+        assert self._ledger is not None and self.placement is not None
         done = self._ledger.round
-        if not self._looking or done in self.checkpoints.durable:
+        lost = self._lost_state or not self._away.isdisjoint(self.placement.stateful(self.submission))
+        if lost or done == 0 or done in self.checkpoints.durable:
             return True
         if self.checkpoints.open_round != done:
             self._checkpoint(effects)
+            self._durable_until_s = now.monotonic_s + self._reserve_s
+        elif now.monotonic_s >= self._durable_until_s and not self._looking:
+            # Back to the checkpoint before: whoever is asked does not answer.
+            self.checkpoints.give_up()
+            self._lost_state = True
+            return True
         self.record.waits(effects, now, f"the state of round {done} to be durable: nodes are to move", quiet=True)
         return False
 

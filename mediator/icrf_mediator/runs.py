@@ -192,6 +192,9 @@ class RunMachine(RunSetup):
         if self.terminal or report.generation < self._set_up_generation:
             return
         if report.error_json:
+            # Of those that are lost anyway the run goes back to the one before.
+            was_asked = report.round == self.checkpoints.open_round and self.info.status == RECOVERING
+            self._lost_state = self._lost_state or was_asked
             self.checkpoints.give_up()
             if self._looking:
                 self.stays(effects, now, f"their state did not become durable: {error_of(cluster, report.error_json)}")

@@ -187,6 +187,16 @@ def test_nodes_of_a_lost_cluster_go_to_the_others(name: str, undisturbed: Undist
         assert run.hashes() == undisturbed(name, 3)
 
 
+def test_a_star_that_loses_clients_repeats_no_round(undisturbed: Undisturbed) -> None:
+    with kept(STAR, 3, on_cluster_loss="reassign") as run:
+        run.go(3)
+        run.fabric.stop_agent(next(name for name in run.info.clusters if name != run.homes()["server"]))
+        run.clock.ahead_s += 3.0
+        run.go(ROUNDS)
+        assert [row.row["round"] for row in run.fabric.store.rows("activations", (run.run_id,))] == [0, 3]
+        assert run.hashes() == undisturbed("star", 3)
+
+
 def test_letters_wait_where_their_nodes_go(monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed) -> None:
     """Without them the bits would be others, so the federation above is one that depends on them."""
     restore = TopologyManager.restore

@@ -388,6 +388,41 @@ def test_a_move_that_is_cut_short_by_another_loss_goes_elsewhere_again(core: Any
     assert set(homes_of(core, run)) == {"za"}
 
 
+def star_that_loses_clients(core: Any) -> RunInfo:
+    """Of a star, in its fourth round, a cluster is lost that keeps nothing."""
+    core.register(*ALL)
+    run = core.submit(
+        core.submission(6, CENTRALIZED, federated_learning_rounds=6, on_cluster_loss="reassign", checkpoint_every=0)
+    )
+    up_to(core, run, 4)
+    lost = next(name for name in ALL if name != homes(core, run)[0])
+    core.take(StartRound)
+    lose(core, lost)
+    assert core.get(run).status == "RECOVERING" and core.get(run).waiting_for.startswith("the state of round 3")
+    return run
+
+
+def test_where_no_state_is_lost_no_round_is_repeated(core: Any) -> None:
+    run = star_that_loses_clients(core)
+    core.play(hold=(StartRound,))
+    assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {4}
+    completed(core, run)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_where_the_state_cannot_be_saved_rounds_are_repeated(core: Any, answers: bool) -> None:
+    run = star_that_loses_clients(core)
+    ((server, order),) = core.take(SaveCheckpoint)
+    if answers:
+        error = make_error("F006", "no state").to_json()
+        core.report(server, Checkpointed(order.run_id, order.generation, order.round, error_json=error))
+    left = tuple(name for name in ALL if name in core.mediator._members.names())
+    core.pass_time(5.0 if answers else 70.0, beating=left)
+    core.play(hold=(StartRound,))
+    assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {1}
+    completed(core, run)
+
+
 def test_with_wait_nobody_moves(core: Any) -> None:
     core.register(*ALL)
     run = ring(core, checkpoint_every=2)
