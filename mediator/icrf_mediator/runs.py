@@ -9,7 +9,8 @@
 
 A run stops in RESERVED and READY when it was submitted with a stage, and goes on when asked to `advance`. Out of
 RECOVERING it either runs the open round again (all committed states are intact), or, under a new generation, goes
-through RESERVING once more and starts from the last durable checkpoint.
+through RESERVING once more and starts from the last durable checkpoint. Where nodes move, it does so on other clusters,
+out of RECOVERING or between two rounds (``run_setup.py``).
 """
 
 from __future__ import annotations
