@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from icrf.errors import ConfigErrors, IcrfError, ResourceError
+from icrf.errors import IcrfError, ResourceError
 from icrf.protocol import ClusterInfo, Plan, Submission
 from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
@@ -59,10 +59,6 @@ class Admission:
                 continue
             try:
                 placement = run.placement or self._placed(run, clusters)
-            except ConfigErrors as error:
-                # It was possible when it was submitted: a cluster that a node is pinned to is away.
-                run.queued(effects, now, str(error))
-                continue
             except IcrfError as error:
                 run.fail(effects, now, error)
                 failed.append(run)

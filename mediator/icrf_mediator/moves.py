@@ -93,7 +93,8 @@ class Moves:
         submission = replace(run.submission, graph=run.graphs.after(run.info.rounds_done))
         previous = {node.id: before.cluster_of(index) for index, node in enumerate(submission.nodes)}
         try:
-            found = assign_nodes(submission, clusters, previous=previous, improve=run.by_choice)
+            chosen = run.by_choice
+            found = assign_nodes(submission, clusters, previous=previous, improve=chosen, stay=not chosen)
             if [clusters[c].name for c in found.clusters] == list(previous.values()):
                 return ""
             plan = plan_of(submission, clusters, found)

@@ -165,11 +165,13 @@ def assign_nodes(
     previous: Mapping[str, str] | None = None,
     *,
     improve: bool = False,
+    stay: bool = False,
 ) -> Assignment:
     """The part of a plan that is decided: where nodes live. See :func:`make_plan`.
 
     Args:
         improve: whether nodes may also move where that makes less cross.
+        stay: whether all nodes stay whose cluster is there, whatever shares demand.
     """
     if not clusters:
         return Assignment((), ())
@@ -178,7 +180,12 @@ def assign_nodes(
     pins = resolve_pins(settings.placement, [node.id for node in submission.nodes], clusters)
     hints = _hints(submission, settings, clusters, measured, previous)
     hints = replace(hints, improve=improve)
-    return _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
+    if not stay:
+        return _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
+    held = {node: {home} for node, home in enumerate(hints.previous) if home >= 0 and home in pins.get(node, {home})}
+    found = _assign(submission, settings.assignment_strategy, adjacency, clusters, {**pins, **held}, hints)
+    why = ["stays: its cluster is there" if node in held else text for node, text in enumerate(found.explanation)]
+    return Assignment(found.clusters, tuple(why))
 
 
 def plan_of(submission: Submission, clusters: Sequence[ClusterInfo], assignment: Assignment) -> Plan:

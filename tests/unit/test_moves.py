@@ -305,6 +305,19 @@ def test_pinned_nodes_wait_for_their_cluster_and_say_so(core: Any) -> None:
     assert homes_of(core, run)[4] == "eu"
 
 
+def test_nobody_else_moves_to_a_larger_cluster_that_has_joined(core: Any) -> None:
+    core.register(*BOTH)
+    run = ring(core, on_cluster_loss="reassign")
+    up_to(core, run, 2)
+    before = homes(core, run)
+    core.register("za", slots=16)
+    lose(core, "us")
+    completed(core, run)
+    after = homes_of(core, run)
+    assert {node for node in range(6) if before[node] != after[node]} == {n for n in range(6) if before[n] == "us"}
+    assert "za" in after
+
+
 def test_nodes_that_were_placed_by_labels_go_to_another_cluster_with_them(core: Any) -> None:
     core.register("eu", labels={"gpu": "yes"})
     core.register("us")
