@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,6 +46,13 @@ class GatewaySettings:
         return GrpcTransport(self.listen, self.relay, self.cluster, self.incarnation, tls=self.tls)
 
 
+class Landings(References, Protocol):
+    """The cluster's object store, where what comes in lands."""
+
+    def allocate(self, num_elements: int, dtype: str) -> np.ndarray[Any, Any]:
+        """A one-dimensional array to be filled and then put."""
+
+
 class HybridClusterGateway:
     """Sends and receives payloads for one cluster.
 
@@ -56,7 +63,7 @@ class HybridClusterGateway:
     """
 
     def __init__(
-        self, transport: Callable[[], PayloadTransport], manager: HybridTopologyManager, references: References
+        self, transport: Callable[[], PayloadTransport], manager: HybridTopologyManager, references: Landings
     ) -> None:
         self._manager, self._references = manager, references
         self._coder = PayloadCoder()
@@ -65,7 +72,7 @@ class HybridClusterGateway:
         self._came = threading.Condition()
         self._closed = False
         self._transport = transport()
-        self._address = self._transport.serve(self._receive)
+        self._address = self._transport.serve(self._receive, references.allocate)
 
     def address(self) -> str:
         """Where peers can dial it; empty if only the relay reaches it."""

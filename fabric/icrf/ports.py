@@ -318,9 +318,14 @@ class PayloadTransport(Protocol):
     corrupted or truncated payload, or the IcrfError that the receiver's `receive` raised (for instance P011).
     """
 
-    def serve(self, receive: Callable[[PayloadHeader, np.ndarray[Any, Any], int], None]) -> str:
+    def serve(
+        self,
+        receive: Callable[[PayloadHeader, np.ndarray[Any, Any], int], None],
+        allocate: Callable[[int, str], np.ndarray[Any, Any]] = np.empty,
+    ) -> str:
         """Start accepting: `receive(header, array, wire_bytes)` is called in a worker thread per payload and owns the
-        one-dimensional array. Returns the address that peers can dial, or an empty string if none."""
+        one-dimensional array, which `allocate(num_elements, dtype)` has made unless the payload is coded. Returns the
+        address that peers can dial, or an empty string if none."""
 
     def send(self, header: PayloadHeader, array: np.ndarray[Any, Any], peer: PeerAddress, timeout_s: float) -> None:
         """Send a one-dimensional, contiguous array; it is only read."""
