@@ -167,6 +167,7 @@ class NodeHost:
     def host_relink(self, order: Relink) -> None:
         """Take over another graph, under a new generation."""
         self._peers().relink(order.graph)
+        self._ready()[0].mailbox.relink(order.graph)
         self._generation = order.generation
 
     def host_model(self, round_number: int) -> ModelFile:
@@ -204,6 +205,7 @@ class NodeHost:
                 nodes.enter(start)
                 tray.handed, tray.made = handed, []
                 report = work(flow)
+                nodes.mailbox.flush()
             return Worked(report, tuple(tray.made), self._meter.seconds)
         finally:
             tray.handed, tray.made = None, []
@@ -237,7 +239,7 @@ class NodeHost:
         nodes, flow = self._ready()
         _use_one_thread()
         nodes.get(index).context.model.load(flow.state_of(index))
-        nodes.mailbox.position = None
+        nodes.mailbox.enter(None)
         nodes.states.set_aside()
         return nodes
 

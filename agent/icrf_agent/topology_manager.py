@@ -20,7 +20,7 @@ from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
 from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, nodes_that, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf_agent.delivery import Delivery, Position
+from icrf_agent.delivery import Delivery, Letter, Outgoing, Position
 from icrf_agent.object_store import GlobalObjectStore, object_key
 from icrf_agent.room import TopologyManager, decode_letters, encode_letters
 
@@ -87,6 +87,16 @@ class _Room:
     def position(self) -> Position:
         """The newest attempt that was begun."""
         return self.delivery.position
+
+    def post(self, position: Position, letter: Letter, recipients: Sequence[int]) -> None:
+        """A letter to nodes here and elsewhere, which they get when the attempt is committed."""
+        assignment = self.activation.assignment
+        for cluster in sorted({assignment[n] for n in recipients}):
+            there = [n for n in recipients if assignment[n] == cluster]
+            if cluster == self.cluster:
+                self.delivery.stage(position, letter, there)
+            else:
+                self.delivery.post(position, cluster, letter, there)
 
     def local(self, nodes: Collection[int]) -> list[int]:
         return [n for n in nodes if self.activation.assignment[n] == self.cluster]
@@ -309,15 +319,20 @@ class HybridTopologyManager:
             self._require_open(room, position)
             sender, recipients = room.topology.address(message, recipient_ids)
             self._require_owner(room, sender, self._cluster)
-            letter = room.topology.letter(sender, message)
-            assignment = room.activation.assignment
-            for cluster in sorted({assignment[n] for n in recipients}):
-                there = [n for n in recipients if assignment[n] == cluster]
-                if cluster == room.cluster:
-                    room.delivery.stage(position, letter, there)
-                else:
-                    room.delivery.post(position, cluster, letter, there)
+            room.post(position, room.topology.letter(sender, message), recipients)
             return len(recipients)
+
+    def post(self, run_id: str, position: Position, letters: Sequence[Outgoing]) -> None:
+        """What nodes of this cluster have published in an attempt. Every edge is checked before any is accepted."""
+        with self._lock:
+            room = self._linked(run_id)
+            self._require_open(room, position)
+            for sender, recipients, _ in letters:
+                self._require_owner(room, sender, self._cluster)
+                for recipient in recipients:
+                    room.topology.require_edge(sender, recipient)
+            for sender, recipients, message in letters:
+                room.post(position, room.topology.sealed(sender, message), recipients)
 
     def publish_supervisor(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         """A message of the federation itself: no edge is needed, and it is readable at once."""
