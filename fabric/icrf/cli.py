@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from icrf import __version__
-from icrf.console.guard import Session, guarded
+from icrf.console.guard import Session, guarded, terminate
 from icrf.console.terminal import Terminal
 from icrf.errors import LocalError
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from icrf.wan import WanShape
 
 DEFAULT_MEDIATOR = "127.0.0.1:7443"
-EXIT_TERMINATED = 143
 
 app = typer.Typer(
     name="fabric",
@@ -473,14 +472,9 @@ def _finish(terminal: Terminal, summary: dict[str, Any], exit_code: int, json: b
         raise typer.Exit(exit_code)
 
 
-def _on_terminate(number: int, frame: object) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that an embedded fabric is closed and leaves no process behind."""
-    raise SystemExit(EXIT_TERMINATED)
-
-
 def main() -> None:
     """Entry point of the command ``fabric``."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    signal.signal(signal.SIGTERM, terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A terminal without UTF-8 shows a question mark; it is no reason to lose a run.
