@@ -1,4 +1,4 @@
-"""What is made of the measurements between clusters: rates, ratios to anchors of the same run, budgets, tables. Pure."""
+"""What is made of measurements between clusters: rates, ratios to anchors of the same run, budgets, tables. Pure."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -116,9 +116,15 @@ class Growth:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._sample()
 
     def _watch(self) -> None:
         while not self._stop.wait(SAMPLE_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        # A process that has ended has no memory; that it has, its silence tells.
+        with suppress(OSError, StopIteration):
             self.num_bytes = max(self.num_bytes, private_bytes(self._pid) - self._idle)
 
 
@@ -193,7 +199,7 @@ def _one_way(stage: _Stage) -> Mapping[str, Any]:
         relay = relaying.hear()["address"]
     sinks = [stage.start(replace(job, role="sink", relay=relay, number=k)) for k in range(job.crossing.clusters)]
     peers = tuple(sink.hear()["address"] for sink in sinks)
-    if relay:
+    if relay and job.crossing.megabytes:
         growth = stage.stack.enter_context(Growth(relaying.pid))
     source = stage.start(replace(job, role="source", peers=peers, relay=relay))
     ports = [int(address.rpartition(":")[2]) for address in ((relay,) if relay else peers)]
