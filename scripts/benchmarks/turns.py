@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import threading
@@ -20,6 +21,7 @@ from icrf.testing.processes import private_bytes
 from icrf_mediator.certs import init_authority
 
 END_S = 60.0
+LIMIT_S = 900.0
 SAMPLE_S = 0.02
 _SHOWN_LINES = 5
 _ENVIRONMENT = {
@@ -150,7 +152,10 @@ def _stage(crossing: Crossing, system: str, repeat: int, tls: bool) -> Iterator[
         certs = Path(folder) / "certs"
         if tls:
             init_authority(certs)
-        numbers = iter(range(100))
+        numbers = itertools.count()
+        # What hangs is ended, and its silence ends the turn.
+        limit = threading.Timer(LIMIT_S, family.end, (0.0,))
+        limit.start()
         try:
             with ExitStack() as stack:
 
@@ -160,6 +165,7 @@ def _stage(crossing: Crossing, system: str, repeat: int, tls: bool) -> Iterator[
 
                 yield _Stage(Job("", system, crossing, repeat, certs=str(certs) if tls else ""), start, stack)
         finally:
+            limit.cancel()
             family.end()
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import between_clusters, environments
+from benchmarks import turns as turns_module
 from benchmarks.__main__ import main
 from benchmarks.between_clusters import DEFAULT_CASES, ROUND_SYSTEMS, Asked
 from benchmarks.crossing_fabric import activation, header
@@ -216,6 +217,7 @@ def test_plain_grpc_is_measured_in_processes_of_its_own_and_written_down(monkeyp
     page = tmp_path / "page.md"
     page.write_text(f"<!-- measured by {between_clusters.COMMAND} -->\n\nold\n\n<!-- end of what was measured -->\n")
     monkeypatch.setattr(between_clusters, "DOCUMENT", page)
+    monkeypatch.setitem(CASES, "small", replace(CASES["small"], receivers=100))
     options = ["--cases=small", "--systems=grpc", "--repeat=3", "--tls=off", "--json", "--write"]
     monkeypatch.setattr("sys.argv", ["bench", "between-clusters", *options])
     assert main() == 0
@@ -235,6 +237,14 @@ def test_the_page_has_a_place_for_what_is_measured():
 def test_a_side_that_fails_says_its_last_words(monkeypatch):
     monkeypatch.setitem(CARRIERS, "grpc", replace(CARRIERS["grpc"], module="no_such_module"))
     assert "no_such_module" in measure(CASES["small"], "grpc", 1)["failed"]
+
+
+def test_a_side_that_hangs_is_ended(monkeypatch, tmp_path):
+    (tmp_path / "hangs.py").write_text("input()")
+    monkeypatch.setitem(turns_module._ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(turns_module, "LIMIT_S", 1.0)
+    monkeypatch.setitem(CARRIERS, "grpc", replace(CARRIERS["grpc"], module="hangs"))
+    assert measure(CASES["small"], "grpc", 1)["failed"].startswith("the sink ended with -9")
 
 
 def test_a_peer_without_its_environment_is_not_measured(monkeypatch, tmp_path):
