@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -255,6 +256,17 @@ def test_a_peer_without_its_environment_is_not_measured(monkeypatch, tmp_path):
     assert measure(CASES["small"], "rayfed", 1) == {"unavailable": "no wheel"}
     (tmp_path / "rayfed" / "ready").touch()
     assert not environments.why_not("rayfed") and not environments.why_not("")
+
+
+def test_an_environment_that_cannot_be_installed_says_why(monkeypatch, tmp_path, capsys):
+    (tmp_path / "rayfed").mkdir()
+    said = "WARNING: slow\nERROR: No matching distribution found for ray==2.35.0\n"
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
+    environments.set_up("rayfed")
+    why = environments.why_not("rayfed")
+    assert why.startswith("pip install ray==2.35.0 ") and why.endswith("found for ray==2.35.0")
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
