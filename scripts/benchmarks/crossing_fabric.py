@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.crossings import TEXT, Crossing, Job, say
+from benchmarks.crossings import LOCAL_RAY, TEXT, Crossing, Job, say
 from icrf.wire.identity import CLUSTER, THE_MEDIATOR, Identity
 from icrf.wire.tls import TlsFiles
 from icrf_mediator.certs import issue
@@ -47,14 +47,7 @@ class Cluster:
         from icrf_agent.cluster_gateway import GatewaySettings  # noqa: PLC0415
         from icrf_agent.ray_actors import GatewayActor, ManagerActor  # noqa: PLC0415
 
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=STORE_BYTES + int(payloads * job.crossing.payload_bytes),
-        )
+        ray.init(**LOCAL_RAY, object_store_memory=STORE_BYTES + int(payloads * job.crossing.payload_bytes))
         self.ray = ray
         self.manager = ray.remote(ManagerActor).options(max_concurrency=8).remote(identity.name)
         listen = None if job.relay else "127.0.0.1:0"

@@ -13,6 +13,15 @@ from typing import Any
 TEXT = "m" * 100
 REFERENCE = "grpc-copy"
 
+LOCAL_RAY: Mapping[str, Any] = {
+    "address": "local",
+    "num_cpus": 2,
+    "include_dashboard": False,
+    "log_to_driver": False,
+    "logging_level": "error",
+}
+"""How each side starts a Ray cluster of its own, whatever its version."""
+
 
 @dataclass(frozen=True)
 class Crossing:

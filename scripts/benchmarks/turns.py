@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from benchmarks.crossings import CARRIERS, Crossing, Job, heard
 from benchmarks.environments import ROOT, python_of, why_not
-from benchmarks.memory import Family
+from benchmarks.memory import Family, Sampler
 from benchmarks.sockets import free_ports, received_bytes
 from icrf.testing.processes import private_bytes
 from icrf_mediator.certs import init_authority
@@ -98,7 +98,7 @@ class Side:
         return pipe
 
 
-class Growth:
+class Growth(Sampler):
     """How much more private memory a process takes at its peak, while the context lasts, than at its beginning.
 
     Attributes:
@@ -106,25 +106,12 @@ class Growth:
     """
 
     def __init__(self, pid: int) -> None:
+        super().__init__(SAMPLE_S)
         self._pid, self._idle = pid, private_bytes(pid)
         self.num_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="growth")
 
-    def __enter__(self) -> Growth:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._sample()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            self._sample()
-
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """Look how much it has now."""
         # A process that has ended has no memory; that it has, its silence tells.
         with suppress(OSError, StopIteration):
             self.num_bytes = max(self.num_bytes, private_bytes(self._pid) - self._idle)

@@ -14,7 +14,7 @@ import fed
 import numpy as np
 import ray
 
-from benchmarks.crossings import TEXT, Job, python_version, say, timed
+from benchmarks.crossings import LOCAL_RAY, TEXT, Job, python_version, say, timed
 
 SENDER, RECEIVER = "sender", "receiver"
 STORE_BYTES = 3 * 10**9
@@ -71,14 +71,7 @@ def measured(job: Job) -> list[float]:
 def main() -> None:
     """Be the party that the first argument names."""
     job = Job.from_json(sys.argv[1])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=STORE_BYTES,
-    )
+    ray.init(**LOCAL_RAY, object_store_memory=STORE_BYTES)
     fed.init(
         addresses=dict(zip((RECEIVER, SENDER), job.peers, strict=True)),
         party=SENDER if job.role == "source" else RECEIVER,
