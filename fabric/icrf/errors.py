@@ -114,6 +114,7 @@ CATALOGUE: dict[str, Entry] = {
     "A002": Entry("lease lost", EXIT_TRY_AGAIN, "FAILED_PRECONDITION"),
     "A003": Entry("agent lost", EXIT_UNAVAILABLE, "UNAVAILABLE"),
     "A004": Entry("code not allowed on this cluster", EXIT_PERMISSION, "PERMISSION_DENIED"),
+    "A005": Entry("too few clusters connected", EXIT_UNAVAILABLE, "FAILED_PRECONDITION"),
     "F001": Entry("no such federation", EXIT_DATA, "NOT_FOUND"),
     "F002": Entry("federation failed", EXIT_SOFTWARE, "FAILED_PRECONDITION"),
     "F003": Entry("federation cancelled", EXIT_TRY_AGAIN, "CANCELLED"),

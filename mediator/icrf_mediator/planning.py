@@ -24,6 +24,7 @@ from icrf.protocol import (
     STAGES,
     ClusterInfo,
     LinkBytes,
+    MeasuredLink,
     Plan,
     Submission,
     element_type,
@@ -36,11 +37,11 @@ from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing
 from icrf_mediator.assignment import (
     Assignment,
     Hints,
-    MeasuredLink,
     Pins,
     assign,
     assign_groups,
     link_costs,
+    link_seconds,
     resolve_pins,
 )
 from icrf_mediator.coded_bytes import coded_bytes
@@ -181,7 +182,7 @@ def make_plan(
         explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
-        **_crossed(submission, config, settings, clusters, exchange, per_adaptation),
+        **_crossed(submission, config, settings, clusters, exchange, per_adaptation, measured),
         **_room(config, settings, clusters, assignment, exchange, num_parameters),
         **_mixed(submission, settings),
         **_adapted(settings, per_adaptation),
@@ -215,6 +216,9 @@ def check_submission(submission: Submission) -> None:
         raise ConfigError("C008", "no node trains", place="nodes")
 
 
+_Known = tuple[tuple[ClusterInfo, ...], tuple[MeasuredLink, ...]]
+
+
 class PlanMemo:
     """:func:`make_plan` that remembers its last few results, so that they can be made ahead in another thread.
 
@@ -222,15 +226,17 @@ class PlanMemo:
     """
 
     def __init__(self, size: int = 8) -> None:
-        self._kept: deque[tuple[Submission, tuple[ClusterInfo, ...], tuple[Plan, Assignment]]] = deque(maxlen=size)
+        self._kept: deque[tuple[Submission, _Known, tuple[Plan, Assignment]]] = deque(maxlen=size)
 
-    def __call__(self, submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
+    def __call__(
+        self, submission: Submission, clusters: Sequence[ClusterInfo], measured: Sequence[MeasuredLink] = ()
+    ) -> tuple[Plan, Assignment]:
         """See :func:`make_plan`. What is free just now makes no difference to a plan, and none here."""
-        known = tuple(replace(cluster, free_slots=0) for cluster in clusters)
+        known = tuple(replace(cluster, free_slots=0) for cluster in clusters), tuple(measured)
         for kept, under, outcome in tuple(self._kept):
             if kept is submission and under == known:
                 return outcome
-        outcome = make_plan(submission, known)
+        outcome = make_plan(submission, *known)
         self._kept.append((submission, known, outcome))
         return outcome
 
@@ -280,6 +286,7 @@ def _crossed(
     clusters: Sequence[ClusterInfo],
     exchange: ExchangePlan,
     per_adaptation: int,
+    measured: Sequence[MeasuredLink],
 ) -> dict[str, Any]:
     """What a plan says about the bytes between clusters."""
     num_parameters = shared_size(submission.layout)
@@ -287,8 +294,9 @@ def _crossed(
     participation = Participation(submission, {**config, "wave_condition": None})
     links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
     per_round, per_evaluation = sum(links.values()), exchange.evaluation_bytes(num_parameters)
+    ends = [(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()]
     return {
-        "links": tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
+        "links": tuple(LinkBytes(*end, link_seconds(measured, *end)) for end in ends),
         "bytes_inter_cluster_per_round": per_round,
         "bytes_inter_cluster_per_evaluation": per_evaluation,
         "bytes_inter_cluster_total": settings.total(per_round, per_evaluation, per_adaptation),

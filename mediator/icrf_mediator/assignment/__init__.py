@@ -6,7 +6,7 @@ from icrf.protocol import ClusterInfo
 from icrf.topology import HybridAdjacencyMatrix
 from icrf_mediator.assignment.base import ASSIGNMENTS, Assignment, AssignmentStrategy, Hints, Pins, resolve_pins
 from icrf_mediator.assignment.groups import assign_groups
-from icrf_mediator.assignment.links import MeasuredLink, link_costs
+from icrf_mediator.assignment.links import link_costs, link_seconds
 from icrf_mediator.assignment.locality import LocalityAwareAssignment
 from icrf_mediator.assignment.partitions import LouvainAssignment, MetisAssignment
 from icrf_mediator.assignment.plain import CapacityAssignment, RandomAssignment, RoundRobinAssignment
@@ -19,7 +19,6 @@ __all__ = [
     "Hints",
     "LocalityAwareAssignment",
     "LouvainAssignment",
-    "MeasuredLink",
     "MetisAssignment",
     "Pins",
     "RandomAssignment",
@@ -27,6 +26,7 @@ __all__ = [
     "assign",
     "assign_groups",
     "link_costs",
+    "link_seconds",
     "resolve_pins",
 ]
 
