@@ -66,6 +66,7 @@ CATALOGUE: dict[str, Entry] = {
     "C016": Entry("required key missing", EXIT_CONFIG, "INVALID_ARGUMENT"),
     "C017": Entry("user code cannot be loaded", EXIT_CONFIG, "INVALID_ARGUMENT"),
     "C018": Entry("model and data do not fit", EXIT_CONFIG, "INVALID_ARGUMENT"),
+    "C019": Entry("no cluster has what a node needs", EXIT_CONFIG, "INVALID_ARGUMENT"),
     "T001": Entry("matrix not square", EXIT_DATA, "INVALID_ARGUMENT"),
     "T002": Entry("cell is no number >= 0", EXIT_DATA, "INVALID_ARGUMENT"),
     "T003": Entry("encoding or separator not supported", EXIT_DATA, "INVALID_ARGUMENT"),

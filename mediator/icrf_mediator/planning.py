@@ -46,6 +46,7 @@ from icrf_mediator.assignment import (
 )
 from icrf_mediator.coded_bytes import coded_bytes
 from icrf_mediator.feasibility import lacking
+from icrf_mediator.needs import candidates
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
 # submits them may be of another version.
@@ -149,7 +150,7 @@ def make_plan(
         previous: node id -> name of its cluster until now, of which as few nodes as possible move.
 
     Raises:
-        ConfigErrors: C014 for every pin that names no node or no cluster.
+        ConfigErrors: C014 for every pin that names no node or no cluster, C019 for nodes that no cluster has room for.
         ConfigError: C001 unreadable configuration, C008 not one aggregator, C010 unknown strategy or mixing rule.
         RoutingError: P011 a participant without edges to the aggregator.
         TopologyError: T004 a directed graph that the mixing rule does not take, T007 a mixing matrix that is not
@@ -160,9 +161,9 @@ def make_plan(
     adjacency = HybridAdjacencyMatrix.from_graph(submission.graph)
     node_ids = [node.id for node in submission.nodes]
     if clusters:
-        pins = resolve_pins(settings.placement, node_ids, clusters)
         hints = _hints(submission, settings, clusters, measured, previous)
-        assignment = _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
+        shown, pins = candidates(config, node_ids, clusters, resolve_pins(settings.placement, node_ids, clusters))
+        assignment = _assign(submission, settings.assignment_strategy, adjacency, shown, pins, hints)
     else:
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
