@@ -94,6 +94,12 @@ def candidates(
     return shown, {n: allowed for n, allowed in left.items() if n in pins or not usable or not usable <= allowed}
 
 
+def explained(config: Mapping[str, Any], node_ids: Sequence[str], explanation: Sequence[str]) -> tuple[str, ...]:
+    """Why nodes live where they live, with what they need."""
+    needs = _needs(config, node_ids)
+    return tuple(f"{text}; it needs {needs[n]}" if n in needs else text for n, text in enumerate(explanation))
+
+
 def _num_slots(config: Mapping[str, Any], cluster: ClusterInfo) -> int:
     capacity = cluster.capacity
     if config.get("device") == "cuda" and capacity.num_gpus <= 0:

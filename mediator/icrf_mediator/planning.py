@@ -46,7 +46,7 @@ from icrf_mediator.assignment import (
 )
 from icrf_mediator.coded_bytes import coded_bytes
 from icrf_mediator.feasibility import lacking
-from icrf_mediator.needs import candidates
+from icrf_mediator.needs import candidates, explained
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
 # submits them may be of another version.
@@ -180,7 +180,7 @@ def make_plan(
         cut_edges=adjacency.cut_edges(owners),
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
-        explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
+        explanation=dict(zip(node_ids, explained(config, node_ids, assignment.explanation), strict=False)),
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
         **_crossed(submission, config, settings, clusters, exchange, per_adaptation, measured),

@@ -56,6 +56,7 @@ def test_a_node_lives_only_where_a_slot_has_what_it_needs(strategy: str) -> None
     plan = plan_of(clusters, assignment_strategy=strategy, node_resources=needs)
     assert plan.assignment["client_7"] == "large" and plan.assignment["client_8"] in ("middle", "large")
     assert sizes(plan) == {"small": 4, "middle": 4, "large": 4}
+    assert plan.explanation["client_7"] == "pinned to large; it needs 20000 MB"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -66,6 +67,14 @@ def test_a_cluster_that_no_node_may_live_on_takes_no_share(strategy: str) -> Non
     # What holds for all nodes alike is no pin: neighbours stay together.
     if strategy == "locality":
         assert plan.cut_edges == 2
+
+
+@pytest.mark.parametrize("needy", [120, 160])
+def test_nodes_with_a_choice_stay_with_their_neighbours(needy: int) -> None:
+    clusters = [cluster("a"), cluster("b"), cluster("small", gb=1)]
+    needs = {f"client_{i}": {"memory_mb": 3_000} for i in range(needy)}
+    plan = plan_of(clusters, nodes=240, node_resources=needs)
+    assert plan.cut_edges == 3 and sizes(plan) == {"a": 80, "b": 80, "small": 80}
 
 
 def test_all_that_is_said_of_a_node_holds() -> None:

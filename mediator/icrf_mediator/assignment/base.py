@@ -55,7 +55,8 @@ class AssignmentStrategy(Protocol):
         """Assign every node to one cluster.
 
         Args:
-            clusters: at least one; their order defines the cluster indices.
+            clusters: at least one; their order defines the cluster indices. Their slots are those that the federation
+                can have, none on a cluster where no node may live.
             pins: node index -> indices of the clusters that may host it; nodes not named may live anywhere.
             hints: a strategy may leave them aside.
         """
@@ -119,14 +120,18 @@ def place_pinned(pins: Pins, num_nodes: int, slots: Sequence[int]) -> tuple[list
 
     Returns:
         (cluster per node with -1 for a node without pin, pinned nodes per cluster). A node with several allowed
-        clusters goes to the one with most share left.
+        clusters goes to the one with most share left, and those after it with the same choice follow it while that
+        share lasts: neighbours often follow each other.
     """
     clusters = [-1] * num_nodes
     counts = [0] * len(slots)
     shares = fair_shares(num_nodes, slots, counts)
+    latest: dict[tuple[int, ...], int] = {}
     for node in sorted(pins, key=lambda node: (len(pins[node]), node)):
-        allowed = sorted(pins[node])
-        best = max(allowed, key=lambda c: (shares.target[c] - counts[c], -c))
+        allowed = tuple(sorted(pins[node]))
+        best = latest.get(allowed, -1)
+        if best < 0 or counts[best] >= shares.target[best]:
+            best = latest[allowed] = max(allowed, key=lambda c: (shares.target[c] - counts[c], -c))
         clusters[node] = best
         counts[best] += 1
     return clusters, counts
