@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from icrf.exchange import MESSAGE
-from icrf.ports import Arrival, PayloadHeader, PayloadTransport
+from icrf.exchange import MESSAGE, PROBE
+from icrf.ports import Arrival, LinkSpeed, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
 from icrf.wire.tls import TlsFiles
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.gateway_coding import PayloadCoder
+from icrf_agent.link_meter import PATIENCE_S, measure_link
 from icrf_agent.topology_manager import HybridTopologyManager, References
 
 Cursor = tuple[str, int]
@@ -90,6 +91,14 @@ class HybridClusterGateway:
         """Send encoded letters."""
         self._transport.send(header, np.frombuffer(data, np.uint8), peer, timeout_s)
 
+    def measure(self, source: str, peer: PeerAddress) -> LinkSpeed:
+        """Measure the way from this cluster, `source`, to another one; blocks for seconds at most.
+
+        Raises:
+            ProtocolError: P030 if it cannot be reached.
+        """
+        return measure_link(lambda header, data: self._transport.send(header, data, peer, PATIENCE_S), source, peer)
+
     def next_arrivals(self, wait_s: float, cursor: Cursor = ("", 0)) -> tuple[Cursor, list[Arrival]]:
         """Payloads that came after `cursor`, and the next cursor; waits up to `wait_s` for one.
 
@@ -118,6 +127,8 @@ class HybridClusterGateway:
         self._transport.close()
 
     def _receive(self, header: PayloadHeader, array: np.ndarray[Any, Any], wire_bytes: int) -> None:
+        if header.kind == PROBE:
+            return
         coded, took = header.coding, array.nbytes
         header, array = self._coder.decode(header, array)
         saved = array.nbytes - took

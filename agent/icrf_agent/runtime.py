@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
 from icrf.exchange import EXACT, MESSAGE, OF_A_CLUSTER, UPDATE, Transfer, num_elements
-from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
+from icrf.ports import Arrival, ClusterFacts, LinkSpeed, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import (
     Activate,
     Activated,
@@ -282,9 +282,8 @@ class HostedRuntime:
             recipients=transfer.recipients if transfer.kind in EXACT else (),
             coding=coding_of(run.codec, transfer.kind),
         )
-        assert self._shared is not None and self._shared.gateway is not None
         peer = self._peer(run, transfer.target)
-        await self._shared.gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
+        await self._gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
 
     async def abort(self, run_id: str, round_number: int, attempt: int, leave_off: bool = False) -> None:
         run = self._runs.get(run_id)
@@ -362,11 +361,13 @@ class HostedRuntime:
     def actor_of(self, run_id: str, index: int) -> tuple[Actor, bool]:
         """The actor of a node's host, and whether the node has it alone."""
         run = self._run(run_id)
-        host = run.host_of(index)
-        return host, not run.shares_host(index)
+        return run.host_of(index), not run.shares_host(index)
 
     async def send_message(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         await self._manager.call("publish_supervisor", run_id, tuple(recipients), message)
+
+    async def measure(self, peer: PeerAddress) -> LinkSpeed:
+        return await self._gateway.call("measure", self._cluster, peer)  # type: ignore[no-any-return]
 
     async def release(self, run_id: str) -> None:
         async with self._lifecycle:
@@ -399,6 +400,12 @@ class HostedRuntime:
     @property
     def _manager(self) -> Actor:
         return self._require_shared().manager
+
+    @property
+    def _gateway(self) -> Actor:
+        gateway = self._require_shared().gateway
+        assert gateway is not None
+        return gateway
 
     def _require_shared(self) -> Shared:
         assert self._shared is not None
@@ -456,9 +463,7 @@ class HostedRuntime:
         bundles = await self._manager.call("outbox", run_id, position)
         for target, (number, bundle) in bundles.items():
             header = self._header(run, position, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
-            assert self._shared is not None and self._shared.gateway is not None
-            peer = self._peer(run, target)
-            await self._shared.gateway.call("send_bytes", header, bundle, peer, SEND_TIMEOUT_S)
+            await self._gateway.call("send_bytes", header, bundle, self._peer(run, target), SEND_TIMEOUT_S)
             await self._manager.call("acknowledge", run_id, position, target, number)
 
     def _header(self, run: Hosted, position: tuple[int, int], kind: str, target: int, **parts: Any) -> PayloadHeader:

@@ -25,6 +25,7 @@ from icrf.protocol import (
     STOP,
     TERMINAL,
     ClusterInfo,
+    MeasuredLink,
     Plan,
     RoundResult,
     RunEvent,
@@ -184,6 +185,15 @@ class Fabric:
     def clusters(self) -> list[ClusterInfo]:
         """The registered clusters by name."""
         return self._port.clusters()
+
+    def links(self) -> list[MeasuredLink]:
+        """What was last measured between the registered clusters; empty where nobody has measured."""
+        return self._port.links()
+
+    def measure_links(self) -> list[MeasuredLink]:
+        """Measure every link between connected clusters, which takes seconds for each; placement goes by it from then
+        on. A link that could not be measured carries its error; A005 for fewer than two clusters."""
+        return self._port.measure_links()
 
     @property
     def takes_classes(self) -> bool:

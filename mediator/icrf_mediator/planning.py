@@ -24,6 +24,7 @@ from icrf.protocol import (
     STAGES,
     ClusterInfo,
     LinkBytes,
+    MeasuredLink,
     Plan,
     Submission,
     element_type,
@@ -36,15 +37,16 @@ from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing
 from icrf_mediator.assignment import (
     Assignment,
     Hints,
-    MeasuredLink,
     Pins,
     assign,
     assign_groups,
     link_costs,
+    link_seconds,
     resolve_pins,
 )
 from icrf_mediator.coded_bytes import coded_bytes
 from icrf_mediator.feasibility import lacking
+from icrf_mediator.needs import candidates, explained
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
 # submits them may be of another version.
@@ -148,7 +150,7 @@ def make_plan(
         previous: node id -> name of its cluster until now, of which as few nodes as possible move.
 
     Raises:
-        ConfigErrors: C014 for every pin that names no node or no cluster.
+        ConfigErrors: C014 for every pin that names no node or no cluster, C019 for nodes that no cluster has room for.
         ConfigError: C001 unreadable configuration, C008 not one aggregator, C010 unknown strategy or mixing rule.
         RoutingError: P011 a participant without edges to the aggregator.
         TopologyError: T004 a directed graph that the mixing rule does not take, T007 a mixing matrix that is not
@@ -159,9 +161,9 @@ def make_plan(
     adjacency = HybridAdjacencyMatrix.from_graph(submission.graph)
     node_ids = [node.id for node in submission.nodes]
     if clusters:
-        pins = resolve_pins(settings.placement, node_ids, clusters)
         hints = _hints(submission, settings, clusters, measured, previous)
-        assignment = _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
+        shown, pins = candidates(config, node_ids, clusters, resolve_pins(settings.placement, node_ids, clusters))
+        assignment = _assign(submission, settings.assignment_strategy, adjacency, shown, pins, hints)
     else:
         assignment = Assignment((), ())
     # Without a cluster the rest of the plan is that of one imaginary cluster, across which nothing crosses.
@@ -178,10 +180,10 @@ def make_plan(
         cut_edges=adjacency.cut_edges(owners),
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
-        explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
+        explanation=dict(zip(node_ids, explained(config, node_ids, assignment.explanation), strict=False)),
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
-        **_crossed(submission, config, settings, clusters, exchange, per_adaptation),
+        **_crossed(submission, config, settings, clusters, exchange, per_adaptation, measured),
         **_room(config, settings, clusters, assignment, exchange, num_parameters),
         **_mixed(submission, settings),
         **_adapted(settings, per_adaptation),
@@ -215,6 +217,9 @@ def check_submission(submission: Submission) -> None:
         raise ConfigError("C008", "no node trains", place="nodes")
 
 
+_Known = tuple[tuple[ClusterInfo, ...], tuple[MeasuredLink, ...]]
+
+
 class PlanMemo:
     """:func:`make_plan` that remembers its last few results, so that they can be made ahead in another thread.
 
@@ -222,15 +227,17 @@ class PlanMemo:
     """
 
     def __init__(self, size: int = 8) -> None:
-        self._kept: deque[tuple[Submission, tuple[ClusterInfo, ...], tuple[Plan, Assignment]]] = deque(maxlen=size)
+        self._kept: deque[tuple[Submission, _Known, tuple[Plan, Assignment]]] = deque(maxlen=size)
 
-    def __call__(self, submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
+    def __call__(
+        self, submission: Submission, clusters: Sequence[ClusterInfo], measured: Sequence[MeasuredLink] = ()
+    ) -> tuple[Plan, Assignment]:
         """See :func:`make_plan`. What is free just now makes no difference to a plan, and none here."""
-        known = tuple(replace(cluster, free_slots=0) for cluster in clusters)
+        known = tuple(replace(cluster, free_slots=0) for cluster in clusters), tuple(measured)
         for kept, under, outcome in tuple(self._kept):
             if kept is submission and under == known:
                 return outcome
-        outcome = make_plan(submission, known)
+        outcome = make_plan(submission, *known)
         self._kept.append((submission, known, outcome))
         return outcome
 
@@ -280,6 +287,7 @@ def _crossed(
     clusters: Sequence[ClusterInfo],
     exchange: ExchangePlan,
     per_adaptation: int,
+    measured: Sequence[MeasuredLink],
 ) -> dict[str, Any]:
     """What a plan says about the bytes between clusters."""
     num_parameters = shared_size(submission.layout)
@@ -287,8 +295,9 @@ def _crossed(
     participation = Participation(submission, {**config, "wave_condition": None})
     links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
     per_round, per_evaluation = sum(links.values()), exchange.evaluation_bytes(num_parameters)
+    ends = [(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()]
     return {
-        "links": tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
+        "links": tuple(LinkBytes(*end, link_seconds(measured, *end)) for end in ends),
         "bytes_inter_cluster_per_round": per_round,
         "bytes_inter_cluster_per_evaluation": per_evaluation,
         "bytes_inter_cluster_total": settings.total(per_round, per_evaluation, per_adaptation),

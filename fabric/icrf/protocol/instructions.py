@@ -209,6 +209,14 @@ class SendMessage:
 
 
 @dataclass(frozen=True)
+class MeasureLink:
+    """Measure the way that payloads take to another cluster; answered by :class:`LinkMeasured`."""
+
+    measurement: str
+    peer: PeerAddress
+
+
+@dataclass(frozen=True)
 class Release:
     """Kill the run's hosts and remove its placement group; answered by :class:`Released`."""
 
@@ -241,6 +249,7 @@ Instruction = (
     | StoreModel
     | CallNode
     | SendMessage
+    | MeasureLink
     | Release
     | Lease
     | Dismiss
