@@ -161,8 +161,7 @@ def test_failures_are_reported_in_the_words_of_the_instruction() -> None:
     assert failure(reserve, error) == Reserved("run", 2, error.to_json())
     assert failure(STAR, error) == Activated("run", 1, error_json=error.to_json())
     assert failure(Release("run", 2), error) == Released("run", 2)
-    order = MeasureLink("measurement", PeerAddress("b", ""))
-    assert failure(order, error) == LinkMeasured("measurement", error_json=error.to_json())
+    assert failure(MeasureLink("m", PeerAddress("b", "")), error) == LinkMeasured("m", error_json=error.to_json())
     assert failure(Lease(1.0, 1.0), error) is None
 
 

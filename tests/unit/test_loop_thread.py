@@ -27,6 +27,10 @@ async def value() -> int:
     return 7
 
 
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
 async def fails() -> int:
     raise KeyError("x")
 
@@ -39,7 +43,7 @@ def test_values_and_errors_come_out(thread: LoopThread) -> None:
 
 def test_a_wait_ends_after_its_time(thread: LoopThread) -> None:
     with pytest.raises(TimeoutError):
-        thread.call(asyncio.sleep(60.0), timeout_s=0.01)
+        thread.call(never(), timeout_s=0.01)
 
 
 def interrupted_after(thread: LoopThread, delay_s: float) -> bool:
@@ -48,14 +52,14 @@ def interrupted_after(thread: LoopThread, delay_s: float) -> bool:
         # Again, as what is raised in a destructor is lost.
         signal.setitimer(signal.ITIMER_REAL, delay_s, 2.0)
         while True:
-            thread.call(asyncio.sleep(0.0))
+            thread.call(value())
     except Interrupted:
         return True
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:coroutine 'sleep' was never awaited")
+@pytest.mark.filterwarnings("ignore:coroutine 'value' was never awaited")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_signals_that_raise_during_waits_leave_nothing_locked(thread: LoopThread) -> None:
     """Thousands of waits, and signals at any moment of them; each must leave a loop that answers."""
