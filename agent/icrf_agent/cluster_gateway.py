@@ -9,17 +9,19 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from icrf.exchange import MESSAGE
-from icrf.ports import Arrival, PayloadHeader, PayloadTransport
+from icrf.exchange import MESSAGE, PROBE
+from icrf.ports import Arrival, LinkSpeed, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
 from icrf.wire.tls import TlsFiles
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.gateway_coding import PayloadCoder
-from icrf_agent.topology_manager import HybridTopologyManager, References
+from icrf_agent.link_meter import PATIENCE_S, measure_link
+from icrf_agent.object_store import References
+from icrf_agent.topology_manager import HybridTopologyManager
 
 Cursor = tuple[str, int]
 """How far a reader of arrivals has come: the gateway's life, and the number of arrivals read in it."""
@@ -46,6 +48,13 @@ class GatewaySettings:
         return GrpcTransport(self.listen, self.relay, self.cluster, self.incarnation, tls=self.tls)
 
 
+class Landings(References, Protocol):
+    """The cluster's object store, where what comes in lands."""
+
+    def allocate(self, num_elements: int, dtype: str) -> np.ndarray[Any, Any]:
+        """A one-dimensional array to be filled and then put."""
+
+
 class HybridClusterGateway:
     """Sends and receives payloads for one cluster.
 
@@ -56,7 +65,7 @@ class HybridClusterGateway:
     """
 
     def __init__(
-        self, transport: Callable[[], PayloadTransport], manager: HybridTopologyManager, references: References
+        self, transport: Callable[[], PayloadTransport], manager: HybridTopologyManager, references: Landings
     ) -> None:
         self._manager, self._references = manager, references
         self._coder = PayloadCoder()
@@ -65,7 +74,7 @@ class HybridClusterGateway:
         self._came = threading.Condition()
         self._closed = False
         self._transport = transport()
-        self._address = self._transport.serve(self._receive)
+        self._address = self._transport.serve(self._receive, references.allocate)
 
     def address(self) -> str:
         """Where peers can dial it; empty if only the relay reaches it."""
@@ -82,6 +91,14 @@ class HybridClusterGateway:
     def send_bytes(self, header: PayloadHeader, data: bytes, peer: PeerAddress, timeout_s: float) -> None:
         """Send encoded letters."""
         self._transport.send(header, np.frombuffer(data, np.uint8), peer, timeout_s)
+
+    def measure(self, source: str, peer: PeerAddress) -> LinkSpeed:
+        """Measure the way from this cluster, `source`, to another one; blocks for seconds at most.
+
+        Raises:
+            ProtocolError: P030 if it cannot be reached.
+        """
+        return measure_link(lambda header, data: self._transport.send(header, data, peer, PATIENCE_S), source, peer)
 
     def next_arrivals(self, wait_s: float, cursor: Cursor = ("", 0)) -> tuple[Cursor, list[Arrival]]:
         """Payloads that came after `cursor`, and the next cursor; waits up to `wait_s` for one.
@@ -111,6 +128,8 @@ class HybridClusterGateway:
         self._transport.close()
 
     def _receive(self, header: PayloadHeader, array: np.ndarray[Any, Any], wire_bytes: int) -> None:
+        if header.kind == PROBE:
+            return
         coded, took = header.coding, array.nbytes
         header, array = self._coder.decode(header, array)
         saved = array.nbytes - took

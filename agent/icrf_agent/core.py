@@ -22,6 +22,8 @@ from icrf.protocol import (
     HeldRun,
     Instruction,
     Lease,
+    LinkMeasured,
+    MeasureLink,
     ModelStored,
     Reject,
     Release,
@@ -54,7 +56,9 @@ class Say:
 class Perform:
     """Carry out an instruction that needs no further decision; its outcome goes straight to the mediator."""
 
-    instruction: Reserve | Activate | Relink | SaveCheckpoint | StoreModel | CallNode | SendMessage | Release
+    instruction: (
+        Reserve | Activate | Relink | SaveCheckpoint | StoreModel | CallNode | SendMessage | MeasureLink | Release
+    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ class AgentCore:
             return [Perform(instruction)]
         if isinstance(instruction, Lease | Dismiss | Reject):
             return []
+        if isinstance(instruction, MeasureLink):
+            return [Perform(instruction)]
         run = self._runs.get(instruction.run_id)
         if run is not None and isinstance(instruction, SaveCheckpoint | StoreModel):
             # What comes in between must not wait for what may never be asked for.
@@ -369,6 +375,8 @@ def failure(instruction: Instruction, error: IcrfError) -> Report | None:
         return ModelStored(instruction.run_id, instruction.generation, instruction.round, error_json=text)
     if isinstance(instruction, CallNode | SendMessage):
         return CallDone(instruction.run_id, instruction.call_id, error_json=text)
+    if isinstance(instruction, MeasureLink):
+        return LinkMeasured(instruction.measurement, error_json=text)
     if isinstance(instruction, Release):
         return Released(instruction.run_id, instruction.generation)
     return None

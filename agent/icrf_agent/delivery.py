@@ -29,6 +29,9 @@ class Letter:
 Addressed = tuple[Letter, tuple[int, ...]]
 """A letter and the indices of its recipients."""
 
+Outgoing = tuple[int, tuple[int, ...], bytes]
+"""An encoded message that has no number yet: its sender, the recipients, and the message."""
+
 
 class Delivery:
     """What one cluster holds of a run's letters.

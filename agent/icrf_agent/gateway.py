@@ -19,7 +19,7 @@ from icrf.errors import IcrfError, LocalError, ProtocolError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
 from icrf.wire.addresses import SERVER_OPTIONS, dial_target, format_address, parse_address, refuse_plaintext
-from icrf.wire.frames import FrameWriter
+from icrf.wire.frames import Allocate, FrameWriter
 from icrf.wire.gateway_rpc import DELIVER, GATEWAY_SERVICE, RELAY_SERVICE, SEND, Reply, encode_reply, method_path
 from icrf.wire.handshake import explain
 from icrf.wire.identity import CLUSTER, THE_MEDIATOR, Identity, caller_of
@@ -84,14 +84,14 @@ class GrpcTransport:
         if tls is not None:
             tls.require(Identity(CLUSTER, cluster))
 
-    def serve(self, receive: Receive) -> str:
+    def serve(self, receive: Receive, allocate: Allocate = np.empty) -> str:
         """Start accepting; see the port. A relay that is not there yet is waited for in the background.
 
         Raises:
             LocalError: L004 if the port is taken.
         """
         # One for both ways: a payload that was broken off on one may go on over the other.
-        intake = self._intake = Intake(receive, self._window)
+        intake = self._intake = Intake(receive, self._window, allocate=allocate)
         address = self._serve_direct(self._listen, intake) if self._listen is not None else ""
         if (relay := self._relay_address) is not None:
             open_relay = partial(self._channel, relay, THE_MEDIATOR)

@@ -18,7 +18,7 @@ import numpy as np
 from icrf.errors import IcrfError, InternalError, ProtocolError, SecurityError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
-from icrf.wire.frames import FrameReader, Opening, Received, read_opening
+from icrf.wire.frames import Allocate, FrameReader, Opening, Received, read_opening
 from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, Reply, encode_reply
 from icrf.wire.identity import CLUSTER, Identity
 
@@ -49,9 +49,9 @@ def check_target(header: PayloadHeader, peer: PeerAddress) -> None:
         )
 
 
-def take_delivery(frames: Iterable[bytes], receive: Receive) -> IcrfError | None:
+def take_delivery(frames: Iterable[bytes], receive: Receive, allocate: Allocate = np.empty) -> IcrfError | None:
     """Assemble, verify and process one payload that comes in one piece; the error that its sender must get, or None."""
-    reader = FrameReader()
+    reader = FrameReader(allocate=allocate)
     try:
         for frame in frames:
             reader.feed(frame)
@@ -82,9 +82,9 @@ def process(received: Received, receive: Receive) -> IcrfError | None:
 class _Transfer:
     """One payload on its way in, over as many connections as it takes; `stream` is the one that may feed it."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Allocate) -> None:
         self.lock = threading.Lock()
-        self.reader: FrameReader | None = FrameReader()
+        self.reader: FrameReader | None = FrameReader(allocate=allocate)
         self.stream: object = None
         self.trailer = b""
         # As it travels: an error object would hold on to what it was raised in, the payload among it.
@@ -107,12 +107,17 @@ class Intake:
         receive: see :class:`icrf.ports.PayloadTransport`.
         window_bytes: how far a sender may be ahead of what is verified.
         keep_broken_s: how long the verified part of a broken transfer waits for its sender.
+        allocate: see :class:`icrf.ports.PayloadTransport`.
     """
 
     def __init__(
-        self, receive: Receive, window_bytes: int = WINDOW_BYTES, keep_broken_s: float = KEEP_BROKEN_S
+        self,
+        receive: Receive,
+        window_bytes: int = WINDOW_BYTES,
+        keep_broken_s: float = KEEP_BROKEN_S,
+        allocate: Allocate = np.empty,
     ) -> None:
-        self._receive = receive
+        self._receive, self._allocate = receive, allocate
         self._window, self._keep_broken_s = window_bytes, keep_broken_s
         self._lock = threading.Lock()
         self._transfers: OrderedDict[_Key, _Transfer] = OrderedDict()
@@ -207,7 +212,7 @@ class Intake:
         key = _key(opening)
         with self._lock:
             known = self._transfers.get(key) if opening.resumes else None
-            transfer = known or _Transfer()
+            transfer = known or _Transfer(self._allocate)
             with transfer.lock:
                 if transfer.expiry is not None:
                     transfer.expiry.cancel()

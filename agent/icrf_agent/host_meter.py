@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from icrf.protocol import EXCHANGING, HOST_PARTS
-from icrf_agent.topology_manager import References
+from icrf_agent.object_store import References
 
 _NOTHING = ""
 

@@ -125,7 +125,7 @@ class HostNodes:
         self.config = FederationConfig.from_json(activation.config_json)
         self.indices = setup.nodes
         self.cluster = setup.cluster
-        self.mailbox = HostMailbox(manager, activation.run_id)
+        self.mailbox = HostMailbox(manager, activation)
         # What nodes start from is theirs from here on: this copy would be in memory twice.
         self._setup = replace(setup, state=b"", node_states={})
         self._specs = activation.nodes
@@ -160,10 +160,11 @@ class HostNodes:
 
     def enter(self, start: StartRound) -> None:
         """Tell all nodes which attempt they are in; harmless when they are in it."""
-        self.mailbox.position = (start.round, start.attempt)
+        position = (start.round, start.attempt)
+        self.mailbox.enter(position)
         self.states.resume()
-        if self._entered != self.mailbox.position:
-            self._entered = self.mailbox.position
+        if self._entered != position:
+            self._entered = position
             self.states.enter(start)
             self._admission.note(len(self._residents.active))
             for node in self._residents.active.values():

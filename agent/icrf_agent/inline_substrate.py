@@ -65,6 +65,9 @@ _HOST_THREAD = _HostThread()
 class InlineReferences:
     """References that are the arrays themselves: copied in, read-only out, like an object store's."""
 
+    def allocate(self, num_elements: int, dtype: str) -> np.ndarray[Any, Any]:
+        return np.empty(num_elements, dtype)
+
     def put(self, array: np.ndarray[Any, Any], kind: str) -> Any:
         kept = np.array(array)
         kept.setflags(write=False)

@@ -39,7 +39,8 @@ from icrf_agent.host_tools import HostTools, HostTray, Worked
 from icrf_agent.host_vector import Together
 from icrf_agent.kept import Kept
 from icrf_agent.node_metrics import NodeMetrics
-from icrf_agent.topology_manager import HybridTopologyManager, Posting, References
+from icrf_agent.object_store import References
+from icrf_agent.topology_manager import HybridTopologyManager, Posting
 
 NUM_THREADS = 1
 
@@ -167,6 +168,7 @@ class NodeHost:
     def host_relink(self, order: Relink) -> None:
         """Take over another graph, under a new generation."""
         self._peers().relink(order.graph)
+        self._ready()[0].mailbox.relink(order.graph)
         self._generation = order.generation
 
     def host_model(self, round_number: int) -> ModelFile:
@@ -204,6 +206,7 @@ class NodeHost:
                 nodes.enter(start)
                 tray.handed, tray.made = handed, []
                 report = work(flow)
+                nodes.mailbox.flush()
             return Worked(report, tuple(tray.made), self._meter.seconds, nodes.mailbox.used)
         finally:
             tray.handed, tray.made = None, []
@@ -237,7 +240,7 @@ class NodeHost:
         nodes, flow = self._ready()
         _use_one_thread()
         nodes.get(index).context.model.load(flow.state_of(index))
-        nodes.mailbox.position = None
+        nodes.mailbox.enter(None)
         nodes.states.set_aside()
         return nodes
 

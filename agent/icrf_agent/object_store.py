@@ -6,7 +6,17 @@ puts an array hands over a reference, and dropping the key frees the object.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class References(Protocol):
+    """The cluster's own object store: arrays of payloads, of some kind of :mod:`icrf.exchange`, in, references out."""
+
+    def put(self, array: np.ndarray[Any, Any], kind: str) -> Any: ...
+
+    def get(self, reference: Any) -> np.ndarray[Any, Any]: ...
 
 
 class GlobalObjectStore:

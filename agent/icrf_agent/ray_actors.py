@@ -20,6 +20,7 @@ import ray
 
 from icrf.errors import IcrfError, InternalError, NodeError, error_from_json
 from icrf.exchange import MODEL, PARTIAL
+from icrf_agent import ray_landing
 from icrf_agent.cluster_gateway import GatewaySettings, HybridClusterGateway
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_state import CONTROL_METHODS
@@ -88,7 +89,12 @@ class RayReferences:
     """The object store of the Ray cluster; references are ObjectRefs, possibly in lists so that Ray lets them be, or
     small models and partials themselves."""
 
+    def allocate(self, num_elements: int, dtype: str) -> np.ndarray[Any, Any]:
+        return ray_landing.allocate(num_elements, dtype)
+
     def put(self, array: np.ndarray[Any, Any], kind: str) -> Any:
+        if (landed := ray_landing.reference_of(array)) is not None:
+            return landed
         return array.copy() if kind in _ALONG and array.nbytes <= _ALONG_BYTES else ray.put(array)
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]:

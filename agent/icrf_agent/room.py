@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from icrf import values
-from icrf.errors import ProtocolError, RoutingError
+from icrf.errors import ProtocolError, RoutingError, RunError
 from icrf.federation.message import Message
 from icrf.topology import build_topology
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf_agent.delivery import Addressed, Letter
+from icrf_agent.delivery import Addressed, Delivery, Letter
 from icrf_agent.mail import Mail
 
 
@@ -142,6 +142,16 @@ class TopologyManager:
         if with_read:
             found += [(letter, (node,)) for node, letters in sorted(self._read.items()) for letter in letters]
         return Mail((*found, *staged), dict(self._sequence))
+
+    def left_by(self, round_number: int, delivery: Delivery) -> Mail:
+        """What a committed round has left to be read; F006 if it is too long ago."""
+        newest = delivery.position[0]
+        if newest > round_number + 1 and self.used:
+            raise RunError("F006", f"the mail of round {round_number} is gone", value=newest)
+        if newest > round_number:
+            # What the next round has read so far, it has not read before.
+            return self.waiting(with_read=True)
+        return self.waiting(delivery.staged(round_number))
 
     def restore(self, mail: Mail, here: Collection[int]) -> None:
         """Put letters back into the mailboxes of the nodes that live here."""

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from icrf.errors import IcrfError, NodeError, ResourceError, RoutingError, RunError
 from icrf.exchange import EXACT, MESSAGE, OF_A_CLUSTER, UPDATE, Transfer, num_elements
-from icrf.ports import Arrival, ClusterFacts, ModelFile, PayloadHeader, PhaseReport
+from icrf.ports import Arrival, ClusterFacts, LinkSpeed, ModelFile, PayloadHeader, PhaseReport
 from icrf.protocol import (
     Activate,
     Activated,
@@ -36,7 +36,7 @@ from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.phases import TRAIN, Phases
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
-from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_name
+from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_name, split_nodes
 from icrf_agent.topology_manager import Posting
 
 log = logging.getLogger("icrf.agent")
@@ -287,9 +287,8 @@ class HostedRuntime:
             recipients=transfer.recipients if transfer.kind in EXACT else (),
             coding=coding_of(run.codec, transfer.kind),
         )
-        assert self._shared is not None and self._shared.gateway is not None
         peer = self._peer(run, transfer.target)
-        await self._shared.gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
+        await self._gateway.call("send", header, [posting.reference], row, peer, SEND_TIMEOUT_S)
 
     async def abort(self, run_id: str, round_number: int, attempt: int, leave_off: bool = False) -> None:
         run = self._runs.get(run_id)
@@ -369,11 +368,13 @@ class HostedRuntime:
     def actor_of(self, run_id: str, index: int) -> tuple[Actor, bool]:
         """The actor of a node's host, and whether the node has it alone."""
         run = self._run(run_id)
-        host = run.host_of(index)
-        return host, not run.shares_host(index)
+        return run.host_of(index), not run.shares_host(index)
 
     async def send_message(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         await self._manager.call("publish_supervisor", run_id, tuple(recipients), message)
+
+    async def measure(self, peer: PeerAddress) -> LinkSpeed:
+        return await self._gateway.call("measure", self._cluster, peer)  # type: ignore[no-any-return]
 
     async def release(self, run_id: str) -> None:
         async with self._lifecycle:
@@ -407,6 +408,12 @@ class HostedRuntime:
     def _manager(self) -> Actor:
         return self._require_shared().manager
 
+    @property
+    def _gateway(self) -> Actor:
+        gateway = self._require_shared().gateway
+        assert gateway is not None
+        return gateway
+
     def _require_shared(self) -> Shared:
         assert self._shared is not None
         return self._shared
@@ -434,7 +441,7 @@ class HostedRuntime:
         templates = self._needed_templates(request)
         return [
             HostSetup(request, self._cluster, group, templates, self._allow, str(folder / f"host-{slot}"))
-            for slot, group in enumerate(_split(local, min(request.num_slots, len(local))))
+            for slot, group in enumerate(split_nodes(local, min(request.num_slots, len(local))))
         ]
 
     def _address_in(self, request: Activate) -> str:
@@ -463,9 +470,7 @@ class HostedRuntime:
         bundles = await self._manager.call("outbox", run_id, position)
         for target, (number, bundle) in bundles.items():
             header = self._header(run, position, MESSAGE, target, sender=-1, dtype="uint8", num_elements=len(bundle))
-            assert self._shared is not None and self._shared.gateway is not None
-            peer = self._peer(run, target)
-            await self._shared.gateway.call("send_bytes", header, bundle, peer, SEND_TIMEOUT_S)
+            await self._gateway.call("send_bytes", header, bundle, self._peer(run, target), SEND_TIMEOUT_S)
             await self._manager.call("acknowledge", run_id, position, target, number)
 
     def _header(self, run: Hosted, position: tuple[int, int], kind: str, target: int, **parts: Any) -> PayloadHeader:
@@ -486,11 +491,3 @@ class HostedRuntime:
 
     def _needed_templates(self, request: Activate) -> dict[str, type]:
         return {name: kind for name, kind in self._templates.items() if name in request.config_json}
-
-
-def _split(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:
-    """Contiguous groups in index order whose sizes differ by one at most."""
-    base, more = divmod(len(nodes), parts)
-    sizes = [base + (k < more) for k in range(parts)]
-    ends = [sum(sizes[: k + 1]) for k in range(parts)]
-    return [tuple(nodes[end - size : end]) for end, size in zip(ends, sizes, strict=True)]

@@ -30,6 +30,8 @@ from icrf.protocol import (
     Heartbeat,
     Instruction,
     Lease,
+    LinkMeasured,
+    MeasureLink,
     ModelStored,
     Register,
     Reject,
@@ -347,6 +349,9 @@ class AgentService:
         elif isinstance(instruction, SendMessage):
             await runtime.send_message(instruction.run_id, instruction.recipients, instruction.message)
             report(CallDone(instruction.run_id, instruction.call_id))
+        elif isinstance(instruction, MeasureLink):
+            speed = await runtime.measure(instruction.peer)
+            report(LinkMeasured(instruction.measurement, speed.bytes_per_s, speed.rtt_s))
         elif isinstance(instruction, StoreModel):
             await self._store_model(instruction)
 

@@ -275,3 +275,11 @@ def host_label(request: Activate, nodes: Sequence[int], slot: int) -> str:
 def host_name(request: Activate, nodes: Sequence[int], slot: int) -> str:
     """``{federation}/{node}`` where a node has a host of its own, else ``{federation}/host-{slot}``."""
     return f"{request.federation}/{host_label(request, nodes, slot)}"
+
+
+def split_nodes(nodes: Sequence[int], parts: int) -> list[tuple[int, ...]]:
+    """Contiguous groups in index order whose sizes differ by one at most."""
+    base, more = divmod(len(nodes), parts)
+    sizes = [base + (k < more) for k in range(parts)]
+    ends = [sum(sizes[: k + 1]) for k in range(parts)]
+    return [tuple(nodes[end - size : end]) for end, size in zip(ends, sizes, strict=True)]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +20,13 @@ from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
 from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, nodes_that, shared_size
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf_agent.delivery import Delivery, Position
+from icrf_agent.delivery import Delivery, Letter, Outgoing, Position
 from icrf_agent.mail import NO_MAIL, Mail
-from icrf_agent.object_store import GlobalObjectStore, object_key
+from icrf_agent.object_store import GlobalObjectStore, References, object_key
 from icrf_agent.room import TopologyManager, decode_letters, encode_letters
 
 # What one node sends its neighbours.
 _FROM_A_NODE = (MODEL, UPDATE, MERGED)
-
-
-class References(Protocol):
-    """The cluster's own object store: arrays of payloads, of some kind of :mod:`icrf.exchange`, in, references out."""
-
-    def put(self, array: np.ndarray[Any, Any], kind: str) -> Any: ...
-
-    def get(self, reference: Any) -> np.ndarray[Any, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -88,6 +80,16 @@ class _Room:
     def position(self) -> Position:
         """The newest attempt that was begun."""
         return self.delivery.position
+
+    def post(self, position: Position, letter: Letter, recipients: Sequence[int]) -> None:
+        """A letter to nodes here and elsewhere, which they get when the attempt is committed."""
+        assignment = self.activation.assignment
+        for cluster in sorted({assignment[n] for n in recipients}):
+            there = [n for n in recipients if assignment[n] == cluster]
+            if cluster == self.cluster:
+                self.delivery.stage(position, letter, there)
+            else:
+                self.delivery.post(position, cluster, letter, there)
 
     def local(self, nodes: Collection[int]) -> list[int]:
         return [n for n in nodes if self.activation.assignment[n] == self.cluster]
@@ -312,15 +314,20 @@ class HybridTopologyManager:
             self._require_open(room, position)
             sender, recipients = room.topology.address(message, recipient_ids)
             self._require_owner(room, sender, self._cluster)
-            letter = room.topology.letter(sender, message)
-            assignment = room.activation.assignment
-            for cluster in sorted({assignment[n] for n in recipients}):
-                there = [n for n in recipients if assignment[n] == cluster]
-                if cluster == room.cluster:
-                    room.delivery.stage(position, letter, there)
-                else:
-                    room.delivery.post(position, cluster, letter, there)
+            room.post(position, room.topology.letter(sender, message), recipients)
             return len(recipients)
+
+    def post(self, run_id: str, position: Position, letters: Sequence[Outgoing]) -> None:
+        """What nodes of this cluster have published in an attempt. Every edge is checked before any is accepted."""
+        with self._lock:
+            room = self._linked(run_id)
+            self._require_open(room, position)
+            for sender, recipients, _ in letters:
+                self._require_owner(room, sender, self._cluster)
+                for recipient in recipients:
+                    room.topology.require_edge(sender, recipient)
+            for sender, recipients, message in letters:
+                room.post(position, room.topology.sealed(sender, message), recipients)
 
     def publish_supervisor(self, run_id: str, recipients: Sequence[int], message: bytes) -> None:
         """A message of the federation itself: no edge is needed, and it is readable at once."""
@@ -367,13 +374,7 @@ class HybridTopologyManager:
         """The letters that a committed round has left for the nodes here; F006 if it is too long ago."""
         with self._lock:
             room = self._linked(run_id)
-            newest = room.position[0]
-            if newest > round_number + 1 and room.topology.used:
-                raise RunError("F006", f"no mail of round {round_number} on {self._cluster}")
-            if newest > round_number:
-                # What the next round has read so far, it has not read before.
-                return room.topology.waiting(with_read=True)
-            return room.topology.waiting(room.delivery.staged(round_number))
+            return room.topology.left_by(round_number, room.delivery)
 
     def has_mail(self, run_id: str) -> bool:
         """Whether nodes of a run have exchanged letters here."""

@@ -18,7 +18,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from icrf import __version__
-from icrf.console.guard import Session, guarded
+from icrf.console.guard import Session, guarded, terminate
+from icrf.console.options import (
+    Clusters,
+    FedFile,
+    Json,
+    Log,
+    Mediator,
+    Out,
+    Overrides,
+    Plain,
+    Profile,
+    RunId,
+    TlsDir,
+    Wan,
+)
 from icrf.console.terminal import Terminal
 from icrf.errors import LocalError
 
@@ -31,7 +45,6 @@ if TYPE_CHECKING:
     from icrf.wan import WanShape
 
 DEFAULT_MEDIATOR = "127.0.0.1:7443"
-EXIT_TERMINATED = 143
 
 app = typer.Typer(
     name="fabric",
@@ -44,46 +57,6 @@ app = typer.Typer(
 )
 
 HERE, THERE = "On this machine", "On a fabric"
-
-FedFile = Annotated[Path, typer.Argument(metavar="FED.yaml", help="The federation.", show_default=False)]
-RunId = Annotated[str, typer.Argument(metavar="ID", help="Run id, or its first characters.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="End standard output with one line of JSON.")]
-Plain = Annotated[bool, typer.Option("--plain", help="No colour, nothing redrawn.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("-o", "--override", metavar="KEY=VALUE", help="Replace a value of the file; may be repeated."),
-]
-Log = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--log",
-        metavar="KIND:TARGET",
-        help="Send metrics on: tensorboard:DIR, csv:FILE, jsonl:FILE, sqlite:FILE or module:attr; may be repeated.",
-    ),
-]
-Profile = Annotated[
-    bool,
-    typer.Option("--profile", help="Show where the rounds' time went, per host; profile.jsonl has each round."),
-]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/ID")]
-Wan = Annotated[
-    str | None,
-    typer.Option(
-        "--wan",
-        metavar="SHAPE",
-        help="Put lines like this between the clusters, for example 80ms,50mbit: round trip, rate[, jitter=5ms].",
-        show_default=False,
-    ),
-]
-Clusters = Annotated[int, typer.Option("--clusters", min=1, max=64, metavar="N", help="How many local Ray clusters.")]
-Mediator = Annotated[
-    str,
-    typer.Option("--mediator", envvar="ICRF_MEDIATOR", metavar="HOST:PORT", help="The fabric's mediator."),
-]
-TlsDir = Annotated[
-    Path | None,
-    typer.Option("--tls-dir", envvar="ICRF_TLS_DIR", metavar="DIR", help="Your certificate.", show_default="plaintext"),
-]
 
 
 def _remote(address: str, tls: Path | None) -> MediatorPort:
@@ -300,6 +273,30 @@ def plan(
 
 
 @command(THERE)
+def clusters(
+    context: typer.Context,
+    mediator: Mediator = DEFAULT_MEDIATOR,
+    tls_dir: TlsDir = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the links between them first; placement goes by it.")
+    ] = False,
+    json: Json = False,
+    plain: Plain = False,
+) -> None:
+    """The clusters of a fabric, and the links between them."""
+    session: Session = context.obj
+    terminal = session.open(json=json, plain=plain)
+    from icrf.console.clusters_view import clusters_dict, show_clusters
+
+    with _open(session, mediator, tls_dir) as fabric:
+        links = fabric.measure_links() if measure else fabric.links()
+        found = fabric.clusters()
+    show_clusters(terminal, found, links, session.doors.wall_s())
+    if json:
+        terminal.json(clusters_dict(found, links))
+
+
+@command(THERE)
 def submit(
     context: typer.Context,
     file: FedFile,
@@ -473,14 +470,9 @@ def _finish(terminal: Terminal, summary: dict[str, Any], exit_code: int, json: b
         raise typer.Exit(exit_code)
 
 
-def _on_terminate(number: int, frame: object) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that an embedded fabric is closed and leaves no process behind."""
-    raise SystemExit(EXIT_TERMINATED)
-
-
 def main() -> None:
     """Entry point of the command ``fabric``."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    signal.signal(signal.SIGTERM, terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A terminal without UTF-8 shows a question mark; it is no reason to lose a run.

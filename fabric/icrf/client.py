@@ -25,6 +25,7 @@ from icrf.protocol import (
     STOP,
     TERMINAL,
     ClusterInfo,
+    MeasuredLink,
     Plan,
     RoundResult,
     RunEvent,
@@ -184,6 +185,15 @@ class Fabric:
     def clusters(self) -> list[ClusterInfo]:
         """The registered clusters by name."""
         return self._port.clusters()
+
+    def links(self) -> list[MeasuredLink]:
+        """What was last measured between the registered clusters; empty where nobody has measured."""
+        return self._port.links()
+
+    def measure_links(self) -> list[MeasuredLink]:
+        """Measure every link between connected clusters, which takes seconds for each; placement goes by it from then
+        on. A link that could not be measured carries its error; A005 for fewer than two clusters."""
+        return self._port.measure_links()
 
     @property
     def takes_classes(self) -> bool:
@@ -367,17 +377,14 @@ class Run:
         """Follow the run to its end, writing `folder` on the way; returns the summary."""
         folder.write_config(json.loads(self.info().config_json))
         for event in self.events():
-            if event.round is not None:
-                folder.add_round(event.round)
-            if event.kind == "move" and (plan := self.plan()) is not None:
-                folder.write_plan(plan)
+            folder.take(event)
             on_event(event)
         return self.close_folder(folder)
 
     def close_folder(self, folder: RunFolder) -> dict[str, Any]:
         """Write what is known only at the end, as far as the run came; returns the summary."""
         info = self.info()
-        if folder.plan is None and info.clusters and (plan := self.plan()) is not None:
+        if folder.lacks_plan and info.clusters and (plan := self.plan()) is not None:
             folder.write_plan(plan)
         if info.model_sha256:
             folder.write_model(self.model())

@@ -27,6 +27,8 @@ MERGED = "merged"
 GATHERED = "gathered"
 # What nodes say to each other; it is not planned.
 MESSAGE = "message"
+# What links are measured with: it belongs to no run, and whoever gets it drops it.
+PROBE = "probe"
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,8 +25,29 @@ class LoopThread:
         self._thread.start()
 
     def call(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Run a coroutine on the loop and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+        """Run a coroutine on the loop and wait for its result.
+
+        Raises:
+            TimeoutError: after `timeout_s` seconds; the coroutine goes on.
+            CancelledError: that of :mod:`concurrent.futures`; the thread was closed.
+        """
+        # A signal's handler may raise at any moment here. A queue's wait is one step; that of a future is many, and a
+        # lock that stays taken in between would hold the loop for ever.
+        ended: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
+
+        def over(task: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # seen: whoever waited may be gone
+            ended.put(task)
+
+        self.loop.call_soon_threadsafe(lambda: self.loop.create_task(work).add_done_callback(over))
+        try:
+            task = ended.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
+        if task.cancelled():
+            raise CancelledError
+        return task.result()
 
     def close(self) -> None:
         """Cancel what still runs and end the thread; harmless when called twice."""

@@ -23,6 +23,7 @@ from icrf.protocol import (
     Graph,
     HeldRun,
     Instruction,
+    MeasuredLink,
     PeerAddress,
     Plan,
     Relink,
@@ -65,6 +66,14 @@ class MediatorPort(Protocol):
 
     def clusters(self) -> list[ClusterInfo]:
         """Registered clusters by name."""
+
+    def links(self) -> list[MeasuredLink]:
+        """What was last measured between clusters that are registered now, by source and target."""
+
+    def measure_links(self) -> list[MeasuredLink]:
+        """Measure every link between clusters that are connected, each way, and return what `links` says then; A005
+        if there are fewer than two. A link that cannot be measured carries its error. Plans made from now on go by
+        the figures. While somebody else's measuring goes on, waits for that."""
 
     def watch(self, run_id: str, after_seq: int = 0) -> Iterator[RunEvent]:
         """Events with seq > `after_seq`, past ones first, then live; ends after the ``end`` event."""
@@ -143,8 +152,8 @@ class PayloadHeader:
 
     kind: ``model`` (global model, or that of a group, float32), ``merged`` (the global model for the aggregators of a
     hierarchy), ``update`` (one node's parameters), ``partial`` and ``consensus`` (exact sums, float64), ``message`` (an
-    encoded user message, uint8). Recipients of a model or an update are the sender's neighbours on the receiving
-    cluster; of a partial and a message they are listed.
+    encoded user message, uint8), ``probe`` (of no run, to measure a link by). Recipients of a model or an update are
+    the sender's neighbours on the receiving cluster; of a partial and a message they are listed.
 
     coding: how the array travels: "" as it is, ``packed`` (:mod:`icrf.wire.packing`), or ``delta``: packed against an
     earlier array of the same sender, whose identity `base` is.
@@ -205,6 +214,14 @@ class ModelFile:
 
     safetensors: bytes
     sha256: str
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """What was measured on the way to another cluster, see :class:`icrf.protocol.MeasuredLink`."""
+
+    bytes_per_s: float
+    rtt_s: float
 
 
 class ClusterRuntime(Protocol):
@@ -305,6 +322,10 @@ class ClusterRuntime(Protocol):
 
     async def send_message(self, run_id: str, recipients: Sequence[int], message: bytes) -> None: ...
 
+    async def measure(self, peer: PeerAddress) -> LinkSpeed:
+        """Measure the way that payloads take to another cluster, within bounded bytes and time; P030 if none get
+        there."""
+
     async def release(self, run_id: str) -> None:
         """Kill the run's hosts, free its objects, remove its placement group; harmless when nothing is there."""
 
@@ -320,9 +341,14 @@ class PayloadTransport(Protocol):
     corrupted or truncated payload, or the IcrfError that the receiver's `receive` raised (for instance P011).
     """
 
-    def serve(self, receive: Callable[[PayloadHeader, np.ndarray[Any, Any], int], None]) -> str:
+    def serve(
+        self,
+        receive: Callable[[PayloadHeader, np.ndarray[Any, Any], int], None],
+        allocate: Callable[[int, str], np.ndarray[Any, Any]] = np.empty,
+    ) -> str:
         """Start accepting: `receive(header, array, wire_bytes)` is called in a worker thread per payload and owns the
-        one-dimensional array. Returns the address that peers can dial, or an empty string if none."""
+        one-dimensional array, which `allocate(num_elements, dtype)` has made unless the payload is coded. Returns the
+        address that peers can dial, or an empty string if none."""
 
     def send(self, header: PayloadHeader, array: np.ndarray[Any, Any], peer: PeerAddress, timeout_s: float) -> None:
         """Send a one-dimensional, contiguous array; it is only read."""
@@ -344,7 +370,8 @@ class FederationStore(Protocol):
 
     Tables (key): ``submissions``, ``runs`` and ``goals`` (run_id), ``assignments`` and ``activations`` (run_id,
     generation), ``attempts`` (run_id, round, attempt, cluster), ``commits`` and ``checkpoints`` (run_id, round),
-    ``graphs`` (run_id, round), ``relinks`` (run_id, generation), ``events`` (run_id, seq), ``meta`` (name).
+    ``graphs`` (run_id, round), ``relinks`` (run_id, generation), ``events`` (run_id, seq), ``links`` (source,
+    target), ``meta`` (name).
     """
 
     def apply(self, writes: Sequence[Write]) -> None:

@@ -21,7 +21,7 @@ from icrf.console.format import clean_json, short_id
 from icrf.errors import LocalError
 from icrf.model_file import ARTIFACT, write_file
 from icrf.profiling import profile_line
-from icrf.protocol import COMPLETED, LinkBytes, MixingReport, Plan, RoundResult, RunInfo
+from icrf.protocol import COMPLETED, LinkBytes, MixingReport, Plan, RoundResult, RunEvent, RunInfo
 from icrf.report import ReportData, render
 from icrf.spec import FederationConfig
 from icrf.spec.documents import dump_yaml
@@ -54,12 +54,18 @@ class RunFolder:
         self.path = path
         self._rounds: list[RoundResult] = []
         self._plan: Plan | None = None
+        self._moved = False
         require_writable(path)
         _require_own(path)
         with _writing(path):
             for name in _FILES:
                 (path / name).unlink(missing_ok=True)
             self._lines: TextIO = (path / "rounds.jsonl").open("w", encoding="utf-8")
+
+    @property
+    def lacks_plan(self) -> bool:
+        """Whether none was written, or nodes have moved since."""
+        return self._plan is None or self._moved
 
     @property
     def plan(self) -> Plan | None:
@@ -85,8 +91,14 @@ class RunFolder:
 
     def write_plan(self, plan: Plan) -> None:
         """``plan.json``."""
-        self._plan = plan
+        self._plan, self._moved = plan, False
         self._replace("plan.json", json_bytes(plan_to_dict(plan)))
+
+    def take(self, event: RunEvent) -> None:
+        """What of an event goes into the folder."""
+        if event.round is not None:
+            self.add_round(event.round)
+        self._moved = self._moved or event.kind == "move"
 
     def add_round(self, result: RoundResult) -> None:
         """Append a line to ``rounds.jsonl``, to ``nodes.jsonl`` if it has values of single nodes, and to

@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -255,11 +255,12 @@ class WanLines:
 
     Args:
         clusters: their names.
-        shape: of every line.
+        shape: of every line, or by cluster those that do more than count.
     """
 
-    def __init__(self, clusters: Iterable[str], shape: WanShape) -> None:
-        self.lines = {name: WanLine(shape, seed=number) for number, name in enumerate(clusters)}
+    def __init__(self, clusters: Iterable[str], shape: WanShape | Mapping[str, WanShape]) -> None:
+        shapes = {name: shape if isinstance(shape, WanShape) else shape.get(name, WanShape()) for name in clusters}
+        self.lines = {name: WanLine(its, seed=number) for number, (name, its) in enumerate(shapes.items())}
         self._ways: dict[tuple[str, str], str] = {}
 
     def way_out(self, cluster: str, target: str) -> str:

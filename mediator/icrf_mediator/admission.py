@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from icrf.errors import IcrfError, ResourceError
-from icrf.protocol import ClusterInfo, Plan, Submission
+from icrf.protocol import ClusterInfo, MeasuredLink, Plan, Submission
 from icrf_mediator.assignment import Assignment
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.feasibility import decisive
@@ -21,8 +21,8 @@ from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
 from icrf_mediator.runs import RunMachine
 
-Planner = Callable[[Submission, Sequence[ClusterInfo]], tuple[Plan, Assignment]]
 Planned = tuple[Plan, Assignment]
+Planner = Callable[[Submission, Sequence[ClusterInfo], Sequence[MeasuredLink]], Planned]
 
 
 class Admission:
@@ -31,14 +31,17 @@ class Admission:
     Args:
         members: the clusters, and what runs hold there.
         planner: makes the plans.
+        links: what is known of the links between clusters now.
     """
 
-    def __init__(self, members: Membership, planner: Planner) -> None:
-        self._members, self._planner = members, planner
+    def __init__(
+        self, members: Membership, planner: Planner, links: Callable[[], tuple[MeasuredLink, ...]] = tuple
+    ) -> None:
+        self._members, self._planner, self._links = members, planner, links
         # By cluster, who is first in line there.
         self._line: dict[str, RunMachine] = {}
-        # Of every run that waits: its last plan, and the clusters that it was made for.
-        self._plans: dict[str, tuple[tuple[ClusterInfo, ...], Planned]] = {}
+        # Of every run that waits: its last plan, and the clusters and links that it was made for.
+        self._plans: dict[str, tuple[tuple[tuple[ClusterInfo, ...], tuple[MeasuredLink, ...]], Planned]] = {}
 
     def admit(self, runs: Iterable[RunMachine], effects: Effects, now: Now) -> list[RunMachine]:
         """Start those queued runs, given in the order of submission, whose turn it is and for which there is room.
@@ -99,10 +102,11 @@ class Admission:
         return Placement.of_plan(plan, assignment, clusters, run.config)
 
     def _planned(self, run: RunMachine, clusters: Sequence[ClusterInfo]) -> Planned:
-        """The plan of a run that waits, made again only for other clusters."""
-        known = tuple(replace(cluster, free_slots=0) for cluster in clusters)
+        """The plan of a run that waits, made again only for other clusters or links."""
+        measured = self._links()
+        known = tuple(replace(cluster, free_slots=0) for cluster in clusters), measured
         if run.run_id not in self._plans or self._plans[run.run_id][0] != known:
-            self._plans[run.run_id] = known, self._planner(run.submission, clusters)
+            self._plans[run.run_id] = known, self._planner(run.submission, clusters, measured)
         return self._plans[run.run_id][1]
 
 

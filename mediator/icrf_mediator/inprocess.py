@@ -13,6 +13,7 @@ from icrf.errors import IcrfError, LocalError
 from icrf.protocol import (
     ClusterInfo,
     Instruction,
+    MeasuredLink,
     Plan,
     Register,
     Reject,
@@ -142,6 +143,12 @@ class InProcessMediator:
 
     def clusters(self) -> list[ClusterInfo]:
         return self._wait(self._service.clusters())
+
+    def links(self) -> list[MeasuredLink]:
+        return self._wait(self._service.links())
+
+    def measure_links(self) -> list[MeasuredLink]:
+        return self._wait(self._service.measure_links())
 
     def watch(self, run_id: str, after_seq: int = 0) -> Iterator[RunEvent]:
         events = self._service.watch(run_id, after_seq)

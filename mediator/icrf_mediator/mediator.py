@@ -25,6 +25,8 @@ from icrf.protocol import (
     Goodbye,
     Heartbeat,
     Lease,
+    LinkMeasured,
+    MeasuredLink,
     ModelStored,
     Register,
     Reject,
@@ -42,6 +44,7 @@ from icrf.protocol import (
 )
 from icrf_mediator.admission import Admission, Planner, refuse_infeasible
 from icrf_mediator.effects import Effects, Now
+from icrf_mediator.measuring import Links
 from icrf_mediator.membership import Membership
 from icrf_mediator.moves import Moves
 from icrf_mediator.planning import check_submission, make_plan
@@ -87,8 +90,9 @@ class FederationMediator:
         self.policy = policy or Policy()
         self._plan = planner
         self._members = Membership(self.policy.lease_ttl_s)
-        self._admission = Admission(self._members, planner)
-        self._moves = Moves(self._members, self._admission)
+        self._links = Links(self._members)
+        self._admission = Admission(self._members, planner, self._links.known)
+        self._moves = Moves(self._members, self._admission, self._links.known)
         self._runs: dict[str, RunMachine] = {}
         self._archive: dict[str, Archived] = {}
         self._requests: dict[str, str] = {}
@@ -102,10 +106,11 @@ class FederationMediator:
         """Take over the journal of an earlier life. Runs that had not ended wait for their clusters and go on.
 
         Args:
-            tables: rows of ``submissions``, ``runs`` and the other tables of runs; of those only what belongs to runs
-                that had not ended is needed.
+            tables: rows of ``links``, ``submissions``, ``runs`` and the other tables of runs; of those only what
+                belongs to runs that had not ended is needed.
         """
         effects = Effects()
+        self._links.restore(tables.get("links", []))
         events: dict[str, list[RunEvent]] = {}
         for write in tables.get("events", []):
             events.setdefault(str(write.key[0]), []).append(run_event(write.row))
@@ -141,7 +146,7 @@ class FederationMediator:
             return known, effects
         check_submission(submission)
         clusters = self._members.clusters()
-        plan, _ = self._plan(submission, clusters)
+        plan, _ = self._plan(submission, clusters, self._links.known())
         if clusters:
             refuse_infeasible(plan)
         run = RunMachine(run_id, submission, now, self._members.address, **self._times)
@@ -166,6 +171,15 @@ class FederationMediator:
 
     def clusters(self) -> list[ClusterInfo]:
         return self._members.clusters()
+
+    def links(self) -> tuple[MeasuredLink, ...]:
+        return self._links.known()
+
+    def measure_links(self, call_id: str, now: Now) -> Effects:
+        """Measure all links; answered through ``Effects.answers``."""
+        effects = Effects()
+        self._links.measure(effects, now, call_id)
+        return effects
 
     def events(self, run_id: str) -> tuple[str, Sequence[RunEvent] | None]:
         """The full id of a run and its events so far (the live list); None for those that only the journal has."""
@@ -289,6 +303,8 @@ class FederationMediator:
             if self._calls.get(report.call_id) == (report.run_id, cluster):
                 del self._calls[report.call_id]
                 effects.answers.append(report)
+        elif isinstance(report, LinkMeasured):
+            self._links.measured(effects, now, cluster, report)
         elif not isinstance(report, Register):
             self._run_report(effects, now, cluster, report)
         self._dismiss(effects)
@@ -342,6 +358,7 @@ class FederationMediator:
         """Let time pass: leases and deadlines."""
         effects = Effects()
         self._expire(effects, now)
+        self._links.tick(effects, now)
         for run in list(self._runs.values()):
             if not run.terminal:
                 run.tick(effects, now)

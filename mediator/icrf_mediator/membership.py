@@ -189,5 +189,9 @@ class Membership:
             for _, m in sorted(self._members.items())
         ]
 
+    def agents(self) -> dict[str, str]:
+        """Who serves each cluster: the id of the agent, over all its lives, or its one life where it has no id."""
+        return {name: m.agent_id or m.info.incarnation for name, m in self._members.items()}
+
     def names(self) -> set[str]:
         return set(self._members)

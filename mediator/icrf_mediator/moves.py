@@ -6,11 +6,11 @@ choice nodes move only when the new assignment fits at once; those of a lost clu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from icrf.errors import IcrfError
-from icrf.protocol import ClusterInfo
+from icrf.protocol import ClusterInfo, MeasuredLink
 from icrf_mediator.admission import Admission, refuse_infeasible
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.feasibility import decisive
@@ -20,6 +20,9 @@ from icrf_mediator.placement import Placement
 from icrf_mediator.planning import assign_nodes, plan_of
 from icrf_mediator.runs import RunMachine
 
+# The generation, the clusters and the links between them.
+_Asked = tuple[int, list[ClusterInfo], tuple[MeasuredLink, ...]]
+
 
 class Moves:
     """Finds other clusters for runs.
@@ -27,12 +30,15 @@ class Moves:
     Args:
         members: the clusters, and what runs hold there.
         admission: who is in line.
+        links: what is known of the links between clusters now.
     """
 
-    def __init__(self, members: Membership, admission: Admission) -> None:
-        self._members, self._admission = members, admission
-        # Of every run that looks for clusters: the generation, the clusters that were asked last, and what came of it.
-        self._offers: dict[str, list[tuple[int, Sequence[ClusterInfo], Placement | str]]] = {}
+    def __init__(
+        self, members: Membership, admission: Admission, links: Callable[[], tuple[MeasuredLink, ...]] = tuple
+    ) -> None:
+        self._members, self._admission, self._links = members, admission, links
+        # Of every run that looks for clusters: what was asked for last, and what came of it.
+        self._offers: dict[str, list[tuple[_Asked, Placement | str]]] = {}
 
     def serve(self, run: RunMachine, effects: Effects, now: Now) -> None:
         """Move a run that looks for other clusters, or tell it why it stays; harmless for all others."""
@@ -75,17 +81,19 @@ class Moves:
         return strict != "strict" or decisive(cluster.fingerprint, device) == run.placement.fingerprint
 
     def _offered(self, run: RunMachine, clusters: Sequence[ClusterInfo]) -> Placement | str:
-        known = [replace(cluster, free_slots=0) for cluster in clusters]
+        asked = run.generation, [replace(cluster, free_slots=0) for cluster in clusters], self._links()
         offers = self._offers.setdefault(run.run_id, [])
-        for generation, asked, offer in offers:
-            if (generation, asked) == (run.generation, known):
+        for known, offer in offers:
+            if known == asked:
                 return offer
-        offer = self._assigned(run, known)
-        self._offers[run.run_id] = [*offers[-1:], (run.generation, known, offer)]
+        offer = self._assigned(run, *asked[1:])
+        self._offers[run.run_id] = [*offers[-1:], (asked, offer)]
         return offer
 
     @staticmethod
-    def _assigned(run: RunMachine, clusters: Sequence[ClusterInfo]) -> Placement | str:
+    def _assigned(
+        run: RunMachine, clusters: Sequence[ClusterInfo], measured: Sequence[MeasuredLink]
+    ) -> Placement | str:
         before = run.placement
         assert before is not None
         if not clusters:
@@ -94,10 +102,10 @@ class Moves:
         previous = {node.id: before.cluster_of(index) for index, node in enumerate(submission.nodes)}
         try:
             chosen = run.by_choice
-            found = assign_nodes(submission, clusters, previous=previous, improve=chosen, stay=not chosen)
+            found = assign_nodes(submission, clusters, measured, previous, improve=chosen, stay=not chosen)
             if [clusters[c].name for c in found.clusters] == list(previous.values()):
                 return ""
-            plan = plan_of(submission, clusters, found)
+            plan = plan_of(submission, clusters, found, measured)
             refuse_infeasible(plan)
         except IcrfError as error:
             return str(error)

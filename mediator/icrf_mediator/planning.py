@@ -7,7 +7,7 @@ back as sentences in the plan; only what is wrong with the submission itself is 
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from icrf.protocol import (
     STAGES,
     ClusterInfo,
     LinkBytes,
+    MeasuredLink,
     Plan,
     Submission,
     element_type,
@@ -36,15 +37,16 @@ from icrf.topology import STATIC, Hierarchy, HybridAdjacencyMatrix, check_mixing
 from icrf_mediator.assignment import (
     Assignment,
     Hints,
-    MeasuredLink,
     Pins,
     assign,
     assign_groups,
     link_costs,
+    link_seconds,
     resolve_pins,
 )
 from icrf_mediator.coded_bytes import coded_bytes
 from icrf_mediator.feasibility import lacking
+from icrf_mediator.needs import candidates, explained
 
 # The one schema that learns several models. A mediator reads configurations without their specification: the SDK that
 # submits them may be of another version.
@@ -148,14 +150,14 @@ def make_plan(
         previous: node id -> name of its cluster until now, of which as few nodes as possible move.
 
     Raises:
-        ConfigErrors: C014 for every pin that names no node or no cluster.
+        ConfigErrors: C014 for every pin that names no node or no cluster, C019 for nodes that no cluster has room for.
         ConfigError: C001 unreadable configuration, C008 not one aggregator, C010 unknown strategy or mixing rule.
         RoutingError: P011 a participant without edges to the aggregator.
         TopologyError: T004 a directed graph that the mixing rule does not take, T007 a mixing matrix that is not
             stochastic, T0xx a malformed graph.
     """
     assignment = assign_nodes(submission, clusters, measured, previous)
-    return plan_of(submission, clusters, assignment), assignment
+    return plan_of(submission, clusters, assignment, measured), assignment
 
 
 def assign_nodes(
@@ -175,11 +177,11 @@ def assign_nodes(
     """
     if not clusters:
         return Assignment((), ())
-    settings = _Settings.from_config(_parse(submission.config_json))
+    config = _parse(submission.config_json)
+    settings, node_ids = _Settings.from_config(config), [node.id for node in submission.nodes]
     adjacency = HybridAdjacencyMatrix.from_graph(submission.graph)
-    pins = resolve_pins(settings.placement, [node.id for node in submission.nodes], clusters)
-    hints = _hints(submission, settings, clusters, measured, previous)
-    hints = replace(hints, improve=improve)
+    hints = replace(_hints(submission, settings, clusters, measured, previous), improve=improve)
+    clusters, pins = candidates(config, node_ids, clusters, resolve_pins(settings.placement, node_ids, clusters))
     if not stay:
         return _assign(submission, settings.assignment_strategy, adjacency, clusters, pins, hints)
     held = {node: {home} for node, home in enumerate(hints.previous) if home >= 0 and home in pins.get(node, {home})}
@@ -188,7 +190,12 @@ def assign_nodes(
     return Assignment(found.clusters, tuple(why))
 
 
-def plan_of(submission: Submission, clusters: Sequence[ClusterInfo], assignment: Assignment) -> Plan:
+def plan_of(
+    submission: Submission,
+    clusters: Sequence[ClusterInfo],
+    assignment: Assignment,
+    measured: Sequence[MeasuredLink] = (),
+) -> Plan:
     """What an assignment leads to. See :func:`make_plan`."""
     config = _parse(submission.config_json)
     settings = _Settings.from_config(config)
@@ -208,10 +215,10 @@ def plan_of(submission: Submission, clusters: Sequence[ClusterInfo], assignment:
         cut_edges=adjacency.cut_edges(owners),
         num_parameters=num_parameters,
         strategy=settings.assignment_strategy,
-        explanation=dict(zip(node_ids, assignment.explanation, strict=False)),
+        explanation=dict(zip(node_ids, explained(config, node_ids, assignment.explanation), strict=False)),
         tensors=dict(Counter(tensor.rule for tensor in submission.layout)),
         num_models=settings.number_of_models if submission.flow == CENTRALIZED else 1,
-        **_crossed(submission, config, settings, clusters, exchange, per_adaptation),
+        **_crossed(submission, config, settings, clusters, exchange, per_adaptation, measured),
         **_room(config, settings, clusters, assignment, exchange, num_parameters),
         **_mixed(submission, settings),
         **_adapted(settings, per_adaptation),
@@ -242,26 +249,6 @@ def check_submission(submission: Submission) -> None:
         raise ConfigError("C008", f"communities of {found} nodes for {nodes}", place="communities")
     if not nodes_that("train", submission.nodes):
         raise ConfigError("C008", "no node trains", place="nodes")
-
-
-class PlanMemo:
-    """:func:`make_plan` that remembers its last few results, so that they can be made ahead in another thread.
-
-    Planning 100,000 nodes takes seconds, which the mediator's loop does not have. Thread-safe.
-    """
-
-    def __init__(self, size: int = 8) -> None:
-        self._kept: deque[tuple[Submission, tuple[ClusterInfo, ...], tuple[Plan, Assignment]]] = deque(maxlen=size)
-
-    def __call__(self, submission: Submission, clusters: Sequence[ClusterInfo]) -> tuple[Plan, Assignment]:
-        """See :func:`make_plan`. What is free just now makes no difference to a plan, and none here."""
-        known = tuple(replace(cluster, free_slots=0) for cluster in clusters)
-        for kept, under, outcome in tuple(self._kept):
-            if kept is submission and under == known:
-                return outcome
-        outcome = make_plan(submission, known)
-        self._kept.append((submission, known, outcome))
-        return outcome
 
 
 # ---------------------------------------------------------------- parts of the plan
@@ -309,6 +296,7 @@ def _crossed(
     clusters: Sequence[ClusterInfo],
     exchange: ExchangePlan,
     per_adaptation: int,
+    measured: Sequence[MeasuredLink],
 ) -> dict[str, Any]:
     """What a plan says about the bytes between clusters."""
     num_parameters = shared_size(submission.layout)
@@ -316,8 +304,9 @@ def _crossed(
     participation = Participation(submission, {**config, "wave_condition": None})
     links = _links(exchange, participation, settings, num_parameters, _itemsize(submission))
     per_round, per_evaluation = sum(links.values()), exchange.evaluation_bytes(num_parameters)
+    ends = [(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()]
     return {
-        "links": tuple(LinkBytes(clusters[a].name, clusters[b].name, size) for (a, b), size in links.items()),
+        "links": tuple(LinkBytes(*end, link_seconds(measured, *end)) for end in ends),
         "bytes_inter_cluster_per_round": per_round,
         "bytes_inter_cluster_per_evaluation": per_evaluation,
         "bytes_inter_cluster_total": settings.total(per_round, per_evaluation, per_adaptation),

@@ -23,6 +23,7 @@ from icrf.protocol import (
     CallDone,
     ClusterInfo,
     ClusterReset,
+    MeasuredLink,
     Plan,
     Register,
     Reject,
@@ -35,7 +36,8 @@ from icrf_mediator.effects import Effects, Now
 from icrf_mediator.fail_places import BEFORE, DURABLE, TOLD, pass_by
 from icrf_mediator.feasibility import fingerprint_differences
 from icrf_mediator.mediator import FederationMediator, Policy
-from icrf_mediator.planning import PlanMemo, make_plan
+from icrf_mediator.plan_memo import PlanMemo
+from icrf_mediator.planning import make_plan
 from icrf_mediator.run_restore import run_event
 
 log = logging.getLogger("icrf.mediator")
@@ -101,7 +103,7 @@ class MediatorService:
 
     async def start(self) -> None:
         """Replay the journal and let time pass."""
-        tables = {name: self._store.rows(name) for name in ("submissions", "runs")}
+        tables = {name: self._store.rows(name) for name in ("submissions", "runs", "links")}
         unfinished = [write.key for write in tables["runs"] if write.row["status"] not in TERMINAL]
         for name in _OF_UNFINISHED_RUNS:
             tables[name] = [write for key in unfinished for write in self._store.rows(name, key)]
@@ -125,14 +127,14 @@ class MediatorService:
         # Made ahead: planning a large graph takes longer than the loop may be kept from heartbeats.
         began = time.perf_counter()
         if self._core.made_by(submission.client_request_id) is None:
-            await asyncio.to_thread(self._plans, submission, self._core.clusters())
+            await asyncio.to_thread(self._plans, submission, self._core.clusters(), self._core.links())
         planned_s = time.perf_counter() - began
         info, effects = self._core.submit(submission, uuid.uuid4().hex, self._now(), planned_s)
         self._carry_out(effects)
         return info
 
     async def plan(self, submission: Submission) -> Plan:
-        plan, _ = await asyncio.to_thread(make_plan, submission, self._core.clusters())
+        plan, _ = await asyncio.to_thread(make_plan, submission, self._core.clusters(), self._core.links())
         return plan
 
     async def get(self, run_id: str) -> RunInfo:
@@ -143,6 +145,18 @@ class MediatorService:
 
     async def clusters(self) -> list[ClusterInfo]:
         return self._core.clusters()
+
+    async def links(self) -> list[MeasuredLink]:
+        return list(self._core.links())
+
+    async def measure_links(self) -> list[MeasuredLink]:
+        """Measure every link each way; blocks this task until it is done."""
+        call_id = uuid.uuid4().hex
+        effects = self._core.measure_links(call_id, self._now())
+        future = self._expect(call_id)
+        self._carry_out(effects)
+        await self._answer(call_id, future)
+        return await self.links()
 
     async def watch(self, run_id: str, after_seq: int = 0) -> AsyncIterator[RunEvent]:
         """Past events after `after_seq`, then live ones; ends with the ``end`` event."""

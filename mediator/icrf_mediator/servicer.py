@@ -20,7 +20,18 @@ from google.protobuf import message_factory
 
 from icrf.errors import IcrfError, InternalError, ProtocolError, RunError
 from icrf.ports import AgentPort, BlobWriter
-from icrf.protocol import ClusterInfo, Instruction, Plan, Register, Reject, Report, RunEvent, RunInfo, Submission
+from icrf.protocol import (
+    ClusterInfo,
+    Instruction,
+    MeasuredLink,
+    Plan,
+    Register,
+    Reject,
+    Report,
+    RunEvent,
+    RunInfo,
+    Submission,
+)
 from icrf.wire._generated.icrf.v1 import cluster_pb2, federation_pb2, types_pb2
 from icrf.wire.addresses import CHUNK_BYTES
 from icrf.wire.codec import from_proto, pack_instruction, parse, to_proto, unpack_report
@@ -43,6 +54,7 @@ _CAPS_S = {
     "Plan": 120.0,
     "CallNode": _CALL_CAP_S,
     "SendMessage": _CALL_CAP_S,
+    "MeasureLinks": _CALL_CAP_S,
     "Watch": _STREAM_CAP_S,
     "Fetch": _STREAM_CAP_S,
     "Upload": _STREAM_CAP_S,
@@ -62,6 +74,10 @@ class MediatorService(Protocol):
     async def list_runs(self) -> list[RunInfo]: ...
 
     async def clusters(self) -> list[ClusterInfo]: ...
+
+    async def links(self) -> list[MeasuredLink]: ...
+
+    async def measure_links(self) -> list[MeasuredLink]: ...
 
     def watch(self, run_id: str, after_seq: int) -> AsyncIterator[RunEvent]: ...
 
@@ -128,6 +144,15 @@ class FederationServicer:
     async def clusters(self, request: Any, context: Any) -> Any:
         """Registered clusters."""
         return federation_pb2.ClustersReply(clusters=[to_proto(one) for one in await self._service.clusters()])  # type: ignore[misc]
+
+    async def links(self, request: Any, context: Any) -> Any:
+        """What was measured between clusters."""
+        return federation_pb2.LinksReply(links=[to_proto(one) for one in await self._service.links()])  # type: ignore[misc]
+
+    async def measure_links(self, request: Any, context: Any) -> Any:
+        """Measure it anew."""
+        measured = await self._service.measure_links()
+        return federation_pb2.LinksReply(links=[to_proto(one) for one in measured])  # type: ignore[misc]
 
     async def watch(self, request: Any, context: Any) -> None:
         """Events until the run's end. The initial metadata tells the caller that the watch stands."""

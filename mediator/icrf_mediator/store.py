@@ -25,6 +25,7 @@ TABLES = (
     "graphs",
     "relinks",
     "events",
+    "links",
     "meta",
 )
 SCHEMA_VERSION = 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.catalogue import System
-from benchmarks.environments import ROOT, is_ready, python_of
+from benchmarks.environments import ROOT, python_of, why_not
 from benchmarks.memory import Family, MemoryWatch
 
 RUN_LIMIT_S = 900.0
@@ -34,8 +34,8 @@ def measure(system: System, case: Case) -> dict[str, Any]:
     """One run: what :func:`benchmarks.runner.run` found and the peak memory, or why there is nothing."""
     if not system.takes(case):
         return {"unavailable": f"not for {case.name}"}
-    if not is_ready(system.environment):
-        return {"unavailable": f"{system.environment} is not installed: scripts/bench one-cluster --setup"}
+    if problem := why_not(system.environment):
+        return {"unavailable": problem}
     with tempfile.TemporaryDirectory(prefix="icrf-bench-") as folder:
         return _measure(system, case, Path(folder))
 

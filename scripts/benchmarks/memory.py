@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 _MARK = "ICRF_BENCH_RUN"
 _KILL_S = 5.0
@@ -91,7 +92,33 @@ def _fields(pid: int) -> list[bytes]:
         return [b"Z", *[b"0"] * 20]
 
 
-class MemoryWatch:
+class Sampler:
+    """Calls :meth:`sample` again and again while the context lasts, and once at its end."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sampler")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.sample()
+
+    def sample(self) -> None:
+        """Look once; in the sampler's thread until the context ends."""
+        raise NotImplementedError
+
+
+class MemoryWatch(Sampler):
     """Samples the memory of a family while the context lasts.
 
     Attributes:
@@ -101,24 +128,15 @@ class MemoryWatch:
     """
 
     def __init__(self, family: Family, every_s: float = 0.25) -> None:
-        self._family, self._every_s = family, every_s
+        super().__init__(every_s)
+        self._family = family
         self.private_bytes = self.resident_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory-watch")
 
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._every_s):
-            pages = list(_pages(self._family.members()))
-            self.resident_bytes = max(self.resident_bytes, _PAGE * sum(resident for resident, _ in pages))
-            self.private_bytes = max(self.private_bytes, _PAGE * sum(resident - shared for resident, shared in pages))
+    def sample(self) -> None:
+        """Add up what all members hold now."""
+        pages = list(_pages(self._family.members()))
+        self.resident_bytes = max(self.resident_bytes, _PAGE * sum(resident for resident, _ in pages))
+        self.private_bytes = max(self.private_bytes, _PAGE * sum(resident - shared for resident, shared in pages))
 
 
 def _pages(pids: list[int]) -> Iterator[tuple[int, int]]:

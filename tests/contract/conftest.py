@@ -19,6 +19,7 @@ from icrf.protocol import (
     Fingerprint,
     Lease,
     LinkBytes,
+    MeasuredLink,
     Plan,
     Register,
     Reject,
@@ -41,6 +42,7 @@ PLAN = Plan(
 )  # fmt: skip
 CAPACITY, FINGERPRINT = Capacity(2, 2.0, 0.0, 1 << 30), Fingerprint("2.13", "AVX2", "on", 1, "cpu")
 CLUSTER = ClusterInfo("eu", "i-1", CAPACITY, FINGERPRINT, {"zone": "a"}, "127.0.0.1:1", True, 2)
+LINK = MeasuredLink("eu", "us", 6.25e6, 0.08, True, 1e9, "{}")
 LEASE = Lease(20.0, 5.0)
 RESULT = RoundResult(1, 1, 1, 0.5, 0.4, 0.1, 0.0, {"train_loss": 0.3}, 10, 20, 2, "aa", "bb")
 
@@ -70,7 +72,7 @@ class FakeWriter:
 class FakeService:
     """Knows one run; notes what it was asked. Lives on the loop of the server."""
 
-    run, plan_of_run, cluster, lease, result = RUN, PLAN, CLUSTER, LEASE, RESULT
+    run, plan_of_run, cluster, link, lease, result = RUN, PLAN, CLUSTER, LINK, LEASE, RESULT
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -117,6 +119,13 @@ class FakeService:
         if self.artifacts.get("bug"):
             raise KeyError("a secret of the mediator")
         return [CLUSTER]
+
+    async def links(self) -> list[MeasuredLink]:
+        return [LINK]
+
+    async def measure_links(self) -> list[MeasuredLink]:
+        await self.tell("measure_links")
+        return [LINK, LINK]
 
     async def watch(self, run_id: str, after_seq: int) -> AsyncIterator[RunEvent]:
         self.known(run_id)

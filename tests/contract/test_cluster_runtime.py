@@ -469,3 +469,19 @@ def test_the_death_of_a_host_is_told_as_such(rig: Rig) -> None:
 
 async def one_publish(rig: Rig, activation: Activate, activated: Activated) -> None:
     await rig.runtime.publish_model(activation.run_id, start_of(activation, activated, samples_of(activated)))
+
+
+# ---------------------------------------------------------------- links
+
+
+def test_a_way_is_measured_with_payloads_that_are_nobodys(rig: Rig) -> None:
+    before, arrived = len(rig.received), len(rig.arrivals)
+    speed = rig.call(rig.runtime.measure(PeerAddress(THERE, rig.neighbour_address)))
+    assert speed.bytes_per_s > 0.0 and speed.rtt_s >= 0.0
+    probes = [header for header, _ in rig.received[before:]]
+    assert {(p.kind, p.source, p.target) for p in probes} == {("probe", HERE, THERE)}
+    assert [p.num_elements for p in probes].count(0) >= 2 and max(p.num_elements for p in probes) <= 4 << 20
+    # What others measure this way leaves nothing behind here.
+    header = replace(probes[-1], source=THERE, target=HERE)
+    rig.neighbour.send(header, np.zeros(header.num_elements, np.uint8), PeerAddress(HERE, rig.address), PATIENCE_S)
+    assert len(rig.arrivals) == arrived

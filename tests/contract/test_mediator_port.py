@@ -111,6 +111,18 @@ def test_a_submission_runs_to_its_end_and_is_shown(port: MediatorPort) -> None:
     ended(port, again)
 
 
+def test_links_are_measured_each_way_and_known_from_then_on(port: MediatorPort) -> None:
+    assert port.links() == []
+    measured = port.measure_links()
+    assert [(m.source, m.target, m.error_json) for m in measured] == [
+        ("local-1", "local-2", ""),
+        ("local-2", "local-1", ""),
+    ]
+    assert all(m.bytes_per_s > 0.0 and m.rtt_s >= 0.0 and m.measured_at > 0.0 for m in measured)
+    assert port.links() == measured
+    assert all(link.seconds_per_round > 0.0 for link in port.plan(submission()).links)
+
+
 def test_submit_is_idempotent_by_its_request_id(port: MediatorPort) -> None:
     same = submission(client_request_id="once")
     run = port.submit(same)

@@ -52,6 +52,8 @@ def test_calls_and_their_values_cross_the_wire(mediator: Any, client: GrpcMediat
     assert client.get("run-1") == mediator.service.run
     assert client.list_runs() == [mediator.service.run] * 2
     assert client.clusters() == [mediator.service.cluster]
+    assert client.links() == [mediator.service.link]
+    assert client.measure_links() == [mediator.service.link] * 2
     assert client.cancel("run-1") == mediator.service.run
     assert client.advance("run-1", "run", 3) == mediator.service.run
     assert client.change_nodes("run-1", ["a"], ["b", "c"]) == mediator.service.run
@@ -60,6 +62,7 @@ def test_calls_and_their_values_cross_the_wire(mediator: Any, client: GrpcMediat
     client.send_message("run-1", ["client_1", "server"], b"hello")
     assert mediator.service.calls == [
         ("submit", SUBMISSION),
+        ("measure_links",),
         ("cancel", "run-1"),
         ("advance", "run-1", "run", 3),
         ("change_nodes", "run-1", ("a",), ("b", "c")),

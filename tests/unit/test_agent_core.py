@@ -24,6 +24,8 @@ from icrf.protocol import (
     HeldRun,
     Instruction,
     Lease,
+    LinkMeasured,
+    MeasureLink,
     NodeSpec,
     PeerAddress,
     Reject,
@@ -139,6 +141,7 @@ STAR = activation_of(CENTRALIZED, [0, 0, 1])
         Reserve("run", 1, "fed", 1, Resources(), "PACK", 1.0),
         StoreModel("run", 1, 1),
         CallNode("run", 1, "call", "n0", "ping", b""),
+        MeasureLink("measurement", PeerAddress("b", "")),
         SendMessage("run", 1, "call", (0,), b""),
         Release("run", 1),
     ],
@@ -158,6 +161,7 @@ def test_failures_are_reported_in_the_words_of_the_instruction() -> None:
     assert failure(reserve, error) == Reserved("run", 2, error.to_json())
     assert failure(STAR, error) == Activated("run", 1, error_json=error.to_json())
     assert failure(Release("run", 2), error) == Released("run", 2)
+    assert failure(MeasureLink("m", PeerAddress("b", "")), error) == LinkMeasured("m", error_json=error.to_json())
     assert failure(Lease(1.0, 1.0), error) is None
 
 

@@ -152,7 +152,7 @@ def test_every_node_is_explained() -> None:
     found = assign("locality", build_topology("ring", 4, {}), clusters_of(1, 1), {0: {0}, 1: {0, 1}})
     assert found.explanation == (
         "pinned to c0",
-        "c0 matches its placement labels",
+        "c0 is one of 2 clusters that it may be on",
         "1 of its 2 neighbours are on c1",
         "1 of its 2 neighbours are on c1",
     )

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.assignment import blocks, kreg, smallworld
-from icrf.protocol import Capacity, ClusterInfo, Fingerprint
+from icrf.errors import IcrfError
+from icrf.protocol import Capacity, ClusterInfo, Fingerprint, MeasuredLink
 from icrf.topology import HybridAdjacencyMatrix, build_topology
-from icrf_mediator.assignment import ASSIGNMENTS, Hints, MeasuredLink, assign, link_costs
+from icrf_mediator.assignment import ASSIGNMENTS, Hints, assign, link_costs, link_seconds
 from icrf_mediator.assignment.crossing import Crossing
 
 
@@ -126,10 +127,35 @@ def test_what_links_cost() -> None:
         MeasuredLink("b", "c", 1e6, 8.0),
         MeasuredLink("x", "a", 1.0, 9.0),
     ]
-    # A megabyte takes 1 s from a to b, 5 s from b to c; a to c was not measured: the median.
-    assert link_costs(["a", "b", "c"], links, 1_000_000) == ((0, 100, 300), (100, 0, 500), (300, 500, 0))
+    # A megabyte takes 1 s from a to b, 5 s from b to c; a to c was not measured: the median, 3 s.
+    assert link_costs(["a", "b", "c"], links, 1_000_000) == ((0, 100, 200), (100, 0, 400), (200, 400, 0))
     assert link_costs(["a", "b", "c"], [], 1_000_000) is None
     assert link_costs(["a", "b"], links, 1_000_000) is None
+    assert [link_seconds(links, *way, 2_000_000) for way in (("b", "c"), ("c", "b"), ("a", "c"))] == [6.0, 0.0, 0.0]
+
+
+def test_what_could_not_be_measured_counts_like_what_nobody_measured() -> None:
+    failed = MeasuredLink("a", "c", 0.0, 0.0, error_json=IcrfError("P030", "away").to_json())
+    links = [MeasuredLink("a", "b", 1e6, 0.0), MeasuredLink("b", "c", 1e6, 8.0)]
+    assert link_costs(["a", "b", "c"], [*links, failed], 1_000_000) == link_costs(["a", "b", "c"], links, 1_000_000)
+    assert link_costs(["a", "c"], [failed], 1_000_000) is None and link_seconds([failed], "a", "c", 1) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_makes_no_difference_between_links(seed: int) -> None:
+    """On a network whose links are alike, figures that are off by up to 40 per cent move no node."""
+    noise = np.random.default_rng(seed)
+    names = ["a", "b", "c", "d"]
+    links = [
+        MeasuredLink(one, other, 1e7 * noise.uniform(1.0, 1.4), 0.02 * noise.uniform(1.0, 1.4))
+        for one in names
+        for other in names
+        if one != other
+    ]
+    assert link_costs(names, links, 4_000_000) is None
+    # Nobody notices whether a small payload takes one millisecond or four.
+    near = [MeasuredLink(link.source, link.target, 1e9, noise.uniform(0.001, 0.008)) for link in links]
+    assert link_costs(names, near, 4_000) is None
 
 
 def test_neighbouring_parts_live_where_the_link_is_good() -> None:

@@ -105,9 +105,9 @@ def test_what_can_never_fit_is_r001_and_names_what_lacks_where(core: Any) -> Non
     core.register("eu", slots=4)
     core.register("us")
     with pytest.raises(ResourceError) as caught:
-        core.submit(resources={"num_cpus": 4})
+        core.submit(resources={"num_cpus": 8})
     assert caught.value.code == "R001"
-    assert "cluster us: 1 slots x 4 CPU = 4 CPU needed, 2 CPU in total" in caught.value.message
+    assert "cluster us: 1 slots x 8 CPU = 8 CPU needed, 2 CPU in total" in caught.value.message
     assert core.mediator.list_runs() == []
 
 

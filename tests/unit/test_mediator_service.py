@@ -210,9 +210,9 @@ def test_a_plan_is_made_once_and_not_on_the_loop(core: Any, monkeypatch: pytest.
     made_in: list[str] = []
     make_plan = planning.make_plan
 
-    def noted(submission: Submission, clusters: Any) -> Any:
+    def noted(submission: Submission, clusters: Any, measured: Any) -> Any:
         made_in.append(threading.current_thread().name)
-        return make_plan(submission, clusters)
+        return make_plan(submission, clusters, measured)
 
     monkeypatch.setattr(planning, "make_plan", noted)
 

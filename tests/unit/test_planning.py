@@ -19,13 +19,13 @@ from icrf.protocol import (
     ClusterInfo,
     Fingerprint,
     LinkBytes,
+    MeasuredLink,
     NodeSpec,
     Resources,
     Submission,
     TensorSpec,
 )
 from icrf.topology import build_topology
-from icrf_mediator.assignment import MeasuredLink
 from icrf_mediator.feasibility import slot_resources
 from icrf_mediator.planning import HOST_BYTES, make_plan
 
@@ -121,6 +121,21 @@ def test_slow_links_are_avoided() -> None:
     slow = [MeasuredLink("a", "b", 1e3, 1.0), MeasuredLink("b", "c", 1e8, 0.01), MeasuredLink("a", "c", 1e8, 0.01)]
     plan, _ = make_plan(line, clusters, measured=slow)
     assert {frozenset((link.source, link.target)) for link in plan.links} == {frozenset("ac"), frozenset("bc")}
+    # Slow enough, it is worth two more cut edges not to close a ring over it.
+    ring, _ = make_plan(submission("ring", 12), clusters, measured=slow)
+    assert {frozenset((link.source, link.target)) for link in ring.links} == {frozenset("ac"), frozenset("bc")}
+    assert ring.cut_edges == 4
+
+
+def test_a_plan_tells_how_long_links_take(capsys: pytest.CaptureFixture[str]) -> None:
+    clusters = [cluster("a"), cluster("b")]
+    plan, _ = make_plan(submission("ring", 8), clusters, [MeasuredLink("a", "b", 1600.0, 1.0)])
+    assert plan.links == (LinkBytes("a", "b", 800, 1.0), LinkBytes("b", "a", 800, 0.0))
+    show_plan(Terminal(plain=True), plan)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "b", "800", "B", "1.000"] in shown and ["b", "a", "800", "B", "–"] in shown
+    show_plan(Terminal(plain=True), make_plan(submission("ring", 8), clusters)[0])
+    assert "seconds per round" not in capsys.readouterr().out
 
 
 def test_a_plan_tells_how_many_models_a_server_learns(capsys: pytest.CaptureFixture[str]) -> None:

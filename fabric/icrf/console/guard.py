@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,15 @@ import typer
 from icrf.console.terminal import Terminal
 from icrf.errors import IcrfError, InternalError
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+
+_terminated = threading.Event()
+
+
+def terminate(number: int, frame: object) -> None:
+    """The handler of SIGTERM: unwinds like Ctrl-C, so that an embedded fabric is closed and leaves nothing behind."""
+    _terminated.set()
+    raise SystemExit(EXIT_TERMINATED)
 
 
 class Session:
@@ -47,15 +56,22 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             session.terminal.note("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except IcrfError as error:
-            raise typer.Exit(_report(session, error)) from error
         except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-            internal = InternalError("X001", detail, hint="fabric --debug COMMAND shows the traceback")
-            internal.__cause__ = error
-            raise typer.Exit(_report(session, internal)) from error
+            # A signal may come between the two steps of taking a lock; what that makes of it is no error of anybody's.
+            if _terminated.is_set():
+                raise typer.Exit(EXIT_TERMINATED) from error
+            raise typer.Exit(_report(session, _told(error))) from error
 
     return run
+
+
+def _told(error: Exception) -> IcrfError:
+    if isinstance(error, IcrfError):
+        return error
+    detail = f"{type(error).__name__}: {error}"
+    internal = InternalError("X001", detail, hint="fabric --debug COMMAND shows the traceback")
+    internal.__cause__ = error
+    return internal
 
 
 def _report(session: Session, error: IcrfError) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.text import Text
 
 from icrf.codecs import NONE
-from icrf.console.format import compress_names, format_bytes, format_count, safe_text
+from icrf.console.format import MISSING, compress_names, format_bytes, format_count, safe_text
 from icrf.console.terminal import Terminal
 from icrf.errors import IcrfError
-from icrf.protocol import CENTRALIZED, Plan
+from icrf.protocol import CENTRALIZED, LinkBytes, Plan
 
 
 def nodes_by_cluster(plan: Plan) -> dict[str, list[str]]:
@@ -107,6 +107,18 @@ def _traffic(plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"with {plan.codec}", f"at most {format_bytes(plan.bytes_coded_per_round)} per round"
 
 
+def _show_links(terminal: Terminal, links: Sequence[LinkBytes]) -> None:
+    """What crosses each link, and how long that takes, as far as links were measured."""
+    seconds = [f"{link.seconds_per_round:,.3f}" if link.seconds_per_round else MISSING for link in links]
+    rows = [
+        (link.source, link.target, format_bytes(link.bytes_per_round), text)
+        for link, text in zip(links, seconds, strict=True)
+    ]
+    columns = ("from", "to", "bytes per round", "seconds per round")
+    shown = 4 if any(link.seconds_per_round for link in links) else 3
+    terminal.table(columns[:shown], [row[:shown] for row in rows], right=columns[2:shown])
+
+
 def show_plan(terminal: Terminal, plan: Plan) -> None:
     """Print a plan."""
     title = Text.assemble((safe_text(plan.federation), "bold"), f"  {plan.flow}, placed by ", (plan.strategy, "cyan"))
@@ -130,8 +142,7 @@ def show_plan(terminal: Terminal, plan: Plan) -> None:
         terminal.table(("group of", "nodes", "on", "which"), _groups(plan), right=("nodes",), wrap=("which",))
         terminal.line()
     if plan.links:
-        links = [(link.source, link.target, format_bytes(link.bytes_per_round)) for link in plan.links]
-        terminal.table(("from", "to", "bytes per round"), links, right=("bytes per round",))
+        _show_links(terminal, plan.links)
         terminal.line()
     cut = f"{plan.cut_edges:,} of {plan.num_edges:,}"
     if plan.num_edges:

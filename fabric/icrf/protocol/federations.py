@@ -370,8 +370,35 @@ class Plan:
 
 @dataclass(frozen=True)
 class LinkBytes:
-    """Payload bytes of one round over one directed link between clusters."""
+    """Payload bytes of one round over one directed link between clusters.
+
+    Attributes:
+        seconds_per_round: how long they take at least, by what was measured; 0: the link was not.
+    """
 
     source: str
     target: str
     bytes_per_round: int
+    seconds_per_round: float = 0.0
+
+
+@dataclass(frozen=True)
+class MeasuredLink:
+    """What was measured from one cluster to another, on the way that payloads take.
+
+    Attributes:
+        source, target: names of the clusters.
+        bytes_per_s: bandwidth; > 0 unless measuring failed.
+        rtt_s: time from sending the smallest payload to hearing that it was processed, >= 0.
+        relayed: whether payloads go through the mediator; else from gateway to gateway.
+        measured_at: wall time, in seconds since 1970.
+        error_json: why there is no figure; empty where there is.
+    """
+
+    source: str
+    target: str
+    bytes_per_s: float
+    rtt_s: float
+    relayed: bool = False
+    measured_at: float = 0.0
+    error_json: str = ""

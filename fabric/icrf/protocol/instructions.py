@@ -210,6 +210,14 @@ class SendMessage:
 
 
 @dataclass(frozen=True)
+class MeasureLink:
+    """Measure the way that payloads take to another cluster; answered by :class:`LinkMeasured`."""
+
+    measurement: str
+    peer: PeerAddress
+
+
+@dataclass(frozen=True)
 class Release:
     """Kill the run's hosts and remove its placement group; answered by :class:`Released`."""
 
@@ -242,6 +250,7 @@ Instruction = (
     | StoreModel
     | CallNode
     | SendMessage
+    | MeasureLink
     | Release
     | Lease
     | Dismiss

@@ -198,6 +198,16 @@ class CallDone:
 
 
 @dataclass(frozen=True)
+class LinkMeasured:
+    """Outcome of :class:`MeasureLink`; see ``MeasuredLink`` for the figures."""
+
+    measurement: str
+    bytes_per_s: float = 0.0
+    rtt_s: float = 0.0
+    error_json: str = ""
+
+
+@dataclass(frozen=True)
 class Released:
     """Outcome of :class:`Release`."""
 
@@ -226,6 +236,7 @@ Report = (
     | Checkpointed
     | ModelStored
     | CallDone
+    | LinkMeasured
     | Released
     | Warned
 )

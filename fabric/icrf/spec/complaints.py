@@ -80,11 +80,16 @@ def _hint(types_: list[Any], found: object) -> str:
 
 def _owner(model: type[BaseModel], path: Path) -> tuple[type[BaseModel], str]:
     """The model and the field name that the end of `path` belongs to."""
-    for part in path[:-1]:
+    parts = iter(path[:-1])
+    for part in parts:
         field = model.model_fields.get(part)
-        inner = next((t for t in _leaf_types(field.annotation) if _is_model(t)), None) if field else None
+        leaves = list(_leaf_types(field.annotation)) if field else []
+        values = [get_args(leaf)[1] for leaf in leaves if get_origin(leaf) is dict]
+        inner = next((t for t in (*leaves, *values) if _is_model(t)), None)
         if inner is None:
             return model, path[0]
+        if inner in values:
+            next(parts, None)  # the key of the mapping
         model = inner
     return model, path[-1]
 

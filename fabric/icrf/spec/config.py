@@ -32,6 +32,7 @@ from icrf.spec.fields import (
     Deadline,
     FederationId,
     Names,
+    NeedsByNode,
     Nodes,
     Placement,
     Share,
@@ -238,7 +239,11 @@ class FederationConfig(BaseModel):
     ``metis`` and ``louvain`` divide the graph in one way alone, ``capacity`` keeps the order of the nodes,
     ``round_robin`` deals them out, ``random`` draws by the seed. See docs/assignment.md."""
     placement: Placement = Field(default_factory=dict)
-    """Nodes that must be somewhere: node id -> cluster name, or node id -> {label: value} that its cluster carries."""
+    """Nodes that must be somewhere: node id -> cluster name, or node id -> {label: value} that its cluster carries. A
+    pattern such as ``client_*`` stands for all nodes that match and have no entry of their own."""
+    node_resources: NeedsByNode = Field(default_factory=dict)
+    """What nodes need of their slot: node id or pattern -> ``{num_cpus, num_gpus, memory_mb}``. They are placed only on
+    clusters whose slots have it; what a slot has follows from ``resources``. See docs/assignment.md."""
     placement_group_strategy: Text = "PACK"
     """How Ray spreads a cluster's slots over its machines: ``PACK``, ``SPREAD``, ``STRICT_PACK``, ``STRICT_SPREAD``."""
     resources: SlotShare = "uniform"

@@ -27,6 +27,7 @@ MAX_TEXT = 4096
 MAX_WIDTH = 4096
 CLUSTER_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 UNION_TAGS = frozenset({"name", "slot"})
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 _FEDERATION_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 
@@ -120,6 +121,31 @@ class SlotResources(BaseModel):
     """GPUs, as Ray counts them."""
 
 
+class NodeNeeds(BaseModel):
+    """What a node needs of the slot that it is placed on."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    num_cpus: Annotated[float, Field(ge=0, le=4096)] = 0.0
+    """CPU cores of the slot."""
+    num_gpus: Annotated[float, Field(ge=0, le=1024)] = 0.0
+    """GPUs of the slot; a fraction is a part of one."""
+    memory_mb: CountOrZero = 0
+    """Megabytes: the slot's equal share of the cluster's memory."""
+
+
+def _node_needs(value: Any) -> Any:
+    allowed = "{client_3: {num_gpus: 1}}"
+    if not isinstance(value, Mapping):
+        raise invalid("C006", f"expected a mapping from node to needs, got {describe(value)}", allowed)
+    for node, needs in value.items():
+        if not isinstance(needs, Mapping | NodeNeeds):
+            raise invalid("C006", f"{_node_id(node)}: expected what it needs, got {describe(needs)}", allowed)
+    return {_node_id(node): needs for node, needs in value.items()}
+
+
 def _resources(value: Any) -> Any:
     if value == "uniform" or isinstance(value, Mapping | SlotResources):
         return value
@@ -146,6 +172,7 @@ FederationId = Annotated[Text, AfterValidator(_federation_id)]
 ClientRole = Annotated[Text, AfterValidator(_client_role)]
 Template = Annotated[Text, AfterValidator(_template)]
 Placement = Annotated[dict[str, str | dict[str, str]], BeforeValidator(_placement)]
+NeedsByNode = Annotated[dict[str, NodeNeeds], BeforeValidator(_node_needs)]
 SlotShare = Annotated[
     Annotated[Literal["uniform"], Tag("name")] | Annotated[SlotResources, Tag("slot")],
     Discriminator(_resource_form),
@@ -162,5 +189,4 @@ Deadline = Annotated[
 Width = Annotated[Literal["off"] | Literal["auto"] | Annotated[int, Field(ge=2, le=MAX_WIDTH)], BeforeValidator(_width)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Nodes = Annotated[int, Field(ge=1, le=100_000)]
-CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -26,6 +26,7 @@ from icrf.protocol import (
     ClusterInfo,
     Fingerprint,
     LinkBytes,
+    MeasuredLink,
     Plan,
     RoundResult,
     RunEvent,
@@ -48,6 +49,7 @@ class Script:
         held: the run stays ``RUNNING`` after these rounds, waiting for `waiting_for`.
         warnings: texts of warning events before the first round.
         corrupt_model: the stored model is not the committed one.
+        links: what was measured between the clusters.
     """
 
     clusters: tuple[str, ...] = ("eu-west", "us-east")
@@ -57,6 +59,7 @@ class Script:
     waiting_for: str = "round 3 on us-east"
     warnings: tuple[str, ...] = ()
     corrupt_model: bool = False
+    links: tuple[MeasuredLink, ...] = ()
 
 
 @dataclass
@@ -254,6 +257,14 @@ class ScriptedMediator:
             ClusterInfo(name, f"incarnation-{name}", Capacity(2, 2.0, 0.0, 4 << 30), _FINGERPRINT, free_slots=2)
             for name in self.script.clusters
         ]
+
+    def links(self) -> list[MeasuredLink]:
+        """What the script says."""
+        return list(self.script.links)
+
+    def measure_links(self) -> list[MeasuredLink]:
+        """The same."""
+        return self.links()
 
     def call_node(self, run_id: str, node_id: str, method: str, arguments: bytes) -> bytes:
         """Echoes the arguments."""

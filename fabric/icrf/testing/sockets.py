@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class SocketFabric(InlineFabric):
     Args:
         clusters: how many, or their names.
         relay: payloads go through the mediator instead of from gateway to gateway.
-        wan: what the lines do; by default they only count.
+        wan: what the lines do, all of them or by cluster; by default they only count.
         certs: an empty folder for an authority: then all of it is encrypted, and everybody shows a certificate of it.
         window_bytes: how far senders of payloads may be ahead of what is verified.
         options: see :class:`InlineFabric`.
@@ -42,7 +42,7 @@ class SocketFabric(InlineFabric):
         clusters: int | Sequence[str] = 2,
         *,
         relay: bool = False,
-        wan: WanShape | None = None,
+        wan: WanShape | Mapping[str, WanShape] | None = None,
         certs: Path | None = None,
         window_bytes: int = WINDOW_BYTES,
         **options: Any,

@@ -25,7 +25,7 @@ P026      a declared size above the limit; raised before anything is allocated
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -55,6 +55,9 @@ _TRAILER = struct.Struct("<4sI16s")
 _CHECKSUM = struct.Struct("<Q")
 _OPENING_MAGIC = b"ICRF"
 _TRAILER_MAGIC = b"ICRT"
+
+
+Allocate = Callable[[int, str], "np.ndarray[Any, Any]"]
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,11 @@ class FrameReader:
 
     Args:
         max_bytes: declared sizes above it are refused with P026 before anything is allocated.
+        allocate: makes the array from a number of elements and a dtype, except for coded payloads.
     """
 
-    def __init__(self, max_bytes: int = MAX_PAYLOAD_BYTES) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int = MAX_PAYLOAD_BYTES, allocate: Allocate = np.empty) -> None:
+        self._max_bytes, self._allocate = max_bytes, allocate
         self._opening: Opening | None = None
         self._array: np.ndarray[Any, Any] | None = None
         self._target = memoryview(b"")
@@ -244,11 +248,10 @@ class FrameReader:
     def _open(self, frame: bytes) -> None:
         opening = read_opening(frame, self._max_bytes)
         try:
-            coded = bool(opening.header.coding)
-            array = np.empty(
-                opening.total_bytes if coded else opening.header.num_elements,
-                dtype=CODED_DTYPE if coded else opening.header.dtype,
-            )
+            if opening.header.coding:
+                array = np.empty(opening.total_bytes, CODED_DTYPE)
+            else:
+                array = self._allocate(opening.header.num_elements, opening.header.dtype)
         except MemoryError:
             _refuse(
                 "P026",

@@ -12,7 +12,7 @@ import grpc
 import tenacity
 
 from icrf.errors import IcrfError, LocalError, ProtocolError
-from icrf.protocol import ClusterInfo, Plan, RunEvent, RunInfo, Submission
+from icrf.protocol import ClusterInfo, MeasuredLink, Plan, RunEvent, RunInfo, Submission
 from icrf.wire._generated.icrf.v1 import federation_pb2 as pb
 from icrf.wire._generated.icrf.v1 import federation_pb2_grpc
 from icrf.wire.addresses import dial_target
@@ -31,7 +31,7 @@ GIVE_UP_S = 120.0
 """How long `watch` looks for a mediator that it has lost."""
 
 _HEAVY_TIMEOUT_S = 120.0  # submit and plan: a graph of 100,000 nodes is sent, validated and assigned
-_CALL_TIMEOUT_S = 600.0  # a node's method may train
+_CALL_TIMEOUT_S = 600.0  # a node's method may train; many links take long to measure
 _STREAM_TIMEOUT_S = 3_600.0  # a watch is opened anew after that; a download of that length has failed
 
 _PAUSE_S = 0.1
@@ -98,6 +98,15 @@ class GrpcMediator:
     def clusters(self) -> list[ClusterInfo]:
         """See :meth:`icrf.ports.MediatorPort.clusters`."""
         return [from_proto(one, ClusterInfo) for one in self._repeat("Clusters", pb.ClustersRequest()).clusters]
+
+    def links(self) -> list[MeasuredLink]:
+        """See :meth:`icrf.ports.MediatorPort.links`."""
+        return [from_proto(one, MeasuredLink) for one in self._repeat("Links", pb.LinksRequest()).links]
+
+    def measure_links(self) -> list[MeasuredLink]:
+        """See :meth:`icrf.ports.MediatorPort.measure_links`."""
+        reply = self._repeat("MeasureLinks", pb.LinksRequest(), _CALL_TIMEOUT_S)
+        return [from_proto(one, MeasuredLink) for one in reply.links]
 
     def cancel(self, run_id: str) -> RunInfo:
         """See :meth:`icrf.ports.MediatorPort.cancel`."""

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 from icrf.protocol import ClusterInfo
 from icrf.topology import HybridAdjacencyMatrix
-from icrf_mediator.assignment.base import ASSIGNMENTS, Assignment, AssignmentStrategy, Hints, Pins, resolve_pins
+from icrf_mediator.assignment.base import ASSIGNMENTS, Assignment, AssignmentStrategy, Hints, Pins
 from icrf_mediator.assignment.groups import assign_groups
-from icrf_mediator.assignment.links import MeasuredLink, link_costs
+from icrf_mediator.assignment.links import link_costs, link_seconds
 from icrf_mediator.assignment.locality import LocalityAwareAssignment
 from icrf_mediator.assignment.partitions import LouvainAssignment, MetisAssignment
+from icrf_mediator.assignment.pins import matching, resolve_pins
 from icrf_mediator.assignment.plain import CapacityAssignment, RandomAssignment, RoundRobinAssignment
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "Hints",
     "LocalityAwareAssignment",
     "LouvainAssignment",
-    "MeasuredLink",
     "MetisAssignment",
     "Pins",
     "RandomAssignment",
@@ -28,6 +28,8 @@ __all__ = [
     "assign",
     "assign_groups",
     "link_costs",
+    "link_seconds",
+    "matching",
     "resolve_pins",
 ]
 

@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from icrf.errors import ConfigError, ConfigErrors
 from icrf.protocol import ClusterInfo
-from icrf.registry import Registry, did_you_mean
+from icrf.registry import Registry
 from icrf.topology import HybridAdjacencyMatrix
 
 Pins = Mapping[int, Collection[int]]
@@ -58,7 +57,8 @@ class AssignmentStrategy(Protocol):
         """Assign every node to one cluster.
 
         Args:
-            clusters: at least one; their order defines the cluster indices.
+            clusters: at least one; their order defines the cluster indices. Their slots are those that the federation
+                can have, none on a cluster where no node may live.
             pins: node index -> indices of the clusters that may host it; nodes not named may live anywhere.
             hints: a strategy may leave them aside.
         """
@@ -122,14 +122,18 @@ def place_pinned(pins: Pins, num_nodes: int, slots: Sequence[int]) -> tuple[list
 
     Returns:
         (cluster per node with -1 for a node without pin, pinned nodes per cluster). A node with several allowed
-        clusters goes to the one with most share left.
+        clusters goes to the one with most share left, and those after it with the same choice follow it while that
+        share lasts: neighbours often follow each other.
     """
     clusters = [-1] * num_nodes
     counts = [0] * len(slots)
     shares = fair_shares(num_nodes, slots, counts)
+    latest: dict[tuple[int, ...], int] = {}
     for node in sorted(pins, key=lambda node: (len(pins[node]), node)):
-        allowed = sorted(pins[node])
-        best = max(allowed, key=lambda c: (shares.target[c] - counts[c], -c))
+        allowed = tuple(sorted(pins[node]))
+        best = latest.get(allowed, -1)
+        if best < 0 or counts[best] >= shares.target[best]:
+            best = latest[allowed] = max(allowed, key=lambda c: (shares.target[c] - counts[c], -c))
         clusters[node] = best
         counts[best] += 1
     return clusters, counts
@@ -140,49 +144,3 @@ def room_for(num_nodes: int, clusters: Sequence[ClusterInfo], pins: Pins) -> tup
     slots = cluster_slots(clusters)
     pinned, counts = place_pinned(pins, num_nodes, slots)
     return pinned, fair_shares(num_nodes, slots, counts)
-
-
-def resolve_pins(
-    placement: Mapping[str, str | Mapping[str, str]], node_ids: Sequence[str], clusters: Sequence[ClusterInfo]
-) -> dict[int, frozenset[int]]:
-    """Turn the configured placement into pins.
-
-    Args:
-        placement: node id -> cluster name, or label selector whose every pair a cluster's labels must have.
-
-    Returns:
-        node index -> indices of the allowed clusters.
-
-    Raises:
-        ConfigErrors: every C014: an unknown node, an unknown cluster, a selector that matches no cluster.
-    """
-    index = {node_id: i for i, node_id in enumerate(node_ids)}
-    by_name = {cluster.name: i for i, cluster in enumerate(clusters)}
-    pins: dict[int, frozenset[int]] = {}
-    errors: list[ConfigError] = []
-    for node_id, where in placement.items():
-        place = f"placement.{node_id}"
-        if node_id not in index:
-            hint = did_you_mean(node_id, node_ids)
-            errors.append(ConfigError("C014", f"node '{node_id}' does not exist", place=place, hint=hint))
-            continue
-        if isinstance(where, str):
-            allowed = frozenset({by_name[where]}) if where in by_name else frozenset()
-            problem = f"cluster '{where}' not in fabric"
-            known, hint = ", ".join(sorted(by_name)), did_you_mean(where, by_name)
-        else:
-            wanted = set(where.items())
-            allowed = frozenset(i for i, cluster in enumerate(clusters) if wanted <= set(cluster.labels.items()))
-            problem = f"no cluster has the labels {_labels(where)}"
-            known, hint = "; ".join(f"{c.name}: {_labels(c.labels) or 'none'}" for c in clusters), ""
-        if allowed:
-            pins[index[node_id]] = allowed
-        else:
-            errors.append(ConfigError("C014", f"node {node_id}: {problem}", place=place, allowed=known, hint=hint))
-    if errors:
-        raise ConfigErrors(errors)
-    return pins
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in sorted(labels.items()))

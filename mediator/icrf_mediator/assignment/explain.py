@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def explain(
     for node, cluster in enumerate(clusters):
         name = names[cluster]
         if node in pins:
-            reason = f"pinned to {name}" if len(pins[node]) == 1 else f"{name} matches its placement labels"
+            reason = _allowed(name, pins[node])
         elif degree[node] == 0:
             reason = f"balance: {name} had a share left"
         elif here[node] == 0:
@@ -61,13 +61,17 @@ def explain_communities(
     for node, (community, cluster) in enumerate(zip(communities, clusters, strict=True)):
         name = names[cluster]
         if node in pins:
-            sentences.append(f"pinned to {name}" if len(pins[node]) == 1 else f"{name} matches its placement labels")
+            sentences.append(_allowed(name, pins[node]))
         elif community < 0:
             sentences.append(f"balance: {name} had a share left")
         else:
             told = f"{here[community, cluster]} of the {sizes[community]} nodes with labels like its own"
             sentences.append(f"community {community}: {told} are on {name}")
     return tuple(sentences)
+
+
+def _allowed(name: str, clusters: Collection[int]) -> str:
+    return f"pinned to {name}" if len(clusters) == 1 else f"{name} is one of {len(clusters)} clusters that it may be on"
 
 
 def _most_elsewhere(

@@ -53,7 +53,7 @@ def assign_groups(
                 cluster = choose(sorted(pins[node]))
                 put(node, cluster, f"pinned to {clusters[cluster].name}, away from its group")
             elif node in pins:
-                put(node, home, f"{clusters[home].name} matches its placement")
+                put(node, home, f"{clusters[home].name} is one that it may be on")
             else:
                 put(node, home, f"the group of {node_ids[aggregator]} is on {clusters[home].name}")
     found = [owners[node] for node in range(len(node_ids))]

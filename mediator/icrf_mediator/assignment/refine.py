@@ -92,6 +92,8 @@ class _Pass:
         self._graph = graph
         self._clusters = list(clusters)
         self._low, self._high, self._pins, self._costs = low, high, pins, costs
+        # Where links differ, a cluster without any neighbour of a node may be nearer to those that it has.
+        self._anywhere = costs is not None
         self._k = len(low)
         self._all = range(self._k)
         self._sizes: list[int] = np.bincount(self._clusters, minlength=self._k).tolist()
@@ -149,7 +151,7 @@ class _Pass:
         allowed = self._pins.get(node)
         for target in targets:
             external = self._connections[base + target]
-            if target != source and external and (allowed is None or target in allowed):
+            if target != source and (external or self._anywhere) and (allowed is None or target in allowed):
                 cost = (-external if self._costs is None else self._cost(node, target)) - present
                 heapq.heappush(self._heaps.setdefault((source, target), []), (cost, node))
 
@@ -174,7 +176,8 @@ class _Pass:
         """Bring a move with its present gain to the front; entries are pushed only when a gain rises."""
         while heap:
             cost, node = heap[0]
-            if self._locked[node] or self._clusters[node] != source or not self._connections[node * self._k + target]:
+            attracts = self._anywhere or self._connections[node * self._k + target]
+            if self._locked[node] or self._clusters[node] != source or not attracts:
                 heapq.heappop(heap)
                 continue
             present = self._cost(node, target) - self._cost(node, source)

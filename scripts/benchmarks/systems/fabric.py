@@ -1,4 +1,4 @@
-"""ICRF through its public face: an embedded fabric with one local Ray cluster, and a star on it."""
+"""ICRF through its public face: an embedded fabric with one local Ray cluster or several, and a star on it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _split(found: Sequence[Any]) -> dict[str, float]:
     return split
 
 
-def fabric(case: Case, rounds: Rounds, options: Mapping[str, Any], profile: bool = False) -> Finished:
+def fabric(
+    case: Case, rounds: Rounds, options: Mapping[str, Any], profile: bool = False, clusters: int = 1
+) -> Finished:
     """Run the federation; a round lasts from one commit to the next, as a user sees them."""
     import icrf  # noqa: PLC0415 - loading it is part of the start
 
@@ -61,7 +63,7 @@ def fabric(case: Case, rounds: Rounds, options: Mapping[str, Any], profile: bool
         raise Unavailable(f"this version has no key {', '.join(unknown)}")
     config = icrf.FederationConfig.from_mapping(configuration(case, options))
     found = []
-    with icrf.connect() as there:
+    with icrf.connect(clusters=clusters) as there:
         submitted = there.submit(config, code_path=str(Path(__file__).resolve().parents[2]), profile=profile)
         last = time.perf_counter()
         for result in submitted.rounds():

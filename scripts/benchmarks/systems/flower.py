@@ -69,15 +69,20 @@ class _Timed(FedAvg):  # type: ignore[misc]
         return found
 
 
+def average(case: Case, rounds: Rounds, grid: Grid) -> dict[str, Any]:
+    """What the server does: all rounds, and the last weights."""
+    result = _Timed(rounds, case.clients).start(
+        grid=grid, initial_arrays=ArrayRecord(build_model(case.task).state_dict()), num_rounds=case.rounds + 1
+    )
+    return dict(result.arrays.to_torch_state_dict())
+
+
 def flower(case: Case, rounds: Rounds, options: Mapping[str, Any]) -> Finished:
     """Run the simulation in this process."""
     weights: dict[str, Any] = {}
 
     def main(grid: Grid, context: Context) -> None:
-        result = _Timed(rounds, case.clients).start(
-            grid=grid, initial_arrays=ArrayRecord(build_model(case.task).state_dict()), num_rounds=case.rounds + 1
-        )
-        weights.update(result.arrays.to_torch_state_dict())
+        weights.update(average(case, rounds, grid))
 
     server = ServerApp()
     server.main()(main)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from icrf.wire._generated.icrf.v1 import types_pb2 as icrf_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18icrf/v1/federation.proto\x12\x07icrf.v1\x1a\x13icrf/v1/types.proto\"\x1c\n\nRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x11\n\x0fListRunsRequest\"/\n\rListRunsReply\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.icrf.v1.RunInfo\"\x11\n\x0f\x43lustersRequest\"7\n\rClustersReply\x12&\n\x08\x63lusters\x18\x01 \x03(\x0b\x32\x14.icrf.v1.ClusterInfo\"1\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\"?\n\x0e\x41\x64vanceRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0e\n\x06rounds\x18\x03 \x01(\x03\"A\n\x12\x43hangeNodesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61\x64\x64\x18\x02 \x03(\t\x12\x0e\n\x06remove\x18\x03 \x03(\t\"U\n\x0f\x43\x61llNodeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\x0c\"I\n\x12SendMessageRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrecipients\x18\x02 \x03(\t\x12\x0f\n\x07message\x18\x03 \x01(\x0c\"\x12\n\x10SendMessageReply\"0\n\x0c\x46\x65tchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08\x61rtifact\x18\x02 \x01(\t\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xcf\x05\n\nFederation\x12/\n\x06Submit\x12\x13.icrf.v1.Submission\x1a\x10.icrf.v1.RunInfo\x12*\n\x04Plan\x12\x13.icrf.v1.Submission\x1a\r.icrf.v1.Plan\x12,\n\x03Get\x12\x13.icrf.v1.RunRequest\x1a\x10.icrf.v1.RunInfo\x12<\n\x08ListRuns\x12\x18.icrf.v1.ListRunsRequest\x1a\x16.icrf.v1.ListRunsReply\x12<\n\x08\x43lusters\x12\x18.icrf.v1.ClustersRequest\x1a\x16.icrf.v1.ClustersReply\x12\x33\n\x05Watch\x12\x15.icrf.v1.WatchRequest\x1a\x11.icrf.v1.RunEvent0\x01\x12/\n\x06\x43\x61ncel\x12\x13.icrf.v1.RunRequest\x1a\x10.icrf.v1.RunInfo\x12\x34\n\x07\x41\x64vance\x12\x17.icrf.v1.AdvanceRequest\x1a\x10.icrf.v1.RunInfo\x12<\n\x0b\x43hangeNodes\x12\x1b.icrf.v1.ChangeNodesRequest\x1a\x10.icrf.v1.RunInfo\x12/\n\x06\x46inish\x12\x13.icrf.v1.RunRequest\x1a\x10.icrf.v1.RunInfo\x12\x36\n\x08\x43\x61llNode\x12\x18.icrf.v1.CallNodeRequest\x1a\x0e.icrf.v1.Chunk0\x01\x12\x45\n\x0bSendMessage\x12\x1b.icrf.v1.SendMessageRequest\x1a\x19.icrf.v1.SendMessageReply\x12\x30\n\x05\x46\x65tch\x12\x15.icrf.v1.FetchRequest\x1a\x0e.icrf.v1.Chunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18icrf/v1/federation.proto\x12\x07icrf.v1\x1a\x13icrf/v1/types.proto\"\x1c\n\nRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x11\n\x0fListRunsRequest\"/\n\rListRunsReply\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.icrf.v1.RunInfo\"\x11\n\x0f\x43lustersRequest\"7\n\rClustersReply\x12&\n\x08\x63lusters\x18\x01 \x03(\x0b\x32\x14.icrf.v1.ClusterInfo\"\x0e\n\x0cLinksRequest\"2\n\nLinksReply\x12$\n\x05links\x18\x01 \x03(\x0b\x32\x15.icrf.v1.MeasuredLink\"1\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\"?\n\x0e\x41\x64vanceRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x0e\n\x06rounds\x18\x03 \x01(\x03\"A\n\x12\x43hangeNodesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61\x64\x64\x18\x02 \x03(\t\x12\x0e\n\x06remove\x18\x03 \x03(\t\"U\n\x0f\x43\x61llNodeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\x0c\"I\n\x12SendMessageRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nrecipients\x18\x02 \x03(\t\x12\x0f\n\x07message\x18\x03 \x01(\x0c\"\x12\n\x10SendMessageReply\"0\n\x0c\x46\x65tchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08\x61rtifact\x18\x02 \x01(\t\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xc0\x06\n\nFederation\x12/\n\x06Submit\x12\x13.icrf.v1.Submission\x1a\x10.icrf.v1.RunInfo\x12*\n\x04Plan\x12\x13.icrf.v1.Submission\x1a\r.icrf.v1.Plan\x12,\n\x03Get\x12\x13.icrf.v1.RunRequest\x1a\x10.icrf.v1.RunInfo\x12<\n\x08ListRuns\x12\x18.icrf.v1.ListRunsRequest\x1a\x16.icrf.v1.ListRunsReply\x12<\n\x08\x43lusters\x12\x18.icrf.v1.ClustersRequest\x1a\x16.icrf.v1.ClustersReply\x12\x33\n\x05Links\x12\x15.icrf.v1.LinksRequest\x1a\x13.icrf.v1.LinksReply\x12:\n\x0cMeasureLinks\x12\x15.icrf.v1.LinksRequest\x1a\x13.icrf.v1.LinksReply\x12\x33\n\x05Watch\x12\x15.icrf.v1.WatchRequest\x1a\x11.icrf.v1.RunEvent0\x01\x12/\n\x06\x43\x61ncel\x12\x13.icrf.v1.RunRequest\x1a\x10.icrf.v1.RunInfo\x12\x34\n\x07\x41\x64vance\x12\x17.icrf.v1.AdvanceRequest\x1a\x10.icrf.v1.RunInfo\x12<\n\x0b\x43hangeNodes\x12\x1b.icrf.v1.ChangeNodesRequest\x1a\x10.icrf.v1.RunInfo\x12/\n\x06\x46inish\x12\x13.icrf.v1.RunRequest\x1a\x10.icrf.v1.RunInfo\x12\x36\n\x08\x43\x61llNode\x12\x18.icrf.v1.CallNodeRequest\x1a\x0e.icrf.v1.Chunk0\x01\x12\x45\n\x0bSendMessage\x12\x1b.icrf.v1.SendMessageRequest\x1a\x19.icrf.v1.SendMessageReply\x12\x30\n\x05\x46\x65tch\x12\x15.icrf.v1.FetchRequest\x1a\x0e.icrf.v1.Chunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,22 +42,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLUSTERSREQUEST']._serialized_end=173
   _globals['_CLUSTERSREPLY']._serialized_start=175
   _globals['_CLUSTERSREPLY']._serialized_end=230
-  _globals['_WATCHREQUEST']._serialized_start=232
-  _globals['_WATCHREQUEST']._serialized_end=281
-  _globals['_ADVANCEREQUEST']._serialized_start=283
-  _globals['_ADVANCEREQUEST']._serialized_end=346
-  _globals['_CHANGENODESREQUEST']._serialized_start=348
-  _globals['_CHANGENODESREQUEST']._serialized_end=413
-  _globals['_CALLNODEREQUEST']._serialized_start=415
-  _globals['_CALLNODEREQUEST']._serialized_end=500
-  _globals['_SENDMESSAGEREQUEST']._serialized_start=502
-  _globals['_SENDMESSAGEREQUEST']._serialized_end=575
-  _globals['_SENDMESSAGEREPLY']._serialized_start=577
-  _globals['_SENDMESSAGEREPLY']._serialized_end=595
-  _globals['_FETCHREQUEST']._serialized_start=597
-  _globals['_FETCHREQUEST']._serialized_end=645
-  _globals['_CHUNK']._serialized_start=647
-  _globals['_CHUNK']._serialized_end=668
-  _globals['_FEDERATION']._serialized_start=671
-  _globals['_FEDERATION']._serialized_end=1390
+  _globals['_LINKSREQUEST']._serialized_start=232
+  _globals['_LINKSREQUEST']._serialized_end=246
+  _globals['_LINKSREPLY']._serialized_start=248
+  _globals['_LINKSREPLY']._serialized_end=298
+  _globals['_WATCHREQUEST']._serialized_start=300
+  _globals['_WATCHREQUEST']._serialized_end=349
+  _globals['_ADVANCEREQUEST']._serialized_start=351
+  _globals['_ADVANCEREQUEST']._serialized_end=414
+  _globals['_CHANGENODESREQUEST']._serialized_start=416
+  _globals['_CHANGENODESREQUEST']._serialized_end=481
+  _globals['_CALLNODEREQUEST']._serialized_start=483
+  _globals['_CALLNODEREQUEST']._serialized_end=568
+  _globals['_SENDMESSAGEREQUEST']._serialized_start=570
+  _globals['_SENDMESSAGEREQUEST']._serialized_end=643
+  _globals['_SENDMESSAGEREPLY']._serialized_start=645
+  _globals['_SENDMESSAGEREPLY']._serialized_end=663
+  _globals['_FETCHREQUEST']._serialized_start=665
+  _globals['_FETCHREQUEST']._serialized_end=713
+  _globals['_CHUNK']._serialized_start=715
+  _globals['_CHUNK']._serialized_end=736
+  _globals['_FEDERATION']._serialized_start=739
+  _globals['_FEDERATION']._serialized_end=1571
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,16 @@ class FederationStub(object):
                 request_serializer=icrf_dot_v1_dot_federation__pb2.ClustersRequest.SerializeToString,
                 response_deserializer=icrf_dot_v1_dot_federation__pb2.ClustersReply.FromString,
                 _registered_method=True)
+        self.Links = channel.unary_unary(
+                '/icrf.v1.Federation/Links',
+                request_serializer=icrf_dot_v1_dot_federation__pb2.LinksRequest.SerializeToString,
+                response_deserializer=icrf_dot_v1_dot_federation__pb2.LinksReply.FromString,
+                _registered_method=True)
+        self.MeasureLinks = channel.unary_unary(
+                '/icrf.v1.Federation/MeasureLinks',
+                request_serializer=icrf_dot_v1_dot_federation__pb2.LinksRequest.SerializeToString,
+                response_deserializer=icrf_dot_v1_dot_federation__pb2.LinksReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/icrf.v1.Federation/Watch',
                 request_serializer=icrf_dot_v1_dot_federation__pb2.WatchRequest.SerializeToString,
@@ -130,6 +140,18 @@ class FederationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Clusters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Links(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureLinks(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -210,6 +232,16 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Clusters,
                     request_deserializer=icrf_dot_v1_dot_federation__pb2.ClustersRequest.FromString,
                     response_serializer=icrf_dot_v1_dot_federation__pb2.ClustersReply.SerializeToString,
+            ),
+            'Links': grpc.unary_unary_rpc_method_handler(
+                    servicer.Links,
+                    request_deserializer=icrf_dot_v1_dot_federation__pb2.LinksRequest.FromString,
+                    response_serializer=icrf_dot_v1_dot_federation__pb2.LinksReply.SerializeToString,
+            ),
+            'MeasureLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLinks,
+                    request_deserializer=icrf_dot_v1_dot_federation__pb2.LinksRequest.FromString,
+                    response_serializer=icrf_dot_v1_dot_federation__pb2.LinksReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -387,6 +419,60 @@ class Federation(object):
             '/icrf.v1.Federation/Clusters',
             icrf_dot_v1_dot_federation__pb2.ClustersRequest.SerializeToString,
             icrf_dot_v1_dot_federation__pb2.ClustersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Links(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/icrf.v1.Federation/Links',
+            icrf_dot_v1_dot_federation__pb2.LinksRequest.SerializeToString,
+            icrf_dot_v1_dot_federation__pb2.LinksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/icrf.v1.Federation/MeasureLinks',
+            icrf_dot_v1_dot_federation__pb2.LinksRequest.SerializeToString,
+            icrf_dot_v1_dot_federation__pb2.LinksReply.FromString,
             options,
             channel_credentials,
             insecure,

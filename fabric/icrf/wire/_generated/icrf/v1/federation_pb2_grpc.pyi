@@ -39,6 +39,8 @@ class FederationStub:
     Get: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]
     ListRuns: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ListRunsRequest, _federation_pb2.ListRunsReply]
     Clusters: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ClustersRequest, _federation_pb2.ClustersReply]
+    Links: _grpc.UnaryUnaryMultiCallable[_federation_pb2.LinksRequest, _federation_pb2.LinksReply]
+    MeasureLinks: _grpc.UnaryUnaryMultiCallable[_federation_pb2.LinksRequest, _federation_pb2.LinksReply]
     Watch: _grpc.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _types_pb2.RunEvent]
     Cancel: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]
     Advance: _grpc.UnaryUnaryMultiCallable[_federation_pb2.AdvanceRequest, _types_pb2.RunInfo]
@@ -56,6 +58,8 @@ class FederationAsyncStub(FederationStub):
     Get: _aio.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]  # type: ignore[assignment]
     ListRuns: _aio.UnaryUnaryMultiCallable[_federation_pb2.ListRunsRequest, _federation_pb2.ListRunsReply]  # type: ignore[assignment]
     Clusters: _aio.UnaryUnaryMultiCallable[_federation_pb2.ClustersRequest, _federation_pb2.ClustersReply]  # type: ignore[assignment]
+    Links: _aio.UnaryUnaryMultiCallable[_federation_pb2.LinksRequest, _federation_pb2.LinksReply]  # type: ignore[assignment]
+    MeasureLinks: _aio.UnaryUnaryMultiCallable[_federation_pb2.LinksRequest, _federation_pb2.LinksReply]  # type: ignore[assignment]
     Watch: _aio.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _types_pb2.RunEvent]  # type: ignore[assignment]
     Cancel: _aio.UnaryUnaryMultiCallable[_federation_pb2.RunRequest, _types_pb2.RunInfo]  # type: ignore[assignment]
     Advance: _aio.UnaryUnaryMultiCallable[_federation_pb2.AdvanceRequest, _types_pb2.RunInfo]  # type: ignore[assignment]
@@ -100,6 +104,20 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.ClustersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.ClustersReply, _abc.Awaitable[_federation_pb2.ClustersReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Links(
+        self,
+        request: _federation_pb2.LinksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.LinksReply, _abc.Awaitable[_federation_pb2.LinksReply]]: ...
+
+    @_abc_1.abstractmethod
+    def MeasureLinks(
+        self,
+        request: _federation_pb2.LinksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.LinksReply, _abc.Awaitable[_federation_pb2.LinksReply]]: ...
 
     @_abc_1.abstractmethod
     def Watch(

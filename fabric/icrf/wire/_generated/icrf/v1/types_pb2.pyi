@@ -722,23 +722,63 @@ class LinkBytes(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     BYTES_PER_ROUND_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_ROUND_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     target: _builtins.str
     bytes_per_round: _builtins.int
+    seconds_per_round: _builtins.float
     def __init__(
         self,
         *,
         source: _builtins.str = ...,
         target: _builtins.str = ...,
         bytes_per_round: _builtins.int = ...,
+        seconds_per_round: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_round", b"bytes_per_round", "source", b"source", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_round", b"bytes_per_round", "seconds_per_round", b"seconds_per_round", "source", b"source", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinkBytes: _TypeAlias = LinkBytes  # noqa: Y015
+
+@_typing.final
+class MeasuredLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    RTT_S_FIELD_NUMBER: _builtins.int
+    RELAYED_FIELD_NUMBER: _builtins.int
+    MEASURED_AT_FIELD_NUMBER: _builtins.int
+    ERROR_JSON_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    target: _builtins.str
+    bytes_per_s: _builtins.float
+    rtt_s: _builtins.float
+    relayed: _builtins.bool
+    measured_at: _builtins.float
+    error_json: _builtins.str
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+        rtt_s: _builtins.float = ...,
+        relayed: _builtins.bool = ...,
+        measured_at: _builtins.float = ...,
+        error_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "error_json", b"error_json", "measured_at", b"measured_at", "relayed", b"relayed", "rtt_s", b"rtt_s", "source", b"source", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredLink: _TypeAlias = MeasuredLink  # noqa: Y015
 
 @_typing.final
 class Reserve(_message.Message):
@@ -1187,6 +1227,29 @@ class SendMessage(_message.Message):
 Global___SendMessage: _TypeAlias = SendMessage  # noqa: Y015
 
 @_typing.final
+class MeasureLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEASUREMENT_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    measurement: _builtins.str
+    @_builtins.property
+    def peer(self) -> Global___PeerAddress: ...
+    def __init__(
+        self,
+        *,
+        measurement: _builtins.str = ...,
+        peer: Global___PeerAddress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measurement", b"measurement", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLink: _TypeAlias = MeasureLink  # noqa: Y015
+
+@_typing.final
 class Release(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1266,6 +1329,7 @@ class Instruction(_message.Message):
     SAVE_CHECKPOINT_FIELD_NUMBER: _builtins.int
     DISMISS_FIELD_NUMBER: _builtins.int
     RELINK_FIELD_NUMBER: _builtins.int
+    MEASURE_LINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def reserve(self) -> Global___Reserve: ...
     @_builtins.property
@@ -1292,6 +1356,8 @@ class Instruction(_message.Message):
     def dismiss(self) -> Global___Dismiss: ...
     @_builtins.property
     def relink(self) -> Global___Relink: ...
+    @_builtins.property
+    def measure_link(self) -> Global___MeasureLink: ...
     def __init__(
         self,
         *,
@@ -1308,12 +1374,13 @@ class Instruction(_message.Message):
         save_checkpoint: Global___SaveCheckpoint | None = ...,
         dismiss: Global___Dismiss | None = ...,
         relink: Global___Relink | None = ...,
+        measure_link: Global___MeasureLink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "relink", b"relink", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "measure_link", b"measure_link", "reject", b"reject", "release", b"release", "relink", b"relink", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "reject", b"reject", "release", b"release", "relink", b"relink", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_attempt", b"abort_attempt", "activate", b"activate", "body", b"body", "call_node", b"call_node", "dismiss", b"dismiss", "lease", b"lease", "measure_link", b"measure_link", "reject", b"reject", "release", b"release", "relink", b"relink", "reserve", b"reserve", "save_checkpoint", b"save_checkpoint", "send_message", b"send_message", "start_round", b"start_round", "store_model", b"store_model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["reserve", "activate", "start_round", "abort_attempt", "store_model", "call_node", "send_message", "release", "lease", "reject", "save_checkpoint", "dismiss", "relink"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["reserve", "activate", "start_round", "abort_attempt", "store_model", "call_node", "send_message", "release", "lease", "reject", "save_checkpoint", "dismiss", "relink", "measure_link"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -2083,6 +2150,34 @@ class Warned(_message.Message):
 Global___Warned: _TypeAlias = Warned  # noqa: Y015
 
 @_typing.final
+class LinkMeasured(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEASUREMENT_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    RTT_S_FIELD_NUMBER: _builtins.int
+    ERROR_JSON_FIELD_NUMBER: _builtins.int
+    measurement: _builtins.str
+    bytes_per_s: _builtins.float
+    rtt_s: _builtins.float
+    error_json: _builtins.str
+    def __init__(
+        self,
+        *,
+        measurement: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+        rtt_s: _builtins.float = ...,
+        error_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "error_json", b"error_json", "measurement", b"measurement", "rtt_s", b"rtt_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkMeasured: _TypeAlias = LinkMeasured  # noqa: Y015
+
+@_typing.final
 class Report(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2100,6 +2195,7 @@ class Report(_message.Message):
     CLUSTER_RESET_FIELD_NUMBER: _builtins.int
     CHECKPOINTED_FIELD_NUMBER: _builtins.int
     RELINKED_FIELD_NUMBER: _builtins.int
+    LINK_MEASURED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register: ...
     @_builtins.property
@@ -2128,6 +2224,8 @@ class Report(_message.Message):
     def checkpointed(self) -> Global___Checkpointed: ...
     @_builtins.property
     def relinked(self) -> Global___Relinked: ...
+    @_builtins.property
+    def link_measured(self) -> Global___LinkMeasured: ...
     def __init__(
         self,
         *,
@@ -2145,12 +2243,13 @@ class Report(_message.Message):
         cluster_reset: Global___ClusterReset | None = ...,
         checkpointed: Global___Checkpointed | None = ...,
         relinked: Global___Relinked | None = ...,
+        link_measured: Global___LinkMeasured | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "relinked", b"relinked", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "link_measured", b"link_measured", "model_stored", b"model_stored", "register", b"register", "released", b"released", "relinked", b"relinked", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "model_stored", b"model_stored", "register", b"register", "released", b"released", "relinked", b"relinked", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "body", b"body", "call_done", b"call_done", "checkpointed", b"checkpointed", "cluster_reset", b"cluster_reset", "draining", b"draining", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "link_measured", b"link_measured", "model_stored", b"model_stored", "register", b"register", "released", b"released", "relinked", b"relinked", "reserved", b"reserved", "round_report", b"round_report", "warned", b"warned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["register", "heartbeat", "goodbye", "reserved", "activated", "round_report", "model_stored", "call_done", "released", "warned", "draining", "cluster_reset", "checkpointed", "relinked"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["register", "heartbeat", "goodbye", "reserved", "activated", "round_report", "model_stored", "call_done", "released", "warned", "draining", "cluster_reset", "checkpointed", "relinked", "link_measured"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
