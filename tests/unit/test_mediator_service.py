@@ -27,7 +27,7 @@ from icrf.protocol import (
 )
 from icrf.testing.clocks import StandingClock
 from icrf.testing.waiting import async_until
-from icrf_mediator import planning, service
+from icrf_mediator import plan_memo, service
 from icrf_mediator.blobs import MemoryBlobs
 from icrf_mediator.service import MediatorService
 from icrf_mediator.store import MemoryStore
@@ -208,13 +208,13 @@ def test_the_clock_outlives_a_defect(
 
 def test_a_plan_is_made_once_and_not_on_the_loop(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made_in: list[str] = []
-    make_plan = planning.make_plan
+    make_plan = plan_memo.make_plan
 
     def noted(submission: Submission, clusters: Any, measured: Any) -> Any:
         made_in.append(threading.current_thread().name)
         return make_plan(submission, clusters, measured)
 
-    monkeypatch.setattr(planning, "make_plan", noted)
+    monkeypatch.setattr(plan_memo, "make_plan", noted)
 
     async def scenario(w: World) -> None:
         await w.agent(Reserve)
