@@ -20,6 +20,7 @@ import ray
 
 from icrf.errors import IcrfError, InternalError, NodeError, error_from_json
 from icrf.exchange import MODEL, PARTIAL
+from icrf.wire.allocator import keep_freed_frames
 from icrf_agent import ray_landing
 from icrf_agent.cluster_gateway import GatewaySettings, HybridClusterGateway
 from icrf_agent.host_notes import HostNotes
@@ -147,6 +148,7 @@ class GatewayActor:
 
     def __init__(self, settings: GatewaySettings, manager: Any) -> None:
         self._settings, self._manager = settings, manager
+        keep_freed_frames()
         self._opening = threading.Lock()
         self._target: HybridClusterGateway | None = None
 

@@ -19,6 +19,7 @@ from icrf.daemon import (
     run_daemon,
 )
 from icrf.errors import IcrfError, LocalError
+from icrf.wire.allocator import keep_freed_frames
 from icrf.wire.identity import CLUSTER, THE_MEDIATOR, USER, Identity
 from icrf.wire.tls import ENVIRONMENT, TlsFiles
 from icrf_mediator.blobs import FolderBlobs
@@ -57,6 +58,7 @@ async def serve_mediator(listen: str, state_dir: Path, stop: asyncio.Event, tls:
         SecurityError: about the certificates.
     """
     failpoints.set_role("mediator")
+    keep_freed_frames()
     with StateFolder(state_dir) as state:
         store = SqliteStore(state.path / JOURNAL_NAME)
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.crossings import LOCAL_RAY, TEXT, Crossing, Job, say, settle
+from icrf.wire.allocator import keep_freed_frames
 from icrf.wire.identity import CLUSTER, THE_MEDIATOR, Identity
 from icrf.wire.tls import TlsFiles
 from icrf_mediator.certs import issue
@@ -178,9 +179,10 @@ def _peer(job: Job, sink_number: int) -> Any:
 
 
 def relay(job: Job) -> None:
-    """The mediator's relay alone."""
+    """The mediator's relay alone, in a process like the mediator's."""
     from icrf.testing.relay_thread import RelayThread  # noqa: PLC0415
 
+    keep_freed_frames()
     serving = RelayThread(tls=tls_of(job, THE_MEDIATOR))
     say(address=serving.address)
     sys.stdin.read()

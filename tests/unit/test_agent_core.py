@@ -157,8 +157,7 @@ def test_membership_is_none_of_the_cores_business(instruction: Instruction) -> N
 
 def test_failures_are_reported_in_the_words_of_the_instruction() -> None:
     error = NodeError("U001", "broken")
-    reserve = Reserve("run", 2, "fed", 1, Resources(), "PACK", 1.0)
-    assert failure(reserve, error) == Reserved("run", 2, error.to_json())
+    assert failure(Reserve("run", 2, "fed", 1, Resources(), "", 1.0), error) == Reserved("run", 2, error.to_json())
     assert failure(STAR, error) == Activated("run", 1, error_json=error.to_json())
     assert failure(Release("run", 2), error) == Released("run", 2)
     assert failure(MeasureLink("m", PeerAddress("b", "")), error) == LinkMeasured("m", error_json=error.to_json())
