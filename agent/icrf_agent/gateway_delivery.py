@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from icrf.errors import IcrfError, InternalError, ProtocolError, SecurityError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
-from icrf.wire.frames import Allocate, FrameReader, Opening, Received, read_opening
+from icrf.wire.frames import Allocate, Array, FrameReader, Opening, Received, Reserve, read_opening
 from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, Reply, encode_reply
 from icrf.wire.identity import CLUSTER, Identity
 
@@ -30,6 +30,7 @@ WINDOW_BYTES = 8 << 20
 KEEP_BROKEN_S = 60.0
 MAX_BROKEN = 8
 MAX_REMEMBERED = 1024
+LARGE_BYTES, NUM_MAKERS = 8 << 20, 2
 
 _Key = tuple[PayloadHeader, int, int]
 
@@ -68,21 +69,25 @@ def process(received: Received, receive: Receive) -> IcrfError | None:
     except IcrfError as error:
         return error
     except Exception as error:
-        # A defect must reach the sender at once, as X001, and not as silence until its deadline.
         log.exception("processing a payload of run %s from %s failed", received.header.run_id, received.header.source)
-        return InternalError(
-            "X001",
-            f"processing a payload failed: {type(error).__name__}: {error}",
-            place=f"gateway of cluster {received.header.target}",
-            hint="The log of that cluster's agent has the traceback",
-        )
+        return _defect(error, place=f"gateway of cluster {received.header.target}")
     return None
+
+
+def _defect(error: Exception, place: str) -> IcrfError:
+    """What must reach the sender at once, as X001, and not as silence until its deadline."""
+    return InternalError(
+        "X001",
+        f"processing a payload failed: {type(error).__name__}: {error}",
+        place=place,
+        hint="The log of that cluster's agent has the traceback",
+    )
 
 
 class _Transfer:
     """One payload on its way in, over as many connections as it takes; `stream` is the one that may feed it."""
 
-    def __init__(self, allocate: Allocate) -> None:
+    def __init__(self, allocate: Reserve) -> None:
         self.lock = threading.Lock()
         self.reader: FrameReader | None = FrameReader(allocate=allocate)
         self.stream: object = None
@@ -118,6 +123,7 @@ class Intake:
         allocate: Allocate = np.empty,
     ) -> None:
         self._receive, self._allocate = receive, allocate
+        self._makers = ThreadPoolExecutor(NUM_MAKERS, thread_name_prefix="icrf-landing")
         self._window, self._keep_broken_s = window_bytes, keep_broken_s
         self._lock = threading.Lock()
         self._transfers: OrderedDict[_Key, _Transfer] = OrderedDict()
@@ -152,10 +158,30 @@ class Intake:
             self._closed = True
             transfers = list(self._transfers.values())
             self._transfers.clear()
+        self._makers.shutdown()
         for transfer in transfers:
             if transfer.expiry is not None:
                 transfer.expiry.cancel()
                 transfer.expiry.join()
+
+    def _reserve(self, num_elements: int, dtype: str) -> Array | Future[Array]:
+        """An array for a payload; a large one is made while its first chunks come in."""
+        if num_elements * np.dtype(dtype).itemsize < LARGE_BYTES:
+            return self._made(num_elements, dtype)
+        try:
+            return self._makers.submit(self._made, num_elements, dtype)
+        except RuntimeError:
+            # The gateway is being closed, which this connection will hear.
+            return self._made(num_elements, dtype)
+
+    def _made(self, num_elements: int, dtype: str) -> Array:
+        try:
+            return self._allocate(num_elements, dtype)
+        except (IcrfError, MemoryError):
+            raise
+        except Exception as error:
+            log.exception("there is no place for a payload")
+            raise _defect(error, place="gateway") from error
 
     def _assemble(self, opening: Opening, transfer: _Transfer, source: Iterator[bytes]) -> Iterator[bytes]:
         if transfer.trailer:
@@ -212,7 +238,7 @@ class Intake:
         key = _key(opening)
         with self._lock:
             known = self._transfers.get(key) if opening.resumes else None
-            transfer = known or _Transfer(self._allocate)
+            transfer = known or _Transfer(self._reserve)
             with transfer.lock:
                 if transfer.expiry is not None:
                     transfer.expiry.cancel()

@@ -33,11 +33,18 @@ class Landing:
 
 
 def allocate(num_elements: int, dtype: str) -> Array:
-    """A one-dimensional array to be filled and then put; it is in the object store already where that is possible."""
+    """A one-dimensional array to be filled and then put; it is in the object store already where that is possible.
+
+    Raises:
+        MemoryError: the object store has no room for it.
+    """
     untouched = np.empty(num_elements, dtype)
     if untouched.nbytes < LEAST_BYTES:
         return untouched
-    reference = ray.put(untouched)
+    try:
+        reference = ray.put(untouched)
+    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+        raise MemoryError(f"no room for {untouched.nbytes} bytes in the object store") from error
     sealed: Array = ray.get(reference)
     if not _is_writable(sealed):
         return untouched

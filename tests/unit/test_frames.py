@@ -1,6 +1,7 @@
 """Payload frames: what goes in comes out, and nothing damaged ever does."""
 
 import struct
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from icrf.errors import ProtocolError
 from icrf.ports import PayloadHeader
+from icrf.wire.destination import MOST_WAITING
 from icrf.wire.frames import CHUNK_BYTES, DTYPES, MAX_PAYLOAD_BYTES, FrameReader, FrameWriter, read_opening
 
 DAMAGED = {"P020", "P021", "P022"}
@@ -202,3 +204,36 @@ def test_a_read_only_array_is_only_read():
     got = read(FrameWriter(header_for(array), array, 256)).array
     assert np.array_equal(got, array)
     assert got.flags.writeable and got.flags.owndata
+
+
+@pytest.mark.parametrize("late", [0, 3, MOST_WAITING, MOST_WAITING + 3])
+def test_chunks_may_come_before_the_array_that_they_are_for(late):
+    array = np.arange(100 * (MOST_WAITING + 5), dtype=np.uint8)
+    frames = list(FrameWriter(header_for(array), array, 100))
+    made = Future()
+    reader = FrameReader(allocate=lambda num_elements, dtype: made)
+    for frame in frames[: 1 + min(late, MOST_WAITING)]:
+        reader.feed(frame)
+    # With more of them the sender would wait.
+    made.set_result(np.zeros(array.size, np.uint8))
+    for frame in frames[1 + min(late, MOST_WAITING) :]:
+        reader.feed(frame)
+    assert np.array_equal(reader.finish().array, array)
+    assert reader.finish().array is made.result()
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_payload_that_there_is_no_memory_for_is_refused(when):
+    def nowhere(num_elements, dtype):
+        if when == "at once":
+            raise MemoryError
+        made = Future()
+        made.set_exception(MemoryError())
+        return made
+
+    array = np.arange(10, dtype=np.float32)
+    reader = FrameReader(allocate=nowhere)
+    with pytest.raises(ProtocolError) as refused:
+        for frame in FrameWriter(header_for(array), array):
+            reader.feed(frame)
+    assert refused.value.code == "P026"

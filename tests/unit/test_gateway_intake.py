@@ -9,9 +9,10 @@ import pytest
 
 from icrf.errors import RoutingError
 from icrf.ports import PayloadHeader
-from icrf.wire.frames import FrameWriter
+from icrf.wire.destination import MOST_WAITING
+from icrf.wire.frames import CHUNK_BYTES, FrameWriter
 from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, decode_reply
-from icrf_agent.gateway_delivery import MAX_BROKEN, Intake
+from icrf_agent.gateway_delivery import LARGE_BYTES, MAX_BROKEN, Intake
 
 WAIT_S = 20.0
 ARRAY = np.random.default_rng(0).integers(0, 256, 1_000, dtype=np.uint8)
@@ -200,3 +201,43 @@ def test_a_processed_payload_is_not_held(refused):
     replies(intake, writer_of())
     gc.collect()
     assert held[0]() is None
+
+
+def test_a_large_payload_comes_in_while_there_is_no_place_for_it_yet(came):
+    """Its first chunks are verified, and more of it is asked for, before the array is made."""
+    allowed = threading.Event()
+
+    def allocate(num_elements, dtype):
+        assert allowed.wait(WAIT_S)
+        return np.empty(num_elements, dtype)
+
+    array = np.random.default_rng(1).integers(0, 256, LARGE_BYTES + 5, np.uint8)
+    intake = Intake(lambda header, found, wire_bytes: came.append(found.copy()), allocate=allocate)
+    frames = iter(writer_of(array, chunk_bytes=CHUNK_BYTES))
+
+    def until_more_is_asked_for():
+        for number, frame in enumerate(frames):
+            if number == MOST_WAITING // 2:
+                allowed.set()
+            yield frame
+
+    granted = []
+    for raw in intake.take(until_more_is_asked_for()):
+        reply = decode_reply(raw)
+        granted.append((reply.verified_chunks, allowed.is_set()))
+    intake.close()
+    assert any(verified and not placed for verified, placed in granted)
+    assert reply.answered and reply.error is None
+    assert np.array_equal(came[0], array)
+
+
+@pytest.mark.parametrize("size", [1_000, LARGE_BYTES + 1])
+def test_a_defect_in_making_place_reaches_the_sender(came, size):
+    def allocate(num_elements, dtype):
+        raise KeyError("odd")
+
+    intake = Intake(lambda *payload: came.append(payload), allocate=allocate)
+    answer = replies(intake, writer_of(np.zeros(size, np.uint8), chunk_bytes=CHUNK_BYTES))[-1]
+    intake.close()
+    assert answer.answered and answer.error.code == "X001" and "odd" in answer.error.message
+    assert came == []

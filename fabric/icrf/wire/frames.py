@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -36,6 +38,7 @@ from icrf.errors import ProtocolError
 from icrf.ports import PayloadHeader
 from icrf.wire._generated.icrf.v1 import gateway_pb2
 from icrf.wire.codec import from_proto, parse, to_proto
+from icrf.wire.destination import Destination
 
 FRAME_VERSION = 1
 CHUNK_BYTES = 1 << 20
@@ -57,7 +60,9 @@ _OPENING_MAGIC = b"ICRF"
 _TRAILER_MAGIC = b"ICRT"
 
 
-Allocate = Callable[[int, str], "np.ndarray[Any, Any]"]
+Array = np.ndarray[Any, Any]
+Allocate = Callable[[int, str], Array]
+Reserve = Callable[[int, str], Array | Future[Array]]
 
 
 @dataclass(frozen=True)
@@ -180,14 +185,13 @@ class FrameReader:
 
     Args:
         max_bytes: declared sizes above it are refused with P026 before anything is allocated.
-        allocate: makes the array from a number of elements and a dtype, except for coded payloads.
+        allocate: makes the array from a number of elements and a dtype, except for coded payloads, or begins to.
     """
 
-    def __init__(self, max_bytes: int = MAX_PAYLOAD_BYTES, allocate: Allocate = np.empty) -> None:
+    def __init__(self, max_bytes: int = MAX_PAYLOAD_BYTES, allocate: Reserve = np.empty) -> None:
         self._max_bytes, self._allocate = max_bytes, allocate
         self._opening: Opening | None = None
-        self._array: np.ndarray[Any, Any] | None = None
-        self._target = memoryview(b"")
+        self._destination: Destination | None = None
         self._next = 0
         self._identity = xxhash.xxh3_128()
         self._payload_id = ""
@@ -221,10 +225,10 @@ class FrameReader:
         """
         if self.complete:
             _refuse("P020", "a frame follows the trailer", place=f"frame of {len(frame)} bytes")
-        if self._opening is None:
+        if self._opening is None or self._destination is None:
             self._open(frame)
         elif self._next < self._opening.num_chunks:
-            self._take_chunk(frame, self._opening)
+            self._take_chunk(frame, self._opening, self._destination)
         else:
             self._take_trailer(frame)
         self._wire_bytes += len(frame)
@@ -235,7 +239,7 @@ class FrameReader:
         Raises:
             ProtocolError: P022 if frames are missing.
         """
-        if self._opening is None or self._array is None:
+        if self._opening is None or self._destination is None:
             _refuse("P022", "the payload ended before its first frame", place="opening frame")
         if not self.complete:
             _refuse(
@@ -243,26 +247,20 @@ class FrameReader:
                 f"the payload ended after {self._next} of {self._opening.num_chunks} chunks without its trailer",
                 place=f"chunk {self._next}",
             )
-        return Received(self._opening.header, self._array, self._wire_bytes, self._payload_id)
+        with _memory_for(self._opening):
+            array = self._destination.array()
+        return Received(self._opening.header, array, self._wire_bytes, self._payload_id)
 
     def _open(self, frame: bytes) -> None:
         opening = read_opening(frame, self._max_bytes)
-        try:
+        with _memory_for(opening):
             if opening.header.coding:
-                array = np.empty(opening.total_bytes, CODED_DTYPE)
+                self._destination = Destination(np.empty(opening.total_bytes, CODED_DTYPE))
             else:
-                array = self._allocate(opening.header.num_elements, opening.header.dtype)
-        except MemoryError:
-            _refuse(
-                "P026",
-                f"no memory for a payload of {opening.total_bytes} bytes",
-                place="opening frame",
-                hint="Give this cluster's gateway more memory",
-            )
-        self._opening, self._array = opening, array
-        self._target = array.view(np.uint8).data
+                self._destination = Destination(self._allocate(opening.header.num_elements, opening.header.dtype))
+        self._opening = opening
 
-    def _take_chunk(self, frame: bytes, opening: Opening) -> None:
+    def _take_chunk(self, frame: bytes, opening: Opening, destination: Destination) -> None:
         place = f"chunk {self._next}"
         if len(frame) == _TRAILER.size and frame.startswith(_TRAILER_MAGIC):
             _refuse("P022", f"the trailer comes after {self._next} of {opening.num_chunks} chunks", place=place)
@@ -280,8 +278,8 @@ class FrameReader:
             _refuse(code, f"the chunk declares {length} bytes and holds {data.nbytes}", place=place)
         if xxhash.xxh3_64_intdigest(data) != checksum:
             _refuse("P021", "the chunk does not match its checksum", place=place)
-        start = index * opening.chunk_bytes
-        self._target[start : start + length] = data
+        with _memory_for(opening):
+            destination.write(index * opening.chunk_bytes, data)
         self._identity.update(_CHECKSUM.pack(checksum))
         self._next += 1
 
@@ -294,6 +292,19 @@ class FrameReader:
         if identity != self._identity.digest():
             _refuse("P021", "the payload does not match its id", place="trailer")
         self._payload_id = identity.hex()
+
+
+@contextmanager
+def _memory_for(opening: Opening) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        _refuse(
+            "P026",
+            f"no memory for a payload of {opening.total_bytes} bytes",
+            place="opening frame",
+            hint="Give this cluster's gateway and object store more memory",
+        )
 
 
 def read_opening(frame: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Opening:
