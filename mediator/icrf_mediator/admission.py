@@ -63,6 +63,9 @@ class Admission:
             try:
                 placement = run.placement or self._placed(run, clusters)
             except IcrfError as error:
+                if run.expects_clusters(now):
+                    run.queued(effects, now, f"clusters to register again; with those that have: {error.message}")
+                    continue
                 run.fail(effects, now, error)
                 failed.append(run)
                 continue

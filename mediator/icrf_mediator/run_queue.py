@@ -20,6 +20,8 @@ class RunQueue(RunBase):
     # When a refused reservation is tried again; NEVER while none has to be.
     _rest_until_s = NEVER
     _queue_until_s = NEVER
+    # After a restart of the mediator, until when clusters that were there before may register again.
+    _expects_until_s = 0.0
     _tries = 0
     _refusal = ""
 
@@ -56,6 +58,10 @@ class RunQueue(RunBase):
             return f"{', '.join(sorted(self._held))} to take back what was reserved; {self._refusal}"
         return self._refusal if now.monotonic_s < self._rest_until_s != NEVER else ""
 
+    def expects_clusters(self, now: Now) -> bool:
+        """Whether clusters that it was submitted for may still be on their way back."""
+        return now.monotonic_s < self._expects_until_s
+
     def wakes(self, now: Now) -> bool:
         """True once after every rest."""
         if not self.is_queued or now.monotonic_s < self._rest_until_s:
@@ -88,6 +94,7 @@ class RunQueue(RunBase):
     def rejoin_queue(self, effects: Effects, now: Now) -> None:
         """After a restart of the mediator: in line again; where it was placed before, something may be left of it."""
         self._held = set(self.placement.clusters) if self.placement else set()
+        self._expects_until_s = self._rest_until_s = now.monotonic_s + self._lease_s
         self._wait_from(now)
         self.record.status(effects, now, QUEUED)
 

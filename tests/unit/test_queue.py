@@ -376,3 +376,23 @@ def test_two_fabrics_that_each_have_what_the_other_needs_both_get_through(
         if all(core.get(run).status == "COMPLETED" for core, run in zip(cores, runs, strict=True)):
             return
     pytest.fail(str([core.get(run) for core, run in zip(cores, runs, strict=True)]))
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_after_a_restart_a_run_in_line_waits_for_the_cluster_that_it_is_pinned_to(core: Any, comes_back: bool) -> None:
+    core.register(*NAMES)
+    first, second = core.submit(**everything_on("us")), core.submit(**everything_on("us"))
+    core.play(hold=(StartRound,))
+    assert status(core, first, second) == ["RUNNING", "QUEUED"]
+    core = core.restarted()
+    core.register("eu")
+    assert status(core, second) == ["QUEUED"]
+    assert core.get(second).waiting_for.startswith("clusters to register again; with those that have: ")
+    if comes_back:
+        core.register("us")
+        core.play()
+        assert status(core, first, second) == ["COMPLETED", "COMPLETED"]
+    else:
+        core.pass_time(core.policy.lease_ttl_s + 1.0, beating=("eu",))
+        assert status(core, second) == ["FAILED"]
+        assert core.error(second).code == "C011"
