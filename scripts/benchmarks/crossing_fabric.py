@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.crossings import LOCAL_RAY, TEXT, Crossing, Job, say, settle
+from benchmarks.crossings import LOCAL_RAY, TEXT, WARM_UP, Crossing, Job, say, settle
 from icrf.wire.allocator import keep_freed_frames
 from icrf.wire.identity import CLUSTER, THE_MEDIATOR, Identity
 from icrf.wire.tls import TlsFiles
@@ -110,7 +110,7 @@ def sink(job: Job) -> None:
     cluster.begin(0)
     say(address=cluster.address or "relay")
     cursor = ("", 0)
-    for number in range(job.repeat + 1):
+    for number in range(job.repeat + WARM_UP):
         found: list[Any] = []
         while not found:
             cursor, found = cluster.ask(cluster.gateway, "next_arrivals", TIMEOUT_S, cursor)
@@ -129,7 +129,7 @@ def source(job: Job) -> list[float]:
     reference = cluster.ray.put(np.random.default_rng(0).random(job.crossing.payload_bytes // 4, np.float32))
     seconds = []
     settle()
-    for number in range(job.repeat + 1):
+    for number in range(job.repeat + WARM_UP):
         cluster.begin(number)
         began = time.perf_counter()
         if job.crossing.megabytes:
@@ -141,7 +141,7 @@ def source(job: Job) -> list[float]:
         say(sent=number)
         sys.stdin.readline()
     cluster.ray.shutdown()
-    return seconds[1:]
+    return seconds[WARM_UP:]
 
 
 def _send_payload(cluster: Cluster, job: Job, number: int, reference: Any) -> None:

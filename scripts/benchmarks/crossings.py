@@ -12,6 +12,8 @@ from typing import Any
 
 TEXT = "m" * 100
 REFERENCE = "grpc-copy"
+# Repetitions that do not count: until then an object store has memory that nobody has touched before.
+WARM_UP = 3
 # A machine with so little to do is quiet; looked at as often, and waited for as long.
 QUIET, LOOK_S, PATIENCE_S = 0.08, 0.5, 30.0
 
@@ -193,14 +195,14 @@ def _processor_time() -> tuple[int, int]:
 
 
 def timed(work: Callable[[int], None], repeat: int) -> list[float]:
-    """Seconds of each repetition, after one that does not count."""
+    """Seconds of each repetition, after some that do not count."""
     settle()
     seconds = []
-    for number in range(repeat + 1):
+    for number in range(repeat + WARM_UP):
         began = time.perf_counter()
         work(number)
         seconds.append(time.perf_counter() - began)
-    return seconds[1:]
+    return seconds[WARM_UP:]
 
 
 def python_version() -> str:

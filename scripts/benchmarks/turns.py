@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from benchmarks.crossings import CARRIERS, Crossing, Job, heard
+from benchmarks.crossings import CARRIERS, WARM_UP, Crossing, Job, heard
 from benchmarks.environments import ROOT, python_of, why_not
 from benchmarks.memory import Family, Sampler
 from benchmarks.sockets import free_ports, received_bytes
@@ -214,5 +214,5 @@ def _from_outside(
         return {}
     if crossing.megabytes:
         return {"socket_bytes": (counted[-1] - counted[0]) / (len(counted) - 1)}
-    # Reading comes after sending, so that its time adds to it; the first repetition does not count.
-    return {"seconds": [a + b for a, b in zip(seconds, read[1:], strict=True)]}
+    # Reading comes after sending, so that its time adds to it; the first repetitions do not count.
+    return {"seconds": [a + b for a, b in zip(seconds, read[WARM_UP:], strict=True)]}
