@@ -223,6 +223,7 @@ class FederationMediator:
         run = self._active(run_id)
         cluster = run.cluster_of(run.node_index(node_id))
         self._calls[call_id] = (run.run_id, cluster)
+        run.called(call_id)
         effects.send(cluster, CallNode(run.run_id, run.generation, call_id, node_id, method, arguments))
         return effects
 
@@ -239,6 +240,7 @@ class FederationMediator:
         used = []
         for call_id, (cluster, nodes) in zip(call_ids, sorted(by_cluster.items()), strict=False):
             self._calls[call_id] = (run.run_id, cluster)
+            run.called(call_id)
             used.append(call_id)
             effects.send(cluster, SendMessage(run.run_id, run.generation, call_id, tuple(nodes), message))
         return used, effects
@@ -301,8 +303,7 @@ class FederationMediator:
                 run.cluster_reset(effects, now, cluster, report.reason)
         elif isinstance(report, CallDone):
             if self._calls.get(report.call_id) == (report.run_id, cluster):
-                del self._calls[report.call_id]
-                effects.answers.append(report)
+                self._answered(effects, report)
         elif isinstance(report, LinkMeasured):
             self._links.measured(effects, now, cluster, report)
         elif not isinstance(report, Register):
@@ -421,8 +422,12 @@ class FederationMediator:
         """Answer calls that nobody else will answer any more."""
         for call_id, (of_run, where) in list(self._calls.items()):
             if of_run == run_id or where == cluster:
-                del self._calls[call_id]
-                effects.answers.append(CallDone(of_run, call_id, error_json=error.to_json()))
+                self._answered(effects, CallDone(of_run, call_id, error_json=error.to_json()))
+
+    def _answered(self, effects: Effects, answer: CallDone) -> None:
+        of_run, _ = self._calls.pop(answer.call_id)
+        self._runs[of_run].answered(answer.call_id)
+        effects.answers.append(answer)
 
     def _admit(self, effects: Effects, now: Now) -> None:
         """Start queued runs in the order of their submission, as far as there is room."""

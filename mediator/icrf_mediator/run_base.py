@@ -91,6 +91,10 @@ class RunBase(ABC):
         # The clusters whose absence was told last.
         self._told_gone: set[str] = set()
         self._lost_state = False
+        # Calls to its nodes, and messages: those that are under way, and whether there was any that the newest
+        # checkpoint may not have.
+        self._open_calls: set[str] = set()
+        self._called = False
         self._recoveries = 0
         self._attempt_floor = 0
         # What was handed out to follow the open round, and the round that clusters may have begun on what turned out
@@ -172,6 +176,15 @@ class RunBase(ABC):
     def cluster_of(self, node: int) -> str:
         assert self.placement is not None
         return self.placement.cluster_of(node)
+
+    def called(self, call_id: str) -> None:
+        """A node is called, or sent a message: what it keeps may be another from now on."""
+        self._open_calls.add(call_id)
+        self._called = True
+
+    def answered(self, call_id: str) -> None:
+        """A call has come to its end."""
+        self._open_calls.discard(call_id)
 
     # ------------------------------------------------------------ small things
 

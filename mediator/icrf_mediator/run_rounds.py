@@ -410,6 +410,8 @@ class RunRounds(RunQueue):
     def _checkpoint(self, effects: Effects) -> None:
         assert self._ledger is not None and self.placement is not None
         self._take_back()
+        # Agents do several things at once: what is under way may come before it or after.
+        self._called = bool(self._open_calls)
         clusters = self.placement.stateful(self.submission)
         self.checkpoints.begin(self._ledger.round, clusters, self._set_up_generation, self.placement)
         for cluster in clusters:

@@ -45,6 +45,7 @@ class RunSetup(RunRounds):
         self._set_up_generation = self.generation
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
         self._promised, self._in_vain = None, 0
+        self._open_calls, self._called = set(), False
         effects.writes.append(self.placement.row(self.run_id, self.generation))
         self._held |= set(self.placement.clusters)
         self.record.status(effects, now, RESERVING, f"reservations on {', '.join(self.placement.clusters)}")
@@ -155,6 +156,10 @@ class RunSetup(RunRounds):
         """Whether what nodes would go on from elsewhere is durable; it is made so where nothing of it is lost."""
         assert self._ledger is not None and self.placement is not None
         done = self._ledger.round
+        asked = done in self.checkpoints.durable or self.checkpoints.open_round == done
+        if self._looking and (self._open_calls or (self._called and asked)):
+            self.stays(effects, now, "they were called, or sent messages, that their durable state may not have")
+            return False
         lost = self._lost_state or not self._away.isdisjoint(self.placement.stateful(self.submission))
         if lost or done == 0 or done in self.checkpoints.durable:
             return True

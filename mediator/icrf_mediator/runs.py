@@ -313,6 +313,8 @@ class RunMachine(RunSetup):
         self._gone_for(now, self.clusters, self._lease_s + GRACE_S)
         self._excluded, self._held = set(), set()
         self._in_vain = self.info.rounds_done + 2
+        # Whether anybody did, nobody knows any more.
+        self._called = True
         self.recover(effects, now, "the mediator was restarted", lost_state=False)
 
     # ------------------------------------------------------------ recovery

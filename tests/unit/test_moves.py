@@ -12,15 +12,19 @@ from icrf.protocol import (
     CENTRALIZED,
     Activate,
     Activated,
+    CallDone,
+    CallNode,
     Checkpointed,
     Draining,
     Fingerprint,
     HeldRun,
     Release,
     Released,
+    Report,
     Reserve,
     RunInfo,
     SaveCheckpoint,
+    SendMessage,
     StartRound,
 )
 
@@ -183,6 +187,62 @@ def test_a_checkpoint_that_fails_leaves_nodes_where_they_are(core: Any) -> None:
     assert core.get(run).clusters == BOTH
     completed(core, run)
     assert "za" in core.get(run).clusters  # after round 4
+
+
+def say(core: Any, run: RunInfo) -> list[tuple[str, Report]]:
+    """A supervisor's message to one node and a call to another; what their clusters will answer."""
+    calls = [f"call-{len(core.sent)}-{k}" for k in range(2)]
+    core.carry_out(core.mediator.send_message(run.run_id, ["client_0"], b"hello", calls[:1])[1])
+    core.carry_out(core.mediator.call_node(run.run_id, "client_5", "send", b"", calls[1]))
+    return [(cluster, CallDone(run.run_id, order.call_id)) for cluster, order in core.take(SendMessage, CallNode)]
+
+
+STAYED = "nodes stay where they are: they were called, or sent messages"
+
+
+def test_what_nodes_were_told_after_their_checkpoint_is_not_left_behind(core: Any) -> None:
+    core.register(*BOTH)
+    run = ring(core, clustering_period=2, checkpoint_every=1, keep=True, stage="activate")
+    core.play()
+    core.advance(run, "run", 2)
+    core.play()
+    for cluster, answer in say(core, run):
+        core.report(cluster, answer)
+    core.register("za")
+    core.advance(run, "run", 6)
+    assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {3}
+    assert core.get(run).clusters == BOTH and any(text.startswith(STAYED) for text in texts(core, run))
+    up_to(core, run, 5)
+    assert set(core.get(run).clusters) == set(ALL)  # after round 4, whose checkpoint has it
+
+
+@pytest.mark.parametrize("acknowledged", [True, False])
+def test_what_nodes_are_told_during_the_checkpoint_of_a_move_is_not_left_behind(core: Any, acknowledged: bool) -> None:
+    run = before_a_move(core)
+    core.register("za")
+    if not acknowledged:
+        before = say(core, run)
+    core.play_round()
+    if acknowledged:
+        assert len(core.take(SaveCheckpoint)) == 2  # they have been read out
+        saved = [(name, Checkpointed(run.run_id, 1, 2, f"checkpoint/2.1/{name}")) for name in BOTH]
+        for cluster, answer in [*say(core, run), *saved]:
+            core.report(cluster, answer)
+    assert core.get(run).clusters == BOTH and any(text.startswith(STAYED) for text in texts(core, run))
+    assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {3}
+    for cluster, answer in [] if acknowledged else before:
+        core.report(cluster, answer)
+    up_to(core, run, 5)
+    assert set(core.get(run).clusters) == set(ALL)
+
+
+def test_what_nodes_were_told_before_the_checkpoint_goes_along(core: Any) -> None:
+    run = before_a_move(core)
+    core.register("za")
+    for cluster, answer in say(core, run):
+        core.report(cluster, answer)
+    up_to(core, run, 3)
+    assert set(core.get(run).clusters) == set(ALL)
 
 
 def test_a_checkpoint_that_takes_too_long_leaves_nodes_where_they_are(core: Any) -> None:
