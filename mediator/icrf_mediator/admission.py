@@ -3,7 +3,8 @@
 A run asks for all of its slots on all of its clusters at once, and waits without holding any. Who came first goes first
 wherever two need the same cluster; who waits for a cluster that is away is not in line. So every wait in line is for a
 run that is earlier in one and the same order, or that holds slots and will give them back, and no two can wait for each
-other.
+other. A run that has lost a cluster is in line by its age where it lacks slots (``moves.py``). It keeps what it has
+meanwhile, so it may wait for a run that waits for it; ``round_deadline_s`` ends that.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Admission:
         for run in runs:
             if not run.is_queued:
                 self._plans.pop(run.run_id, None)
+                for name in run.in_line_for:
+                    line.setdefault(name, run)
                 continue
             clusters = self._members.clusters()
             if not clusters:
@@ -97,7 +100,7 @@ class Admission:
     def first_in_line(self, cluster: str) -> RunMachine | None:
         """The run whose turn is next on a cluster, of those that wait for it."""
         first = self._line.get(cluster)
-        return first if first is not None and first.is_queued else None
+        return first if first is not None and (first.is_queued or cluster in first.in_line_for) else None
 
     def _placed(self, run: RunMachine, clusters: Sequence[ClusterInfo]) -> Placement:
         plan, assignment = self._planned(run, clusters)

@@ -430,7 +430,12 @@ class FederationMediator:
         effects.answers.append(answer)
 
     def _admit(self, effects: Effects, now: Now) -> None:
-        """Start queued runs in the order of their submission, as far as there is room."""
+        """Start queued runs in the order of their submission, as far as there is room; those that have lost a cluster
+        are in line too, for other clusters."""
+        for run in list(self._runs.values()):
+            if run.looks_for_clusters(now) and not run.by_choice:
+                self._moves.serve(run, effects, now)
+                self._retire(effects, run)
         for run in self._admission.admit(list(self._runs.values()), effects, now):
             self._retire(effects, run)
 

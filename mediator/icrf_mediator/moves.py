@@ -14,7 +14,7 @@ from icrf.protocol import ClusterInfo, MeasuredLink
 from icrf_mediator.admission import Admission, refuse_infeasible
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.feasibility import decisive
-from icrf_mediator.holdings import known_as
+from icrf_mediator.holdings import Lack, known_as
 from icrf_mediator.membership import Membership
 from icrf_mediator.placement import Placement
 from icrf_mediator.planning import assign_nodes, plan_of
@@ -45,11 +45,14 @@ class Moves:
         if not run.looks_for_clusters(now):
             self._offers.pop(run.run_id, None)
             return
+        run.wants(())
         try:
             found = self._found(run)
             if isinstance(found, str):
                 run.stays(effects, now, found)
-            elif run.is_durable(effects, now):
+                return
+            run.wants(_gains(run, found))
+            if run.is_durable(effects, now):
                 self._members.take(run.run_id, run.needs(found, run.held_since))
                 run.move(effects, now, found)
         except IcrfError as error:
@@ -64,12 +67,16 @@ class Moves:
         if missing:
             return f"cluster {', '.join(missing)} is away"
         candidates = [c for c in everybody if c.alive and self._is_fit(run, c)]
-        found = self._offered(run, candidates)
-        if (lack := self._lack(run, found)) is None:
-            return found
+        best = self._offered(run, candidates)
+        if (lack := self._lack(run, best)) is None:
+            return best
         # What is full does not keep nodes from what the run has already.
         found = self._offered(run, [c for c in candidates if c.name in run.clusters])
-        return found if found and self._lack(run, found) is None else lack
+        if found and self._lack(run, found) is None:
+            return found
+        if isinstance(best, Placement) and not lack.aside:
+            run.wants(_gains(run, best))
+        return lack.text
 
     @staticmethod
     def _is_fit(run: RunMachine, cluster: ClusterInfo) -> bool:
@@ -111,17 +118,21 @@ class Moves:
             return str(error)
         return Placement.of_plan(plan, found, clusters, run.config)
 
-    def _lack(self, run: RunMachine, found: Placement | str) -> str | None:
+    def _lack(self, run: RunMachine, found: Placement | str) -> Lack | None:
         """What is not free of what nodes need elsewhere; None if nothing, or if they stay anyway."""
         if isinstance(found, str):
-            return found or None
-        needs = run.needs(found, run.held_since)
-        lack = self._members.lacking(needs, run.run_id)
+            return Lack(found, aside=True) if found else None
+        lack = self._members.lacking(run.needs(found, run.held_since), run.run_id)
         if lack is not None:
-            return lack.text
-        held = run.placement.slots if run.placement is not None else {}
-        for name, need in needs.items():
+            return lack
+        for name in _gains(run, found):
             first = self._admission.first_in_line(name)
-            if first is not None and need.slots > held.get(name, 0) and run.comes_after(first):
-                return f"{name} is wanted by {known_as(first.info.federation, first.run_id)}, which is in line"
+            if first is not None and run.comes_after(first):
+                return Lack(f"{name} is wanted by {known_as(first.info.federation, first.run_id)}, which is in line")
         return None
+
+
+def _gains(run: RunMachine, found: Placement) -> list[str]:
+    """The clusters on which a run would have more slots than now."""
+    held = run.placement.slots if run.placement is not None else {}
+    return [name for name in found.clusters if found.slots[name] > held.get(name, 0)]

@@ -35,6 +35,8 @@ class RunSetup(RunRounds):
     _looking = False
     # How long a checkpoint is waited for that would spare a lost cluster's run rounds.
     _durable_until_s = NEVER
+    # After a loss, the clusters on which it waits for slots that it does not have yet.
+    _wants: frozenset[str] = frozenset()
     # Why nodes stayed the last time; the same is told once.
     _told_to_stay = ""
 
@@ -119,6 +121,15 @@ class RunSetup(RunRounds):
             return True
         away = self._away if self.info.status == RECOVERING and self.reassigns else ()
         return bool(away) and all(now.monotonic_s >= self._given_up_s.get(name, NEVER) for name in away)
+
+    @property
+    def in_line_for(self) -> frozenset[str]:
+        """The clusters on which it waits for more slots, to go on there instead of on a lost one."""
+        return self._wants if self.info.status == RECOVERING else frozenset()
+
+    def wants(self, clusters: Iterable[str]) -> None:
+        """After a loss it is in line for these; by choice it waits for nobody."""
+        self._wants = frozenset() if self._looking else frozenset(clusters)
 
     def waits_for(self, cluster: str) -> bool:
         """Whether a cluster of it, that is not there just now, is expected back."""

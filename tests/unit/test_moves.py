@@ -426,6 +426,51 @@ def test_nodes_wait_for_room_and_move_when_there_is_some(core: Any) -> None:
     assert set(homes_of(core, run)) == {"us"}
 
 
+def on(cluster: str) -> dict[str, str]:
+    """Two nodes that fill a cluster."""
+    return {"client_0": cluster, "client_1": cluster}
+
+
+@pytest.mark.parametrize("is_durable", [True, False])
+def test_a_run_that_has_lost_a_cluster_is_in_line_by_its_age(core: Any, is_durable: bool) -> None:
+    core.register("eu")
+    core.register("us", labels={"disk": "fast"})
+    star = {"federated_learning_rounds": 6, "on_cluster_loss": "reassign", "checkpoint_every": 1 if is_durable else 0}
+    run = core.submit(core.submission(6, CENTRALIZED, placement={"server": "eu", "client_0": {"disk": "fast"}}, **star))
+    up_to(core, run, 3)
+    core.register("za", labels={"disk": "fast"})
+    core.time_s += 1.0
+    other = core.submit(core.submission(2, placement=on("za"), keep=True))
+    up_to(core, run, 3)
+    core.pass_time(25.0, beating=("eu", "za"))
+    core.play(hold=(StartRound,))
+    assert "2 slots on za (0 of 2 free" in core.get(run).waiting_for
+    later = core.submit(core.submission(2, placement=on("za"), keep=True))
+    core.cancel(other)
+    core.play(hold=(StartRound, SaveCheckpoint))
+    assert core.get(later).status == "QUEUED"
+    completed(core, run)
+    assert set(homes_of(core, run)) == {"eu", "za"}
+    assert core.get(later).status == "IDLE"
+
+
+def test_a_run_in_line_that_came_first_goes_before_one_that_has_lost_a_cluster(core: Any) -> None:
+    core.register("za")
+    other = core.submit(core.submission(2, placement=on("za"), keep=True))
+    core.play()
+    earlier = core.submit(core.submission(2, placement=on("za"), keep=True))
+    core.time_s += 1.0
+    core.register("eu", labels={"disk": "fast"})
+    run = ring(core, on_cluster_loss="reassign", placement={"client_*": {"disk": "fast"}})
+    core.play(hold=(StartRound,))
+    core.register("za", labels={"disk": "fast"})
+    core.pass_time(25.0, beating=("za",))
+    assert "2 slots on za (0 of 2 free" in core.get(run).waiting_for
+    core.cancel(other)
+    core.play(hold=(StartRound,))
+    assert core.get(earlier).status == "RUNNING" and core.get(run).status == "RECOVERING"
+
+
 def test_a_cluster_that_leaves_in_order_hands_its_nodes_over_at_once(core: Any) -> None:
     core.register(*ALL)
     run = ring(core, on_cluster_loss="reassign")
