@@ -142,19 +142,22 @@ class Placement:
             for cluster in self.clusters
         }
 
-    def row(self, run_id: str, generation: int) -> Write:
-        """The journal row of this placement under a generation."""
-        return Write(
-            "assignments",
-            (run_id, generation),
-            {
-                "clusters": list(self.clusters),
-                "assignment": list(self.assignment),
-                "plan": asdict(self.plan),
-                "resources": {name: asdict(each) for name, each in self.resources.items()},
-                "fingerprint": asdict(self.fingerprint),
-            },
-        )
+    def row(self, run_id: str, generation: int, instead_of: Placement | None = None) -> Write:
+        """The journal row of this placement under a generation; with the one before, where that is gone back to if
+        there is no room for this."""
+        row = self._parts()
+        if instead_of is not None:
+            row["instead_of"] = instead_of._parts()
+        return Write("assignments", (run_id, generation), row)
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "clusters": list(self.clusters),
+            "assignment": list(self.assignment),
+            "plan": asdict(self.plan),
+            "resources": {name: asdict(each) for name, each in self.resources.items()},
+            "fingerprint": asdict(self.fingerprint),
+        }
 
     @classmethod
     def from_row(cls, row: Any) -> Placement:

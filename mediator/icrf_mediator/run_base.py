@@ -65,6 +65,8 @@ class RunBase(ABC):
         self.config = json.loads(submission.config_json)
         self.record = RunRecord(run_id, submission, self.config, now)
         self.placement: Placement | None = None
+        # Where it lived before a move by choice, until its nodes are set up elsewhere.
+        self._instead_of: Placement | None = None
         self.checkpoints = Checkpoints()
         self.graphs = Graphs(submission.graph)
         # The second is that of the last set-up: other graphs have come since.

@@ -72,12 +72,18 @@ class RunQueue(RunBase):
     def requeue(self, effects: Effects, now: Now, error: IcrfError) -> None:
         """A cluster could not reserve in time: give back what the others hold, and try again when all have done so.
 
+        Nodes that were about to move by choice go on where they lived before.
+
         Whoever holds the rest is no run of this mediator, or there would have been no try; it may be another fabric's,
         which waits for what this run holds. So nothing is held on to, and the pause depends on the run: of two that
         are in each other's way, one is sooner.
         """
         for cluster in sorted(self._held):
             effects.send(cluster, Release(self.run_id, self.generation))
+        before, self._instead_of = self._instead_of, None
+        if before is not None:
+            self._place(before)
+            effects.writes.append(before.row(self.run_id, self.generation))
         self._pending, self._storing = {}, False
         for names in (self._away, self._excluded, self._returning, self._late):
             names.clear()

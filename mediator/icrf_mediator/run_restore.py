@@ -91,7 +91,9 @@ def restore_run(
         return run
     rows = {int(write.key[1]): write.row for write in assignments}
     placed = cache(lambda generation: Placement.from_row(rows[generation]))
-    run.load_placement(max(rows), placed(max(rows)))
+    newest = max(rows)
+    before = None if newest in {int(a.key[1]) for a in activations} else rows[newest].get("instead_of")
+    run.load_placement(newest, placed(newest), Placement.from_row(before) if before else None)
     run.load_progress(
         [a.row for a in activations],
         [

@@ -46,9 +46,10 @@ class RunRounds(RunQueue):
         self._stage, self._rounds_wanted = str(row["stage"]), int(row["rounds_wanted"])
         self._finishing, self._stopping = bool(row["finishing"]), bool(row.get("stopping"))
 
-    def load_placement(self, generation: int, placement: Placement) -> None:
-        """Where it lived."""
+    def load_placement(self, generation: int, placement: Placement, instead_of: Placement | None) -> None:
+        """Where it lived, and before that, if its nodes were about to move by choice."""
         self.generation = self._set_up_generation = generation
+        self._instead_of = instead_of
         self._place(placement)
 
     def load_progress(

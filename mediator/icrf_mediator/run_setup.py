@@ -48,7 +48,7 @@ class RunSetup(RunRounds):
         self._lost_state, self._attempt_floor, self._parts = False, 0, {}
         self._promised, self._in_vain = None, 0
         self._open_calls, self._called = set(), False
-        effects.writes.append(self.placement.row(self.run_id, self.generation))
+        effects.writes.append(self.placement.row(self.run_id, self.generation, self._instead_of))
         self._held |= set(self.placement.clusters)
         self.record.status(effects, now, RESERVING, f"reservations on {', '.join(self.placement.clusters)}")
         strategy = self.config["placement_group_strategy"]
@@ -100,6 +100,7 @@ class RunSetup(RunRounds):
             "round": ledger.round,
         }
         effects.writes.append(Write("activations", (self.run_id, self.generation), row))
+        self._instead_of = None
         self.record.status(effects, now, READY)
         self._go_on(effects, now)
 
@@ -201,6 +202,7 @@ class RunSetup(RunRounds):
         """Go on elsewhere, under a new generation, from the newest durable state; what is left behind is fenced."""
         assert self.placement is not None and self._ledger is not None
         gone = set(self.clusters) - set(placement.clusters)
+        self._instead_of = self.placement if self._looking else None
         for cluster in sorted(gone & self._held):
             effects.send(cluster, Release(self.run_id, self.generation))
         for names in (self._away, self._excluded, self._returning, self._late, self.leaving):

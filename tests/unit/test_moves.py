@@ -17,11 +17,13 @@ from icrf.protocol import (
     Checkpointed,
     Draining,
     Fingerprint,
+    Goodbye,
     HeldRun,
     Release,
     Released,
     Report,
     Reserve,
+    Reserved,
     RunInfo,
     SaveCheckpoint,
     SendMessage,
@@ -276,6 +278,36 @@ def test_a_mediator_that_is_restarted_during_a_move_goes_on(core: Any, held: typ
     assert set(again.get(run).clusters) == set(ALL)
     starts = [order for _, order in again.sent if isinstance(order, StartRound)]
     assert min(order.round for order in starts) == 3  # no round is repeated
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_nodes_go_on_where_they_lived_if_the_new_cluster_has_no_room_after_all(core: Any, restarts: bool) -> None:
+    run = before_a_move(core)
+    before = homes(core, run)
+    core.register("za")
+    core.play_round()
+    core.play(hold=(Reserve,))
+    if restarts:
+        again = core.restarted()
+        again.orders = core.orders
+        again.register(*ALL)
+        core = again
+    refused = make_error("R003", "no CPUs").to_json()
+    for cluster, order in core.take(Reserve):
+        error = refused if cluster == "za" else ""
+        core.report(cluster, Reserved(order.run_id, order.generation, error))
+    core.report("za", Goodbye("i-za", "done"))
+    core.play()
+    assert core.get(run).status == "QUEUED"
+    assert homes_of(core, run) == before
+    if restarts:
+        again = core.restarted()
+        again.orders = core.orders
+        again.register(*BOTH)
+        core = again
+    core.pass_time(25.0, beating=BOTH)
+    completed(core, run)
+    assert homes_of(core, run) == before
 
 
 # ---------------------------------------------------------------- a lost cluster
