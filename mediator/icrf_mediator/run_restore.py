@@ -114,7 +114,8 @@ def restore_run(
     for row in _rows(tables, "participants", run_id):
         run.load_participants(int(row.key[1]), str(row.row["participants"]), str(row.row.get("late", "")))
     for row in _rows(tables, "checkpoints", run_id):
-        generation = int(row.row["generation"])
+        # Where it is not told, the mediator that wrote it did not move nodes.
+        generation = int(row.row.get("generation", min(rows)))
         run.checkpoints.load(int(row.key[1]), row.row["artifacts"], generation, placed(generation))
     run.load_graphs(
         {int(row.key[1]): graph_of(row.row) for row in _rows(tables, "graphs", run_id)},

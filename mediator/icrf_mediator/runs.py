@@ -118,7 +118,9 @@ class RunMachine(RunSetup):
         self._stopping = self._finishing = True
         self._excluded |= self._away
         self._save_goal(effects)
-        if self.info.status in (RECOVERING, IDLE):
+        if self._looking:
+            self.stays(effects, now, "")
+        elif self.info.status in (RECOVERING, IDLE):
             self._go_on(effects, now)
 
     def cancel(self, effects: Effects, now: Now) -> None:

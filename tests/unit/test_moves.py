@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from icrf.errors import make_error
 from icrf.protocol import (
     CENTRALIZED,
+    STOP,
     Activate,
     Activated,
     CallDone,
@@ -310,6 +312,16 @@ def test_nodes_go_on_where_they_lived_if_the_new_cluster_has_no_room_after_all(c
     assert homes_of(core, run) == before
 
 
+def test_a_run_that_is_stopped_moves_no_nodes(core: Any) -> None:
+    run = before_a_move(core)
+    core.register("za")
+    core.play_round()
+    core.advance(run, STOP)
+    core.play()
+    assert (core.get(run).status, core.get(run).rounds_done, core.get(run).clusters) == ("COMPLETED", 2, BOTH)
+    assert not [text for text in texts(core, run) if "nodes move" in text]
+
+
 # ---------------------------------------------------------------- a lost cluster
 
 
@@ -580,6 +592,20 @@ def test_with_wait_nobody_moves(core: Any) -> None:
     lose(core, "eu")
     assert core.get(run).status == "RECOVERING" and set(core.get(run).clusters) == set(ALL)
     assert core.get(run).waiting_for == "cluster eu to come back"
+
+
+def test_checkpoints_of_before_nodes_could_move_are_gone_back_to(core: Any) -> None:
+    run = before_a_loss(core)
+    for write in core.store.rows("checkpoints", (run.run_id,)):
+        row = {name: value for name, value in write.row.items() if name != "generation"}
+        core.store.apply([replace(write, row=row)])
+    again = core.restarted()
+    again.orders = core.orders
+    again.register("us", "za")
+    again.pass_time(25.0, beating=("us", "za"))
+    again.play(hold=(StartRound,))
+    assert {order.round for _, order in again.queue if isinstance(order, StartRound)} == {3}
+    completed(again, run)
 
 
 def test_what_a_cluster_sets_up_for_nodes_that_have_moved_on_is_not_taken(core: Any) -> None:
