@@ -83,7 +83,6 @@ class RunQueue(RunBase):
         before, self._instead_of = self._instead_of, None
         if before is not None:
             self._place(before)
-            effects.writes.append(before.row(self.run_id, self.generation))
         self._pending, self._storing = {}, False
         for names in (self._away, self._excluded, self._returning, self._late):
             names.clear()

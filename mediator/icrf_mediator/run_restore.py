@@ -92,8 +92,13 @@ def restore_run(
     rows = {int(write.key[1]): write.row for write in assignments}
     placed = cache(lambda generation: Placement.from_row(rows[generation]))
     newest = max(rows)
-    before = None if newest in {int(a.key[1]) for a in activations} else rows[newest].get("instead_of")
-    run.load_placement(newest, placed(newest), Placement.from_row(before) if before else None)
+    found = None if newest in {int(a.key[1]) for a in activations} else rows[newest].get("instead_of")
+    before = Placement.from_row(found) if found else None
+    if before is not None and info.status == QUEUED:
+        # There was no room for a move by choice.
+        run.load_placement(newest, before)
+    else:
+        run.load_placement(newest, placed(newest), before)
     run.load_progress(
         [a.row for a in activations],
         [

@@ -46,7 +46,7 @@ class RunRounds(RunQueue):
         self._stage, self._rounds_wanted = str(row["stage"]), int(row["rounds_wanted"])
         self._finishing, self._stopping = bool(row["finishing"]), bool(row.get("stopping"))
 
-    def load_placement(self, generation: int, placement: Placement, instead_of: Placement | None) -> None:
+    def load_placement(self, generation: int, placement: Placement, instead_of: Placement | None = None) -> None:
         """Where it lived, and before that, if its nodes were about to move by choice."""
         self.generation = self._set_up_generation = generation
         self._instead_of = instead_of
