@@ -9,6 +9,8 @@ from icrf.protocol import Submission
 from icrf_mediator.placement import Placement
 
 KEPT = 2
+CHECKPOINTS = "checkpoint/"
+"""What the names of all artifacts of checkpoints begin with."""
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Checkpoints:
     _open_under: tuple[int, Placement] | None = None
     _missing: set[str] = field(default_factory=set)
     _arrived: dict[str, str] = field(default_factory=dict)
+    # Artifacts of checkpoints that were given up.
+    _useless: set[str] = field(default_factory=set)
 
     def begin(self, round_number: int, clusters: Iterable[str], generation: int, placement: Placement) -> None:
         """A checkpoint of `round_number` is asked of `clusters`; an unfinished older one is given up.
@@ -35,12 +39,14 @@ class Checkpoints:
             generation: of the assignment that nodes live under.
             placement: that assignment.
         """
-        self.open_round, self._missing, self._arrived = round_number, set(clusters), {}
+        self.give_up()
+        self.open_round, self._missing = round_number, set(clusters)
         self._open_under = generation, placement
 
     def arrived(self, cluster: str, round_number: int, artifact: str) -> bool:
         """One cluster's part is durable; True when it was the last."""
         if round_number != self.open_round or cluster not in self._missing:
+            self.came_too_late(artifact)
             return False
         self._missing.discard(cluster)
         self._arrived[cluster] = artifact
@@ -52,8 +58,14 @@ class Checkpoints:
         self.open_round, self._arrived = 0, {}
         return True
 
+    def came_too_late(self, artifact: str) -> None:
+        """A part that nobody waits for any more is durable."""
+        if artifact.startswith(CHECKPOINTS):
+            self._useless.add(artifact)
+
     def give_up(self) -> None:
         """The open checkpoint will not be completed."""
+        self._useless.update(self._arrived.values())
         self.open_round, self._missing, self._arrived = 0, set(), {}
 
     def due(self, round_number: int, every: int) -> bool:
@@ -88,11 +100,16 @@ class Checkpoints:
         }
 
     def outdated(self) -> list[str]:
-        """Forget all but the newest ones; the artifacts that may be deleted."""
+        """Forget all but the newest ones; the artifacts that may be deleted.
+
+        Those of one that was given up may until now have been asked for again, under the same names.
+        """
         doomed = sorted(self.durable)[:-KEPT]
         for number in doomed:
             del self._made_under[number]
-        return [artifact for r in doomed for artifact in self.durable.pop(r).values()]
+        old = {artifact for r in doomed for artifact in self.durable.pop(r).values()} | self._useless
+        self._useless = set()
+        return sorted(old.difference(*(artifacts.values() for artifacts in self.durable.values())))
 
     def load(self, round_number: int, artifacts: Mapping[str, str], generation: int, placement: Placement) -> None:
         """Take over a journal row."""

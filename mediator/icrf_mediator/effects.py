@@ -30,7 +30,7 @@ class Effects:
         sends: (cluster, instruction) in order.
         events: items of runs' event streams.
         answers: outcomes of node calls, by call id.
-        deletes: (run, artifact) of blobs that are no longer needed.
+        deletes: (run, beginning of names) of artifacts that are no longer needed.
         dropped: clusters whose connection is to be closed after the sends.
     """
 

@@ -43,6 +43,7 @@ from icrf.protocol import (
     Warned,
 )
 from icrf_mediator.admission import Admission, Planner, refuse_infeasible
+from icrf_mediator.checkpoints import CHECKPOINTS
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.measuring import Links
 from icrf_mediator.membership import Membership
@@ -326,6 +327,8 @@ class FederationMediator:
     ) -> None:
         run = self._runs.get(report.run_id)
         if run is None:
+            if isinstance(report, Checkpointed) and report.run_id in self._archive:
+                effects.deletes.append((report.run_id, CHECKPOINTS))
             return
         try:
             if isinstance(report, Reserved):

@@ -24,7 +24,7 @@ from icrf.protocol import (
     Submission,
     shared_tensors,
 )
-from icrf_mediator.checkpoints import Checkpoints
+from icrf_mediator.checkpoints import CHECKPOINTS, Checkpoints
 from icrf_mediator.checks import ReportChecks
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.graphs import Graphs
@@ -253,5 +253,5 @@ class RunBase(ABC):
                 effects.send(cluster, AbortAttempt(self.run_id, start.round, start.attempt))
             effects.send(cluster, Release(self.run_id, self.generation))
         self._deadline_s = NEVER
-        effects.deletes += [(self.run_id, a) for parts in self.checkpoints.durable.values() for a in parts.values()]
+        effects.deletes.append((self.run_id, CHECKPOINTS))
         self.record.end(effects, now, status, error)

@@ -44,6 +44,7 @@ from icrf.protocol import (
     RoundReport,
     StoreModel,
 )
+from icrf_mediator.checkpoints import CHECKPOINTS
 from icrf_mediator.checks import error_of
 from icrf_mediator.effects import Effects, Now
 from icrf_mediator.placement import Placement
@@ -192,8 +193,11 @@ class RunMachine(RunSetup):
 
     def checkpointed(self, effects: Effects, now: Now, cluster: str, report: Checkpointed) -> None:
         """One cluster's part of a checkpoint is durable, or could not be written."""
-        if self.terminal or report.generation < self._set_up_generation:
+        if self.terminal:
+            effects.deletes.append((self.run_id, CHECKPOINTS))
             return
+        if report.generation < self._set_up_generation:
+            return self.checkpoints.came_too_late(report.artifact)
         if report.error_json:
             # Of those that are lost anyway the run goes back to the one before.
             was_asked = report.round == self.checkpoints.open_round and self.info.status == RECOVERING

@@ -95,6 +95,7 @@ class Core:
         self.sent: list[tuple[str, Instruction]] = []
         self.answers: list[CallDone] = []
         self.dropped: list[str] = []
+        self.deletes: list[tuple[str, str]] = []
         self.live: list[RunEvent] = []
         self.orders: dict[tuple[str, str], Activate] = {}
         self._submitted = 0
@@ -109,6 +110,7 @@ class Core:
         self.sent += effects.sends
         self.answers += effects.answers
         self.dropped += effects.dropped
+        self.deletes += effects.deletes
         self.live += effects.events
         return effects
 

@@ -16,7 +16,9 @@ from icrf.protocol import (
     Activated,
     CallDone,
     CallNode,
+    Capacity,
     Checkpointed,
+    ClusterReset,
     Draining,
     Fingerprint,
     Goodbye,
@@ -301,12 +303,12 @@ def test_nodes_go_on_where_they_lived_if_the_new_cluster_has_no_room_after_all(c
     core.report("za", Goodbye("i-za", "done"))
     core.play()
     assert core.get(run).status == "QUEUED"
-    assert homes_of(core, run) == before
     if restarts:
         again = core.restarted()
         again.orders = core.orders
         again.register(*BOTH)
         core = again
+    assert homes(core, run) == before
     core.pass_time(25.0, beating=BOTH)
     completed(core, run)
     assert homes_of(core, run) == before
@@ -592,6 +594,41 @@ def test_with_wait_nobody_moves(core: Any) -> None:
     lose(core, "eu")
     assert core.get(run).status == "RECOVERING" and set(core.get(run).clusters) == set(ALL)
     assert core.get(run).waiting_for == "cluster eu to come back"
+
+
+def left_over(core: Any, run: RunInfo, artifacts: list[str]) -> list[str]:
+    """Of these artifacts of a run those that nothing has deleted."""
+    return [a for a in artifacts if not any(r == run.run_id and a.startswith(name) for r, name in core.deletes)]
+
+
+def test_nothing_is_left_of_checkpoints_that_were_given_up(core: Any) -> None:
+    core.register(*BOTH)
+    run = ring(core, checkpoint_every=1)
+    written = []
+    for number in range(1, 5):
+        while core.get(run).rounds_done < number:
+            core.play(hold=(StartRound, SaveCheckpoint))
+            core.play_round()
+        asked = core.take(SaveCheckpoint)
+        for cluster, order in asked[:1]:
+            written.append(core.answer(cluster, order).artifact)
+            core.report(cluster, core.answer(cluster, order))
+        core.report("us", ClusterReset(Capacity(2, 2.0, 0.0, 1 << 33), "", "Ray died"))
+        if number % 2:
+            for cluster, order in asked[1:]:
+                written.append(core.answer(cluster, order).artifact)
+                core.report(cluster, core.answer(cluster, order))
+    up_to(core, run, 6)
+    durable = {row.key[1]: row.row["artifacts"].values() for row in core.store.rows("checkpoints", (run.run_id,))}
+    kept = {artifact for number in sorted(durable)[-2:] for artifact in durable[number]}
+    assert len(kept) == 4 and not set(left_over(core, run, written)) - kept
+    assert not {artifact for _, name in core.deletes for artifact in kept if artifact.startswith(name)}
+    completed(core, run)
+    assert (run.run_id, "checkpoint/") in core.deletes
+    late = "checkpoint/5.9/us"
+    core.deletes.clear()
+    core.report("us", Checkpointed(run.run_id, 9, 5, late))
+    assert not left_over(core, run, [late])
 
 
 def test_checkpoints_of_before_nodes_could_move_are_gone_back_to(core: Any) -> None:
