@@ -12,6 +12,7 @@ from icrf.protocol import ClusterInfo
 from icrf.testing.simulation import SimulationFailed, simulate
 from icrf_mediator.checkpoints import Checkpoints
 from icrf_mediator.moves import Moves
+from icrf_mediator.placement import Placement
 from icrf_mediator.run_base import RunBase
 from icrf_mediator.run_setup import RunSetup
 
@@ -98,14 +99,20 @@ def test_a_mediator_that_gives_up_what_it_has_not_heard_of_yet_wastes_no_round(m
 
 
 def test_a_move_into_what_is_still_being_released_never_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    offered: list[bool] = []
+    withheld: list[str] = []
 
     def fit(original: Any, run: Any, cluster: ClusterInfo) -> bool:
-        found: bool = original(run, cluster)
-        offered.append(found and cluster.name not in run.clusters and run.holds(cluster.name))
-        return found
+        if cluster.name not in run.clusters and run.holds(cluster.name):
+            withheld.append(cluster.name)
+        return bool(original(run, cluster))
+
+    def move(original: Any, run: RunSetup, effects: Any, now: Any, placement: Placement) -> None:
+        new = set(placement.clusters) - set(run.clusters)
+        assert not {cluster for cluster in new if run.holds(cluster)}
+        original(run, effects, now, placement)
 
     original = Moves._is_fit
     monkeypatch.setattr(Moves, "_is_fit", staticmethod(lambda run, cluster: fit(original, run, cluster)))
+    wrap(monkeypatch, RunSetup, "move", move)
     histories("line is cut", "agent drains", seeds=12)
-    assert offered and not any(offered)
+    assert withheld
