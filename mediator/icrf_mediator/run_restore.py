@@ -92,13 +92,8 @@ def restore_run(
     rows = {int(write.key[1]): write.row for write in assignments}
     placed = cache(lambda generation: Placement.from_row(rows[generation]))
     newest = max(rows)
-    found = None if newest in {int(a.key[1]) for a in activations} else rows[newest].get("instead_of")
-    before = Placement.from_row(found) if found else None
-    if before is not None and info.status == QUEUED:
-        # There was no room for a move by choice.
-        run.load_placement(newest, before)
-    else:
-        run.load_placement(newest, placed(newest), before)
+    is_set_up = newest in {int(write.key[1]) for write in activations}
+    _load_placement(run, newest, placed(newest), None if is_set_up else rows[newest].get("instead_of"))
     run.load_progress(
         [a.row for a in activations],
         [
@@ -129,6 +124,16 @@ def restore_run(
     )
     (run.rejoin_queue if info.status == QUEUED else run.rejoin)(effects, now)
     return run
+
+
+def _load_placement(run: RunMachine, generation: int, placement: Placement, instead_of: Any) -> None:
+    """Where its nodes live; `instead_of` is the row of where they lived before a move by choice that was not over."""
+    before = Placement.from_row(instead_of) if instead_of else None
+    if before is not None and run.info.status == QUEUED:
+        # There was no room for it.
+        run.load_placement(generation, before)
+    else:
+        run.load_placement(generation, placement, before)
 
 
 def progressed(info: RunInfo, events: Sequence[RunEvent]) -> RunInfo:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from icrf.client import Fabric
+from icrf.federation.message import Message
 from icrf.federation.node import FederatedNode
 from icrf.protocol import IDLE, RunInfo, Submission
 from icrf.spec import FederationConfig
@@ -195,6 +196,26 @@ def test_a_star_that_loses_clients_repeats_no_round(undisturbed: Undisturbed) ->
         run.go(ROUNDS)
         assert [row.row["round"] for row in run.fabric.store.rows("activations", (run.run_id,))] == [0, 3]
         assert run.hashes() == undisturbed("star", 3)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_what_nodes_are_told_between_rounds_is_heard_where_they_live_then(every: int) -> None:
+    """Nodes move with it where the checkpoint has it; where that is older, they stay until there is another."""
+    found = {}
+    for clusters in (1, 2):
+        with kept(FEDERATIONS["own nodes in a ring"], clusters, clustering_period=2, checkpoint_every=every) as run:
+            run.go(2)
+            word = Message("supervisor", "word", {"said": np.array([7.0])}).encode()
+            run.fabric.port.send_message(run.run_id, ["client_0", "client_4"], word)
+            homes = run.homes()
+            if clusters == 2:
+                run.fabric.start_agent("local-3")
+            run.go(3)
+            assert clusters == 1 or (run.homes() == homes) == bool(every)
+            run.go(ROUNDS)
+            assert clusters == 1 or run.homes() != homes
+            found[clusters] = run.hashes()
+    assert found[1] == found[2]
 
 
 def test_letters_wait_where_their_nodes_go(monkeypatch: pytest.MonkeyPatch, undisturbed: Undisturbed) -> None:

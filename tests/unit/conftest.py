@@ -286,6 +286,53 @@ class Core:
     def commits(self, run: RunInfo) -> list[Write]:
         return self.store.rows("commits", (run.run_id,))
 
+    # ------------------------------------------------------------ runs whose nodes move
+
+    def ring(self, num_nodes: int = 6, **parts: Any) -> RunInfo:
+        """A run of peers on what is registered, all six rounds of it still to come."""
+        return self.submit(self.submission(num_nodes, federated_learning_rounds=6, **parts))
+
+    def before_a_move(self) -> RunInfo:
+        """A run on two clusters in the round after which another placement is looked for."""
+        self.register("eu", "us")
+        run = self.ring(clustering_period=2)
+        self.up_to(run, 2)
+        return run
+
+    def before_a_loss(self) -> RunInfo:
+        """A run on three clusters in its fourth round, with a checkpoint of the second."""
+        self.register("eu", "us", "za")
+        run = self.ring(on_cluster_loss="reassign", checkpoint_every=2)
+        self.up_to(run, 4)
+        return run
+
+    def up_to(self, run: RunInfo, number: int) -> None:
+        """Play until the start of a round is in the queue."""
+        while self.get(run).rounds_done < number - 1:
+            self.play(hold=(StartRound,))
+            self.play_round()
+        self.play(hold=(StartRound,))
+
+    def completed(self, run: RunInfo) -> None:
+        """Play on to the end of a run of six rounds."""
+        self.play()
+        assert (self.get(run).status, self.get(run).error_json) == ("COMPLETED", "")
+        assert [row.key[1] for row in self.commits(run)] == list(range(1, 7))
+
+    def homes(self, run: RunInfo) -> list[str]:
+        """The cluster of every node."""
+        machine = self.mediator._runs[run.run_id]
+        return [machine.cluster_of(node) for node in range(len(machine.submission.nodes))]
+
+    def last_homes(self, run: RunInfo) -> list[str]:
+        """Where nodes lived last, out of the journal."""
+        row = self.store.rows("assignments", (run.run_id,))[-1].row
+        return [row["clusters"][k] for k in row["assignment"]]
+
+    def texts(self, run: RunInfo) -> list[str]:
+        """What users have been told of a run."""
+        return [event.text for event in self.events(run) if event.text]
+
     def restarted(self) -> Core:
         """A new core over the same journal, as after a restart of the mediator."""
         core = Core(self.policy, self.store, self.time_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,26 +10,17 @@ import pytest
 from icrf.errors import make_error
 from icrf.protocol import (
     CENTRALIZED,
-    STOP,
     Activate,
     Activated,
-    CallDone,
-    CallNode,
-    Capacity,
     Checkpointed,
-    ClusterReset,
     Draining,
     Fingerprint,
-    Goodbye,
     HeldRun,
     Release,
     Released,
-    Report,
     Reserve,
-    Reserved,
     RunInfo,
     SaveCheckpoint,
-    SendMessage,
     StartRound,
 )
 
@@ -38,58 +28,12 @@ BOTH = ("eu", "us")
 ALL = ("eu", "us", "za")
 
 
-def ring(core: Any, num_nodes: int = 6, **parts: Any) -> RunInfo:
-    """A run of peers on what is registered, all six rounds of it still to come."""
-    return core.submit(core.submission(num_nodes, federated_learning_rounds=6, **parts))
-
-
-def before_a_move(core: Any) -> RunInfo:
-    """A run on two clusters in the round after which another placement is looked for."""
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2)
-    up_to(core, run, 2)
-    return run
-
-
-def before_a_loss(core: Any) -> RunInfo:
-    """A run on three clusters in its fourth round, with a checkpoint of the second."""
-    core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2)
-    up_to(core, run, 4)
-    return run
-
-
 def on_one_cluster(core: Any) -> RunInfo:
     """A run on a single cluster in its third round."""
     core.register("eu")
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=1)
-    up_to(core, run, 3)
+    run = core.ring(on_cluster_loss="reassign", checkpoint_every=1)
+    core.up_to(run, 3)
     return run
-
-
-def homes(core: Any, run: RunInfo) -> list[str]:
-    """The cluster of every node."""
-    machine = core.mediator._runs[run.run_id]
-    return [machine.cluster_of(node) for node in range(len(machine.submission.nodes))]
-
-
-def texts(core: Any, run: RunInfo) -> list[str]:
-    return [event.text for event in core.events(run) if event.text]
-
-
-def up_to(core: Any, run: RunInfo, number: int) -> None:
-    """Play until the start of a round is in the queue."""
-    while core.get(run).rounds_done < number - 1:
-        core.play(hold=(StartRound,))
-        core.play_round()
-    core.play(hold=(StartRound,))
-
-
-def completed(core: Any, run: RunInfo) -> None:
-    core.play()
-    assert (core.get(run).status, core.get(run).error_json) == ("COMPLETED", "")
-    numbers = [row.key[1] for row in core.commits(run)]
-    assert numbers == list(range(1, 7))
 
 
 def lose(core: Any, *names: str) -> None:
@@ -102,25 +46,25 @@ def lose(core: Any, *names: str) -> None:
 
 
 def test_a_cluster_that_has_joined_gets_nodes_between_two_rounds(core: Any) -> None:
-    run = before_a_move(core)
-    before = homes(core, run)
+    run = core.before_a_move()
+    before = core.homes(run)
     core.register("za")
-    up_to(core, run, 3)
-    after = homes(core, run)
+    core.up_to(run, 3)
+    after = core.homes(run)
     assert Counter(before) == {"eu": 3, "us": 3} and Counter(after) == {"eu": 2, "us": 2, "za": 2}
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 2
-    assert any(text.startswith("2 of 6 nodes move: ") and "-> za (client_" in text for text in texts(core, run))
+    assert any(text.startswith("2 of 6 nodes move: ") and "-> za (client_" in text for text in core.texts(run))
     assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {3}
     assert set(core.get(run).clusters) == set(ALL)
-    completed(core, run)
+    core.completed(run)
 
 
 def test_nodes_go_on_from_what_the_clusters_kept_that_they_lived_on(core: Any) -> None:
-    run = before_a_move(core)
-    before = homes(core, run)
+    run = core.before_a_move()
+    before = core.homes(run)
     core.register("za")
-    up_to(core, run, 3)
-    after = homes(core, run)
+    core.up_to(run, 3)
+    after = core.homes(run)
     for cluster in ALL:
         order = core.orders[run.run_id, cluster]
         sources = {before[node] for node, home in enumerate(after) if home == cluster}
@@ -131,20 +75,20 @@ def test_nodes_go_on_from_what_the_clusters_kept_that_they_lived_on(core: Any) -
 def test_a_star_takes_its_servers_state_along_and_nothing_else(core: Any) -> None:
     core.register(*BOTH)
     run = core.submit(core.submission(6, CENTRALIZED, federated_learning_rounds=6, clustering_period=2))
-    up_to(core, run, 2)
-    server = homes(core, run)[0]
+    core.up_to(run, 2)
+    server = core.homes(run)[0]
     core.register("za")
-    up_to(core, run, 3)
-    home = homes(core, run)[0]
+    core.up_to(run, 3)
+    home = core.homes(run)[0]
     found = {cluster: core.orders[run.run_id, cluster].checkpoints for cluster in ALL}
     assert found == {cluster: (f"checkpoint/2.1/{server}",) if cluster == home else () for cluster in ALL}
-    completed(core, run)
+    core.completed(run)
 
 
 def test_where_nothing_is_better_elsewhere_nothing_happens(core: Any) -> None:
     core.register(*BOTH)
-    run = ring(core, clustering_period=1)
-    completed(core, run)
+    run = core.ring(clustering_period=1)
+    core.completed(run)
     assert {order.generation for _, order in core.sent if isinstance(order, Activate)} == {1}
     assert not [order for _, order in core.sent if isinstance(order, SaveCheckpoint)]
 
@@ -159,31 +103,31 @@ def test_a_round_after_which_nodes_may_move_announces_no_next_one(core: Any, per
 
 
 def test_nodes_stay_where_a_new_cluster_has_no_room_for_them(core: Any) -> None:
-    run = before_a_move(core)
+    run = core.before_a_move()
     core.register("za")
     other = core.submit(core.submission(4, placement={f"client_{n}": "za" for n in range(4)}, keep=True))
-    up_to(core, run, 3)
+    core.up_to(run, 3)
     assert core.get(run).clusters == BOTH
-    assert any("nodes stay where they are: 2 slots on za (0 of 2 free" in text for text in texts(core, run))
+    assert any("nodes stay where they are: 2 slots on za (0 of 2 free" in text for text in core.texts(run))
     core.finish(other)
-    completed(core, run)
+    core.completed(run)
 
 
 def test_nobody_who_is_in_line_for_a_cluster_is_overtaken(core: Any) -> None:
-    run = before_a_move(core)
+    run = core.before_a_move()
     waiting = core.submit(core.submission(4, placement={"client_0": "eu"}))
     core.register("za")
     assert core.get(waiting).status == "QUEUED" and "eu" in core.get(waiting).waiting_for
-    up_to(core, run, 3)
+    core.up_to(run, 3)
     assert core.get(run).clusters == BOTH
     wanted = f"za is wanted by fed (run {waiting.run_id[:8]}), which is in line"
-    assert any(wanted in text for text in texts(core, run))
+    assert any(wanted in text for text in core.texts(run))
     core.play()
     assert {core.get(one).status for one in (run, waiting)} == {"COMPLETED"}
 
 
 def test_a_checkpoint_that_fails_leaves_nodes_where_they_are(core: Any) -> None:
-    run = before_a_move(core)
+    run = core.before_a_move()
     core.register("za")
     core.play_round()
     error = make_error("F006", "no state").to_json()
@@ -191,85 +135,29 @@ def test_a_checkpoint_that_fails_leaves_nodes_where_they_are(core: Any) -> None:
         core.report(cluster, Checkpointed(order.run_id, order.generation, order.round, error_json=error))
     assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {3}
     assert core.get(run).clusters == BOTH
-    completed(core, run)
+    core.completed(run)
     assert "za" in core.get(run).clusters  # after round 4
 
 
-def say(core: Any, run: RunInfo) -> list[tuple[str, Report]]:
-    """A supervisor's message to one node and a call to another; what their clusters will answer."""
-    calls = [f"call-{len(core.sent)}-{k}" for k in range(2)]
-    core.carry_out(core.mediator.send_message(run.run_id, ["client_0"], b"hello", calls[:1])[1])
-    core.carry_out(core.mediator.call_node(run.run_id, "client_5", "send", b"", calls[1]))
-    return [(cluster, CallDone(run.run_id, order.call_id)) for cluster, order in core.take(SendMessage, CallNode)]
-
-
-STAYED = "nodes stay where they are: they were called, or sent messages"
-
-
-def test_what_nodes_were_told_after_their_checkpoint_is_not_left_behind(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, clustering_period=2, checkpoint_every=1, keep=True, stage="activate")
-    core.play()
-    core.advance(run, "run", 2)
-    core.play()
-    for cluster, answer in say(core, run):
-        core.report(cluster, answer)
-    core.register("za")
-    core.advance(run, "run", 6)
-    assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {3}
-    assert core.get(run).clusters == BOTH and any(text.startswith(STAYED) for text in texts(core, run))
-    up_to(core, run, 5)
-    assert set(core.get(run).clusters) == set(ALL)  # after round 4, whose checkpoint has it
-
-
-@pytest.mark.parametrize("acknowledged", [True, False])
-def test_what_nodes_are_told_during_the_checkpoint_of_a_move_is_not_left_behind(core: Any, acknowledged: bool) -> None:
-    run = before_a_move(core)
-    core.register("za")
-    if not acknowledged:
-        before = say(core, run)
-    core.play_round()
-    if acknowledged:
-        assert len(core.take(SaveCheckpoint)) == 2  # they have been read out
-        saved = [(name, Checkpointed(run.run_id, 1, 2, f"checkpoint/2.1/{name}")) for name in BOTH]
-        for cluster, answer in [*say(core, run), *saved]:
-            core.report(cluster, answer)
-    assert core.get(run).clusters == BOTH and any(text.startswith(STAYED) for text in texts(core, run))
-    assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {3}
-    for cluster, answer in [] if acknowledged else before:
-        core.report(cluster, answer)
-    up_to(core, run, 5)
-    assert set(core.get(run).clusters) == set(ALL)
-
-
-def test_what_nodes_were_told_before_the_checkpoint_goes_along(core: Any) -> None:
-    run = before_a_move(core)
-    core.register("za")
-    for cluster, answer in say(core, run):
-        core.report(cluster, answer)
-    up_to(core, run, 3)
-    assert set(core.get(run).clusters) == set(ALL)
-
-
 def test_a_checkpoint_that_takes_too_long_leaves_nodes_where_they_are(core: Any) -> None:
-    run = before_a_move(core)
+    run = core.before_a_move()
     core.register("za")
     core.play_round()
     core.pass_time(120.0, beating=ALL)
-    assert any("did not become durable in time" in text for text in texts(core, run))
+    assert any("did not become durable in time" in text for text in core.texts(run))
     assert core.get(run).status == "RUNNING" and core.get(run).clusters == BOTH
 
 
 def test_a_cluster_that_computes_other_bits_gets_no_nodes(core: Any) -> None:
-    run = before_a_move(core)
+    run = core.before_a_move()
     core.register("za", fingerprint=Fingerprint("2.13", "AVX512", "on", 1, "cpu"))
-    completed(core, run)
+    core.completed(run)
     assert core.get(run).clusters == BOTH
 
 
 @pytest.mark.parametrize("held", [SaveCheckpoint, Reserve, Activate, StartRound])
 def test_a_mediator_that_is_restarted_during_a_move_goes_on(core: Any, held: type) -> None:
-    run = before_a_move(core)
+    run = core.before_a_move()
     core.register("za")
     core.play_round()
     core.play(hold=(held, StartRound))
@@ -278,91 +166,45 @@ def test_a_mediator_that_is_restarted_during_a_move_goes_on(core: Any, held: typ
     again.orders = core.orders
     again.register(*BOTH, held=tuple(alive))
     again.register("za")
-    completed(again, run)
+    again.completed(run)
     assert set(again.get(run).clusters) == set(ALL)
     starts = [order for _, order in again.sent if isinstance(order, StartRound)]
     assert min(order.round for order in starts) == 3  # no round is repeated
-
-
-@pytest.mark.parametrize("restarts", [False, True])
-def test_nodes_go_on_where_they_lived_if_the_new_cluster_has_no_room_after_all(core: Any, restarts: bool) -> None:
-    run = before_a_move(core)
-    before = homes(core, run)
-    core.register("za")
-    core.play_round()
-    core.play(hold=(Reserve,))
-    if restarts:
-        again = core.restarted()
-        again.orders = core.orders
-        again.register(*ALL)
-        core = again
-    refused = make_error("R003", "no CPUs").to_json()
-    for cluster, order in core.take(Reserve):
-        error = refused if cluster == "za" else ""
-        core.report(cluster, Reserved(order.run_id, order.generation, error))
-    core.report("za", Goodbye("i-za", "done"))
-    core.play()
-    assert core.get(run).status == "QUEUED"
-    if restarts:
-        again = core.restarted()
-        again.orders = core.orders
-        again.register(*BOTH)
-        core = again
-    assert homes(core, run) == before
-    core.pass_time(25.0, beating=BOTH)
-    completed(core, run)
-    assert homes_of(core, run) == before
-
-
-def test_a_run_that_is_stopped_moves_no_nodes(core: Any) -> None:
-    run = before_a_move(core)
-    core.register("za")
-    core.play_round()
-    core.advance(run, STOP)
-    core.play()
-    assert (core.get(run).status, core.get(run).rounds_done, core.get(run).clusters) == ("COMPLETED", 2, BOTH)
-    assert not [text for text in texts(core, run) if "nodes move" in text]
 
 
 # ---------------------------------------------------------------- a lost cluster
 
 
 def test_a_lost_cluster_is_given_up_two_seconds_after_its_lease(core: Any) -> None:
-    run = before_a_loss(core)
-    lost = homes(core, run)[0]
+    run = core.before_a_loss()
+    lost = core.homes(run)[0]
     left = tuple(name for name in ALL if name != lost)
     core.pass_time(20.0, beating=left)
     assert core.get(run).status == "RECOVERING" and set(core.get(run).clusters) == set(ALL)
-    before = homes(core, run)
+    before = core.homes(run)
     core.time_s += 2.0
     core.carry_out(core.mediator.tick(core.now))
-    after = homes(core, run)
+    after = core.homes(run)
     assert core.get(run).status == "RESERVING" and lost not in after
     assert all(b in (a, lost) for a, b in zip(after, before, strict=True))
     core.play(hold=(StartRound,))
     started = {order.round for _, order in core.queue if isinstance(order, StartRound) and order.generation == 2}
     assert started == {3}  # the newest checkpoint is that of round 2
-    completed(core, run)
+    core.completed(run)
 
 
 def test_a_cluster_that_is_back_within_two_seconds_keeps_its_nodes(core: Any) -> None:
-    run = before_a_loss(core)
-    before = homes(core, run)
+    run = core.before_a_loss()
+    before = core.homes(run)
     core.pass_time(20.0, beating=("us", "za"))
     core.register("eu", held=(HeldRun(run.run_id, 1, 4, 1),))
     core.pass_time(30.0, beating=ALL)
-    completed(core, run)
-    assert homes_of(core, run) == before
-
-
-def homes_of(core: Any, run: RunInfo) -> list[str]:
-    """Where nodes lived last, out of the journal."""
-    row = core.store.rows("assignments", (run.run_id,))[-1].row
-    return [row["clusters"][k] for k in row["assignment"]]
+    core.completed(run)
+    assert core.last_homes(run) == before
 
 
 def test_the_old_owner_is_fenced_and_then_free_for_others(core: Any) -> None:
-    run = before_a_loss(core)
+    run = core.before_a_loss()
     old = [order for cluster, order in core.take(StartRound) if cluster == "eu"]
     lose(core, "eu")
     core.play(hold=(StartRound,))
@@ -373,7 +215,7 @@ def test_the_old_owner_is_fenced_and_then_free_for_others(core: Any) -> None:
         run.run_id
     ]
     assert not core.report("eu", report).writes
-    completed(core, run)
+    core.completed(run)
     assert "eu" not in core.get(run).clusters
     later = core.submit(core.submission(4, placement={"client_0": "eu"}))
     core.play()
@@ -382,10 +224,10 @@ def test_the_old_owner_is_fenced_and_then_free_for_others(core: Any) -> None:
 
 def test_nodes_do_not_come_back_before_the_old_owner_has_released_them(core: Any) -> None:
     core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", clustering_period=1)
-    up_to(core, run, 2)
+    run = core.ring(on_cluster_loss="reassign", clustering_period=1)
+    core.up_to(run, 2)
     lose(core, "eu")
-    up_to(core, run, 2)
+    core.up_to(run, 2)
     core.register("eu", held=(HeldRun(run.run_id, 1, 2, 1),))
     core.play_round()
     core.play(hold=(Release, StartRound))
@@ -395,31 +237,31 @@ def test_nodes_do_not_come_back_before_the_old_owner_has_released_them(core: Any
     core.play_round()
     core.play(hold=(StartRound,))
     assert "eu" in core.get(run).clusters
-    completed(core, run)
+    core.completed(run)
 
 
 def test_pinned_nodes_wait_for_their_cluster_and_say_so(core: Any) -> None:
     core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign", checkpoint_every=2, placement={"client_4": "eu"})
-    up_to(core, run, 4)
+    run = core.ring(on_cluster_loss="reassign", checkpoint_every=2, placement={"client_4": "eu"})
+    core.up_to(run, 4)
     lose(core, "eu")
     assert core.get(run).status == "RECOVERING"
     waiting = core.get(run).waiting_for
     assert waiting.startswith("cluster eu to come back; its nodes cannot move: ") and "client_4" in waiting
     core.register("eu")
-    completed(core, run)
-    assert homes_of(core, run)[4] == "eu"
+    core.completed(run)
+    assert core.last_homes(run)[4] == "eu"
 
 
 def test_nobody_else_moves_to_a_larger_cluster_that_has_joined(core: Any) -> None:
     core.register(*BOTH)
-    run = ring(core, on_cluster_loss="reassign")
-    up_to(core, run, 2)
-    before = homes(core, run)
+    run = core.ring(on_cluster_loss="reassign")
+    core.up_to(run, 2)
+    before = core.homes(run)
     core.register("za", slots=16)
     lose(core, "us")
-    completed(core, run)
-    after = homes_of(core, run)
+    core.completed(run)
+    after = core.last_homes(run)
     assert {node for node in range(6) if before[node] != after[node]} == {n for n in range(6) if before[n] == "us"}
     assert "za" in after
 
@@ -428,23 +270,23 @@ def test_nodes_that_were_placed_by_labels_go_to_another_cluster_with_them(core: 
     core.register("eu", labels={"gpu": "yes"})
     core.register("us")
     core.register("za", labels={"gpu": "yes"})
-    run = ring(core, on_cluster_loss="reassign", placement={"client_4": {"gpu": "yes"}})
-    up_to(core, run, 2)
-    home = homes(core, run)[4]
+    run = core.ring(on_cluster_loss="reassign", placement={"client_4": {"gpu": "yes"}})
+    core.up_to(run, 2)
+    home = core.homes(run)[4]
     lose(core, home)
-    completed(core, run)
-    assert {home, homes_of(core, run)[4]} == {"eu", "za"}
+    core.completed(run)
+    assert {home, core.last_homes(run)[4]} == {"eu", "za"}
 
 
 def test_a_full_cluster_is_left_aside_and_the_runs_own_take_the_nodes(core: Any) -> None:
     core.register(*BOTH)
-    run = ring(core, on_cluster_loss="reassign")
-    up_to(core, run, 2)
+    run = core.ring(on_cluster_loss="reassign")
+    core.up_to(run, 2)
     core.register("za")
     core.submit(core.submission(4, placement={f"client_{n}": "za" for n in range(4)}, keep=True))
     lose(core, "us")
-    completed(core, run)
-    assert set(homes_of(core, run)) == {"eu"}
+    core.completed(run)
+    assert set(core.last_homes(run)) == {"eu"}
 
 
 def test_a_run_whose_only_cluster_is_lost_goes_to_one_that_computes_the_same(core: Any) -> None:
@@ -454,73 +296,28 @@ def test_a_run_whose_only_cluster_is_lost_goes_to_one_that_computes_the_same(cor
     assert "no other cluster that computes the same bits" in core.get(run).waiting_for
     core.register("za")
     core.pass_time(1.0, beating=ALL)
-    completed(core, run)
-    assert set(homes_of(core, run)) == {"za"}
+    core.completed(run)
+    assert set(core.last_homes(run)) == {"za"}
 
 
 def test_nodes_wait_for_room_and_move_when_there_is_some(core: Any) -> None:
     run = on_one_cluster(core)
     core.register("us")
     other = core.submit(core.submission(4, placement={"client_0": "us"}, keep=True))
-    up_to(core, run, 3)
+    core.up_to(run, 3)
     lose(core, "eu")
     assert "2 slots on us (0 of 2 free" in core.get(run).waiting_for
     core.cancel(other)
     core.play(hold=(StartRound,))
     core.pass_time(1.0, beating=ALL)
-    completed(core, run)
-    assert set(homes_of(core, run)) == {"us"}
-
-
-def on(cluster: str) -> dict[str, str]:
-    """Two nodes that fill a cluster."""
-    return {"client_0": cluster, "client_1": cluster}
-
-
-@pytest.mark.parametrize("is_durable", [True, False])
-def test_a_run_that_has_lost_a_cluster_is_in_line_by_its_age(core: Any, is_durable: bool) -> None:
-    core.register("eu")
-    core.register("us", labels={"disk": "fast"})
-    star = {"federated_learning_rounds": 6, "on_cluster_loss": "reassign", "checkpoint_every": 1 if is_durable else 0}
-    run = core.submit(core.submission(6, CENTRALIZED, placement={"server": "eu", "client_0": {"disk": "fast"}}, **star))
-    up_to(core, run, 3)
-    core.register("za", labels={"disk": "fast"})
-    core.time_s += 1.0
-    other = core.submit(core.submission(2, placement=on("za"), keep=True))
-    up_to(core, run, 3)
-    core.pass_time(25.0, beating=("eu", "za"))
-    core.play(hold=(StartRound,))
-    assert "2 slots on za (0 of 2 free" in core.get(run).waiting_for
-    later = core.submit(core.submission(2, placement=on("za"), keep=True))
-    core.cancel(other)
-    core.play(hold=(StartRound, SaveCheckpoint))
-    assert core.get(later).status == "QUEUED"
-    completed(core, run)
-    assert set(homes_of(core, run)) == {"eu", "za"}
-    assert core.get(later).status == "IDLE"
-
-
-def test_a_run_in_line_that_came_first_goes_before_one_that_has_lost_a_cluster(core: Any) -> None:
-    core.register("za")
-    other = core.submit(core.submission(2, placement=on("za"), keep=True))
-    core.play()
-    earlier = core.submit(core.submission(2, placement=on("za"), keep=True))
-    core.time_s += 1.0
-    core.register("eu", labels={"disk": "fast"})
-    run = ring(core, on_cluster_loss="reassign", placement={"client_*": {"disk": "fast"}})
-    core.play(hold=(StartRound,))
-    core.register("za", labels={"disk": "fast"})
-    core.pass_time(25.0, beating=("za",))
-    assert "2 slots on za (0 of 2 free" in core.get(run).waiting_for
-    core.cancel(other)
-    core.play(hold=(StartRound,))
-    assert core.get(earlier).status == "RUNNING" and core.get(run).status == "RECOVERING"
+    core.completed(run)
+    assert set(core.last_homes(run)) == {"us"}
 
 
 def test_a_cluster_that_leaves_in_order_hands_its_nodes_over_at_once(core: Any) -> None:
     core.register(*ALL)
-    run = ring(core, on_cluster_loss="reassign")
-    up_to(core, run, 3)
+    run = core.ring(on_cluster_loss="reassign")
+    core.up_to(run, 3)
     core.report("eu", Draining("i-eu"))
     core.play_round()
     core.play(hold=(StartRound,))
@@ -528,28 +325,28 @@ def test_a_cluster_that_leaves_in_order_hands_its_nodes_over_at_once(core: Any) 
     core.play(hold=(StartRound,))
     assert "eu" not in core.get(run).clusters
     assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {4}  # nothing is repeated
-    completed(core, run)
+    core.completed(run)
 
 
 def test_a_cluster_that_was_lost_while_the_mediator_was_away_is_given_up_after_a_lease(core: Any) -> None:
-    run = before_a_loss(core)
+    run = core.before_a_loss()
     again = core.restarted()
     again.orders = core.orders
     again.register("us", "za", held=(HeldRun(run.run_id, 1, 4, 1),))
     again.pass_time(20.0, beating=("us", "za"))
     assert again.get(run).status == "RECOVERING"
     again.pass_time(5.0, beating=("us", "za"))
-    completed(again, run)
-    assert set(homes_of(again, run)) == {"us", "za"}
+    again.completed(run)
+    assert set(again.last_homes(run)) == {"us", "za"}
 
 
 def test_a_move_that_is_cut_short_by_another_loss_goes_elsewhere_again(core: Any) -> None:
-    run = before_a_loss(core)
+    run = core.before_a_loss()
     lose(core, "eu")
     core.play(hold=(Activate, StartRound))
     core.pass_time(25.0, beating=("za",))
-    completed(core, run)
-    assert set(homes_of(core, run)) == {"za"}
+    core.completed(run)
+    assert set(core.last_homes(run)) == {"za"}
 
 
 def star_that_loses_clients(core: Any) -> RunInfo:
@@ -558,8 +355,8 @@ def star_that_loses_clients(core: Any) -> RunInfo:
     run = core.submit(
         core.submission(6, CENTRALIZED, federated_learning_rounds=6, on_cluster_loss="reassign", checkpoint_every=0)
     )
-    up_to(core, run, 4)
-    lost = next(name for name in ALL if name != homes(core, run)[0])
+    core.up_to(run, 4)
+    lost = next(name for name in ALL if name != core.homes(run)[0])
     core.take(StartRound)
     lose(core, lost)
     assert core.get(run).status == "RECOVERING" and core.get(run).waiting_for.startswith("the state of round 3")
@@ -570,7 +367,7 @@ def test_where_no_state_is_lost_no_round_is_repeated(core: Any) -> None:
     run = star_that_loses_clients(core)
     core.play(hold=(StartRound,))
     assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {4}
-    completed(core, run)
+    core.completed(run)
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -584,69 +381,20 @@ def test_where_the_state_cannot_be_saved_rounds_are_repeated(core: Any, answers:
     core.pass_time(5.0 if answers else 70.0, beating=left)
     core.play(hold=(StartRound,))
     assert {order.round for _, order in core.queue if isinstance(order, StartRound)} == {1}
-    completed(core, run)
+    core.completed(run)
 
 
 def test_with_wait_nobody_moves(core: Any) -> None:
     core.register(*ALL)
-    run = ring(core, checkpoint_every=2)
-    up_to(core, run, 4)
+    run = core.ring(checkpoint_every=2)
+    core.up_to(run, 4)
     lose(core, "eu")
     assert core.get(run).status == "RECOVERING" and set(core.get(run).clusters) == set(ALL)
     assert core.get(run).waiting_for == "cluster eu to come back"
 
 
-def left_over(core: Any, run: RunInfo, artifacts: list[str]) -> list[str]:
-    """Of these artifacts of a run those that nothing has deleted."""
-    return [a for a in artifacts if not any(r == run.run_id and a.startswith(name) for r, name in core.deletes)]
-
-
-def test_nothing_is_left_of_checkpoints_that_were_given_up(core: Any) -> None:
-    core.register(*BOTH)
-    run = ring(core, checkpoint_every=1)
-    written = []
-    for number in range(1, 5):
-        while core.get(run).rounds_done < number:
-            core.play(hold=(StartRound, SaveCheckpoint))
-            core.play_round()
-        asked = core.take(SaveCheckpoint)
-        for cluster, order in asked[:1]:
-            written.append(core.answer(cluster, order).artifact)
-            core.report(cluster, core.answer(cluster, order))
-        core.report("us", ClusterReset(Capacity(2, 2.0, 0.0, 1 << 33), "", "Ray died"))
-        if number % 2:
-            for cluster, order in asked[1:]:
-                written.append(core.answer(cluster, order).artifact)
-                core.report(cluster, core.answer(cluster, order))
-    up_to(core, run, 6)
-    durable = {row.key[1]: row.row["artifacts"].values() for row in core.store.rows("checkpoints", (run.run_id,))}
-    kept = {artifact for number in sorted(durable)[-2:] for artifact in durable[number]}
-    assert len(kept) == 4 and not set(left_over(core, run, written)) - kept
-    assert not {artifact for _, name in core.deletes for artifact in kept if artifact.startswith(name)}
-    completed(core, run)
-    assert (run.run_id, "checkpoint/") in core.deletes
-    late = "checkpoint/5.9/us"
-    core.deletes.clear()
-    core.report("us", Checkpointed(run.run_id, 9, 5, late))
-    assert not left_over(core, run, [late])
-
-
-def test_checkpoints_of_before_nodes_could_move_are_gone_back_to(core: Any) -> None:
-    run = before_a_loss(core)
-    for write in core.store.rows("checkpoints", (run.run_id,)):
-        row = {name: value for name, value in write.row.items() if name != "generation"}
-        core.store.apply([replace(write, row=row)])
-    again = core.restarted()
-    again.orders = core.orders
-    again.register("us", "za")
-    again.pass_time(25.0, beating=("us", "za"))
-    again.play(hold=(StartRound,))
-    assert {order.round for _, order in again.queue if isinstance(order, StartRound)} == {3}
-    completed(again, run)
-
-
 def test_what_a_cluster_sets_up_for_nodes_that_have_moved_on_is_not_taken(core: Any) -> None:
-    run = before_a_loss(core)
+    run = core.before_a_loss()
     lose(core, "eu")
     core.play(hold=(Activate, StartRound))
     held = core.take(Activate)
@@ -654,4 +402,4 @@ def test_what_a_cluster_sets_up_for_nodes_that_have_moved_on_is_not_taken(core: 
     assert not core.report("us", Activated(run.run_id, 1)).writes
     for cluster, order in held:
         core.report(cluster, core.answer(cluster, order))
-    completed(core, run)
+    core.completed(run)
