@@ -28,6 +28,7 @@ from icrf.protocol import (
 
 BOTH = ("eu", "us")
 ALL = ("eu", "us", "za")
+STAYED = "nodes stay where they are: they were called, or sent messages"
 
 
 def say(core: Any, run: RunInfo) -> list[tuple[str, Report]]:
@@ -36,9 +37,6 @@ def say(core: Any, run: RunInfo) -> list[tuple[str, Report]]:
     core.carry_out(core.mediator.send_message(run.run_id, ["client_0"], b"hello", calls[:1])[1])
     core.carry_out(core.mediator.call_node(run.run_id, "client_5", "send", b"", calls[1]))
     return [(cluster, CallDone(run.run_id, order.call_id)) for cluster, order in core.take(SendMessage, CallNode)]
-
-
-STAYED = "nodes stay where they are: they were called, or sent messages"
 
 
 def test_what_nodes_were_told_after_their_checkpoint_is_not_left_behind(core: Any) -> None:
