@@ -18,7 +18,7 @@ def keep_freed_frames() -> bool:
     """Let the allocator use the memory of a frame again for the next one.
 
     By itself it gives blocks of a frame's size back to the system, and every frame is a few hundred page faults: a
-    third of what receiving it costs. In return most of what frames took at the busiest moment may stay with the process.
+    third of what receiving it costs. In return most of what frames took at the busiest moment may stay.
 
     Returns:
         Whether this C library can be told; others do as they do.
