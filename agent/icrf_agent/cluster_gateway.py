@@ -16,9 +16,11 @@ import numpy as np
 from icrf.exchange import MESSAGE, PROBE
 from icrf.ports import Arrival, LinkSpeed, PayloadHeader, PayloadTransport
 from icrf.protocol import PeerAddress
+from icrf.wire.frames import num_bytes, plain_array
 from icrf.wire.tls import TlsFiles
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.gateway_coding import PayloadCoder
+from icrf_agent.gateway_delivery import LARGE_BYTES
 from icrf_agent.link_meter import PATIENCE_S, measure_link
 from icrf_agent.object_store import References
 from icrf_agent.topology_manager import HybridTopologyManager
@@ -74,7 +76,7 @@ class HybridClusterGateway:
         self._came = threading.Condition()
         self._closed = False
         self._transport = transport()
-        self._address = self._transport.serve(self._receive, references.allocate)
+        self._address = self._transport.serve(self._receive, self._allocate)
 
     def address(self) -> str:
         """Where peers can dial it; empty if only the relay reaches it."""
@@ -117,8 +119,9 @@ class HybridClusterGateway:
             return (self._life, self._dropped + len(self._arrivals)), list(self._arrivals)
 
     def forget(self, run_id: str) -> None:
-        """Nothing more of this run will come or go: drop what its payloads were packed against."""
+        """Nothing more of this run will come or go: drop what its payloads were packed against, and parts of them."""
         self._coder.forget(run_id)
+        self._transport.forget(run_id)
 
     def close(self) -> None:
         """Stop accepting; harmless when called twice."""
@@ -126,6 +129,17 @@ class HybridClusterGateway:
             self._closed = True
             self._came.notify_all()
         self._transport.close()
+
+    def _allocate(self, header: PayloadHeader) -> np.ndarray[Any, Any]:
+        """Where a payload is assembled. Nobody gets room in the object store for what would be refused.
+
+        Raises:
+            IcrfError: why it is refused.
+        """
+        if header.kind in (MESSAGE, PROBE) or num_bytes(header) < LARGE_BYTES:
+            return plain_array(header)
+        self._manager.require_welcome(header)
+        return self._references.allocate(header.num_elements, header.dtype)
 
     def _receive(self, header: PayloadHeader, array: np.ndarray[Any, Any], wire_bytes: int) -> None:
         if header.kind == PROBE:

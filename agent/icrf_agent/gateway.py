@@ -19,7 +19,7 @@ from icrf.errors import IcrfError, LocalError, ProtocolError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
 from icrf.wire.addresses import SERVER_OPTIONS, dial_target, format_address, parse_address, refuse_plaintext
-from icrf.wire.frames import Allocate, FrameWriter
+from icrf.wire.frames import Allocate, FrameWriter, plain_array
 from icrf.wire.gateway_rpc import DELIVER, GATEWAY_SERVICE, RELAY_SERVICE, SEND, Reply, encode_reply, method_path
 from icrf.wire.handshake import explain
 from icrf.wire.identity import CLUSTER, THE_MEDIATOR, Identity, caller_of
@@ -84,7 +84,7 @@ class GrpcTransport:
         if tls is not None:
             tls.require(Identity(CLUSTER, cluster))
 
-    def serve(self, receive: Receive, allocate: Allocate = np.empty) -> str:
+    def serve(self, receive: Receive, allocate: Allocate = plain_array) -> str:
         """Start accepting; see the port. A relay that is not there yet is waited for in the background.
 
         Raises:
@@ -123,6 +123,13 @@ class GrpcTransport:
             raise self._unreachable(peer, "this gateway was closed") from failed
         if error is not None:
             raise error
+
+    def forget(self, run_id: str) -> None:
+        """See the port."""
+        with self._lock:
+            intake = self._intake
+        if intake is not None:
+            intake.forget(run_id)
 
     def close(self) -> None:
         """End every connection and thread; waits for payloads that are being processed. Harmless when called twice."""

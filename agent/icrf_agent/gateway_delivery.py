@@ -18,7 +18,17 @@ import numpy as np
 from icrf.errors import IcrfError, InternalError, ProtocolError, SecurityError
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
-from icrf.wire.frames import Allocate, Array, FrameReader, Opening, Received, Reserve, read_opening
+from icrf.wire.frames import (
+    Allocate,
+    Array,
+    FrameReader,
+    Opening,
+    Received,
+    Reserve,
+    num_bytes,
+    plain_array,
+    read_opening,
+)
 from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, Reply, encode_reply
 from icrf.wire.identity import CLUSTER, Identity
 
@@ -30,7 +40,7 @@ WINDOW_BYTES = 8 << 20
 KEEP_BROKEN_S = 60.0
 MAX_BROKEN = 8
 MAX_REMEMBERED = 1024
-LARGE_BYTES, NUM_MAKERS = 8 << 20, 2
+LARGE_BYTES, NUM_MAKERS = 1 << 20, 2
 
 _Key = tuple[PayloadHeader, int, int]
 
@@ -50,7 +60,7 @@ def check_target(header: PayloadHeader, peer: PeerAddress) -> None:
         )
 
 
-def take_delivery(frames: Iterable[bytes], receive: Receive, allocate: Allocate = np.empty) -> IcrfError | None:
+def take_delivery(frames: Iterable[bytes], receive: Receive, allocate: Allocate = plain_array) -> IcrfError | None:
     """Assemble, verify and process one payload that comes in one piece; the error that its sender must get, or None."""
     reader = FrameReader(allocate=allocate)
     try:
@@ -96,6 +106,12 @@ class _Transfer:
         self.answer: Future[bytes] = Future()
         self.expiry: threading.Timer | None = None
 
+    def keep(self) -> None:
+        """It does not expire any more; under the intake's lock, like all of `stream` and `expiry`."""
+        if self.expiry is not None:
+            self.expiry.cancel()
+            self.expiry = None
+
     def feed(self, stream: object, frame: bytes) -> FrameReader:
         """Take a frame of the stream that is in charge; a frame of an earlier one ends that stream."""
         with self.lock:
@@ -120,7 +136,7 @@ class Intake:
         receive: Receive,
         window_bytes: int = WINDOW_BYTES,
         keep_broken_s: float = KEEP_BROKEN_S,
-        allocate: Allocate = np.empty,
+        allocate: Allocate = plain_array,
     ) -> None:
         self._receive, self._allocate = receive, allocate
         self._makers = ThreadPoolExecutor(NUM_MAKERS, thread_name_prefix="icrf-landing")
@@ -158,30 +174,37 @@ class Intake:
             self._closed = True
             transfers = list(self._transfers.values())
             self._transfers.clear()
-        self._makers.shutdown()
+        self._makers.shutdown(cancel_futures=True)
         for transfer in transfers:
             if transfer.expiry is not None:
                 transfer.expiry.cancel()
                 transfer.expiry.join()
 
-    def _reserve(self, num_elements: int, dtype: str) -> Array | Future[Array]:
+    def forget(self, run_id: str) -> None:
+        """Drop what is kept of payloads of a run that were broken off."""
+        with self._lock:
+            for key, transfer in list(self._transfers.items()):
+                if key[0].run_id == run_id and transfer.expiry is not None:
+                    self._drop(key, transfer)
+
+    def _reserve(self, header: PayloadHeader) -> Array | Future[Array]:
         """An array for a payload; a large one is made while its first chunks come in."""
-        if num_elements * np.dtype(dtype).itemsize < LARGE_BYTES:
-            return self._made(num_elements, dtype)
+        if num_bytes(header) < LARGE_BYTES:
+            return self._made(header)
         try:
-            return self._makers.submit(self._made, num_elements, dtype)
+            return self._makers.submit(self._made, header)
         except RuntimeError:
             # The gateway is being closed, which this connection will hear.
-            return self._made(num_elements, dtype)
+            return plain_array(header)
 
-    def _made(self, num_elements: int, dtype: str) -> Array:
+    def _made(self, header: PayloadHeader) -> Array:
         try:
-            return self._allocate(num_elements, dtype)
+            return self._allocate(header)
         except (IcrfError, MemoryError):
             raise
         except Exception as error:
-            log.exception("there is no place for a payload")
-            raise _defect(error, place="gateway") from error
+            log.exception("there is no place for a payload of run %s from %s", header.run_id, header.source)
+            raise _defect(error, place=f"gateway of cluster {header.target}") from error
 
     def _assemble(self, opening: Opening, transfer: _Transfer, source: Iterator[bytes]) -> Iterator[bytes]:
         if transfer.trailer:
@@ -239,27 +262,30 @@ class Intake:
         with self._lock:
             known = self._transfers.get(key) if opening.resumes else None
             transfer = known or _Transfer(self._reserve)
-            with transfer.lock:
-                if transfer.expiry is not None:
-                    transfer.expiry.cancel()
-                    transfer.expiry = None
-                transfer.stream = stream
-                if known is None and transfer.reader is not None:
-                    transfer.reader.feed(first)
+            transfer.keep()
+            transfer.stream = stream
+            if (replaced := self._transfers.get(key)) is not None and replaced is not transfer:
+                self._drop(key, replaced)
             self._transfers[key] = transfer
             self._transfers.move_to_end(key)
-            while len(self._transfers) > MAX_REMEMBERED:
-                self._transfers.popitem(last=False)
+            for old_key, old in list(self._transfers.items()):
+                if len(self._transfers) > MAX_REMEMBERED or (old.expiry and _precedes(old_key[0], opening.header)):
+                    self._drop(old_key, old)
+        # Apart from the other, so that no transfer waits for another one: a chunk that waits for its place holds this.
+        with transfer.lock:
+            if known is None and transfer.reader is not None:
+                transfer.reader.feed(first)
         return transfer
 
     def _leave(self, key: _Key, transfer: _Transfer, stream: object) -> None:
         """A connection is over: keep what may be gone on with, but not for ever."""
-        with self._lock, transfer.lock:
-            if transfer.stream is not stream or transfer.reader is None or self._transfers.get(key) is not transfer:
+        with self._lock:
+            reader = transfer.reader
+            if transfer.stream is not stream or reader is None or self._transfers.get(key) is not transfer:
                 return
             broken = sum(1 for t in self._transfers.values() if t.expiry is not None)
-            if self._closed or transfer.reader.num_verified == 0 or broken >= MAX_BROKEN:
-                del self._transfers[key]
+            if self._closed or reader.num_verified == 0 or broken >= MAX_BROKEN:
+                self._drop(key, transfer)
                 return
             transfer.expiry = threading.Timer(self._keep_broken_s, self._forget, (key, transfer))
             transfer.expiry.daemon = True
@@ -268,7 +294,15 @@ class Intake:
     def _forget(self, key: _Key, transfer: _Transfer) -> None:
         with self._lock:
             if self._transfers.get(key) is transfer:
-                del self._transfers[key]
+                self._drop(key, transfer)
+
+    def _drop(self, key: _Key, transfer: _Transfer) -> None:
+        """Under the lock: a transfer that cannot be gone on with."""
+        del self._transfers[key]
+        transfer.keep()
+        transfer.stream = None
+        if transfer.reader is not None:
+            transfer.reader.abandon()
 
 
 def _require_source(header: PayloadHeader, sender: Identity | None) -> None:
@@ -285,3 +319,9 @@ def _require_source(header: PayloadHeader, sender: Identity | None) -> None:
 
 def _key(opening: Opening) -> _Key:
     return opening.header, opening.total_bytes, opening.chunk_bytes
+
+
+def _precedes(one: PayloadHeader, other: PayloadHeader) -> bool:
+    """Whether a payload belongs to an earlier attempt of the same run."""
+    earlier = (one.generation, one.round, one.attempt) < (other.generation, other.round, other.attempt)
+    return one.run_id == other.run_id and earlier

@@ -13,7 +13,7 @@ import numpy as np
 from icrf.errors import IcrfError, ProtocolError, error_from_dict
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
-from icrf.wire.frames import Allocate, FrameWriter
+from icrf.wire.frames import Allocate, FrameWriter, plain_array
 from icrf_agent.gateway_delivery import Receive, check_target, take_delivery
 
 Take = Callable[[Iterable[bytes]], IcrfError | None]
@@ -62,7 +62,7 @@ class InProcessTransport:
         self._take: Take | None = None
         self._closed = False
 
-    def serve(self, receive: Receive, allocate: Allocate = np.empty) -> str:
+    def serve(self, receive: Receive, allocate: Allocate = plain_array) -> str:
         with self._lock:
             self._check_open()
             self._take = partial(take_delivery, receive=receive, allocate=allocate)
@@ -85,6 +85,9 @@ class InProcessTransport:
         if error is not None:
             # A fresh error as it would come over the wire: the receiver's traceback and frames stay with the receiver.
             raise error_from_dict(error.to_dict())
+
+    def forget(self, run_id: str) -> None:
+        """Nothing is broken off here."""
 
     def close(self) -> None:
         with self._lock:

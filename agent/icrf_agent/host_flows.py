@@ -38,8 +38,8 @@ from icrf_agent.host_late import EarlierModels, FinishedWork
 from icrf_agent.host_nodes import is_ours
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums
+from icrf_agent.postings import Posting
 from icrf_agent.row_file import Table, like, make_table
-from icrf_agent.topology_manager import Posting
 
 Array = np.ndarray[Any, Any]
 

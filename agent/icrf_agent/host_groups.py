@@ -18,7 +18,7 @@ from icrf.update import ExactSum
 from icrf_agent.checkpoint import pack_rows, unpack_rows
 from icrf_agent.host_state import VersionedState
 from icrf_agent.host_tools import HostTools, MetricSums, row_hashes
-from icrf_agent.topology_manager import Posting
+from icrf_agent.postings import Posting
 
 Array = np.ndarray[Any, Any]
 

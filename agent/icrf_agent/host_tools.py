@@ -24,7 +24,8 @@ from icrf_agent.host_nodes import HostNodes
 from icrf_agent.host_vector import Together
 from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.object_store import References
-from icrf_agent.topology_manager import HybridTopologyManager, Posting
+from icrf_agent.postings import Posting
+from icrf_agent.topology_manager import HybridTopologyManager
 
 Array = np.ndarray[Any, Any]
 # Rows of nodes are posted in blocks of about the first size; a reader has so many bytes of them at hand.

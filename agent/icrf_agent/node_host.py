@@ -40,7 +40,8 @@ from icrf_agent.host_vector import Together
 from icrf_agent.kept import Kept
 from icrf_agent.node_metrics import NodeMetrics
 from icrf_agent.object_store import References
-from icrf_agent.topology_manager import HybridTopologyManager, Posting
+from icrf_agent.postings import Posting
+from icrf_agent.topology_manager import HybridTopologyManager
 
 NUM_THREADS = 1
 

@@ -21,10 +21,10 @@ import ray
 from icrf.errors import IcrfError, InternalError, NodeError, error_from_json
 from icrf.exchange import MODEL, PARTIAL
 from icrf.wire.allocator import keep_freed_frames
-from icrf_agent import ray_landing
 from icrf_agent.cluster_gateway import GatewaySettings, HybridClusterGateway
 from icrf_agent.host_notes import HostNotes
 from icrf_agent.host_state import CONTROL_METHODS
+from icrf_agent.ray_landing import Landed, Room, landed, opened
 from icrf_agent.ray_probe import ClusterWatch
 from icrf_agent.topology_manager import HybridTopologyManager
 
@@ -87,15 +87,18 @@ _ALONG = frozenset({MODEL, PARTIAL})
 
 
 class RayReferences:
-    """The object store of the Ray cluster; references are ObjectRefs, possibly in lists so that Ray lets them be, or
-    small models and partials themselves."""
+    """The object store of the Ray cluster; references are ObjectRefs, possibly in lists so that Ray lets them be or in
+    what has landed, or small models and partials themselves."""
+
+    def __init__(self) -> None:
+        self._room = Room()
 
     def allocate(self, num_elements: int, dtype: str) -> np.ndarray[Any, Any]:
-        return ray_landing.allocate(num_elements, dtype)
+        return self._room.allocate(num_elements, dtype)
 
     def put(self, array: np.ndarray[Any, Any], kind: str) -> Any:
-        if (landed := ray_landing.reference_of(array)) is not None:
-            return landed
+        if (reference := landed(array)) is not None:
+            return reference
         return array.copy() if kind in _ALONG and array.nbytes <= _ALONG_BYTES else ray.put(array)
 
     def get(self, reference: Any) -> np.ndarray[Any, Any]:
@@ -103,11 +106,21 @@ class RayReferences:
             reference = reference[0]
         if isinstance(reference, np.ndarray):
             return reference
+        has_landed = isinstance(reference, Landed)
         try:
-            found: np.ndarray[Any, Any] = ray.get(reference)
+            found: np.ndarray[Any, Any] = ray.get(reference.reference if has_landed else reference)
         except DEATHS as error:
             raise death_of("the owner of a payload", "the round", error) from error
-        return found
+        if not has_landed:
+            return found
+        if (array := opened(reference, found)) is None:
+            raise NodeError(
+                "U003",
+                "a payload was written to disk before it was complete",
+                place="object store",
+                hint="give this Ray cluster's object store more memory",
+            )
+        return array
 
 
 class Remote:

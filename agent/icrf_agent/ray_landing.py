@@ -1,14 +1,19 @@
 """Arrays in Ray's object store that are filled after they were put: a payload lands where its readers will find it.
 
 Ray copies what it puts. A payload that came over the network would be in memory twice, and copied once more after its
-last byte has come. So an array that nobody has written to is put first, and filled through another view of the same
-shared memory. Ray's objects are immutable to whoever gets them, and stay so: the reference is given away only when the
-payload is complete and verified. Ray neither spills nor moves an object while a process holds its memory, as the view
-does (``IsObjectSpillable`` in Ray's ``local_object_manager``: only its one pin may be left).
+last byte has come. So an object that nobody has written to is put first, and filled through another view of the same
+shared memory. Ray's objects are immutable to whoever gets them, and so is this one: the reference is given away only
+when the payload is complete and verified.
+
+Under memory pressure Ray may have begun to write an object to disk before it was filled: it spares what a process
+holds, but there is a moment between the put and the first look at it. So an object begins with a seal that is written
+last. What was written to disk before that comes back without its seal, and counts as lost.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,24 @@ import ray
 
 # Below this the calls cost more than the copy.
 LEAST_BYTES = 1 << 20
+# What comes before the array, which starts where any element type may.
+HEAD_BYTES, SEAL_BYTES = 64, 16
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Landed:
+    """The reference of an object that was filled after it was put.
+
+    Attributes:
+        seal: what it begins with if it is whole.
+        dtype: of the array in it.
+    """
+
+    reference: Any
+    seal: bytes
+    dtype: str
 
 
 class Landing:
@@ -32,28 +53,49 @@ class Landing:
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
-def allocate(num_elements: int, dtype: str) -> Array:
-    """A one-dimensional array to be filled and then put; it is in the object store already where that is possible.
+class Room:
+    """The object store, as far as arrays may be filled in it."""
 
-    Raises:
-        MemoryError: the object store has no room for it.
-    """
-    untouched = np.empty(num_elements, dtype)
-    if untouched.nbytes < LEAST_BYTES:
-        return untouched
-    try:
-        reference = ray.put(untouched)
-    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
-        raise MemoryError(f"no room for {untouched.nbytes} bytes in the object store") from error
-    sealed: Array = ray.get(reference)
-    if not _is_writable(sealed):
-        return untouched
-    return np.asarray(Landing(reference, sealed))
+    def __init__(self) -> None:
+        self._is_mapped = True
+
+    def allocate(self, num_elements: int, dtype: str) -> Array:
+        """A one-dimensional array to be filled and then put; in the object store already where that is possible.
+
+        Raises:
+            MemoryError: the object store has no room for it.
+        """
+        num_bytes = num_elements * np.dtype(dtype).itemsize
+        if num_bytes < LEAST_BYTES or not self._is_mapped:
+            return np.empty(num_elements, dtype)
+        try:
+            reference = ray.put(np.empty(HEAD_BYTES + num_bytes, np.uint8))
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise MemoryError(f"no room for {num_bytes} bytes in the object store") from error
+        sealed: Array = ray.get(reference)
+        if not _is_writable(sealed):
+            self._is_mapped = False
+            return np.empty(num_elements, dtype)
+        return np.asarray(Landing(reference, sealed))[HEAD_BYTES:].view(dtype)
 
 
-def reference_of(array: Array) -> Any | None:
-    """The reference of an array that :func:`allocate` has made in the object store; None for any other."""
-    return array.base.reference if isinstance(array.base, Landing) else None
+def landed(array: Array) -> Landed | None:
+    """Seal an array that was allocated in the object store and is complete; None for any other, and for parts."""
+    whole = array.base
+    if not isinstance(whole, np.ndarray) or not isinstance(whole.base, Landing):
+        return None
+    if array.nbytes != whole.nbytes - HEAD_BYTES:
+        return None
+    seal = os.urandom(SEAL_BYTES)
+    whole[:SEAL_BYTES] = np.frombuffer(seal, np.uint8)
+    return Landed(whole.base.reference, seal, array.dtype.name)
+
+
+def opened(found: Landed, whole: Array) -> Array | None:
+    """The array in an object that was got; None if the object is not what it was when it was sealed."""
+    if whole[:SEAL_BYTES].tobytes() != found.seal:
+        return None
+    return whole[HEAD_BYTES:].view(found.dtype)
 
 
 def _is_writable(sealed: Array) -> bool:

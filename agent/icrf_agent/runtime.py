@@ -35,9 +35,9 @@ from icrf_agent.gateway_coding import coding_of
 from icrf_agent.host_late import row_for
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.phases import TRAIN, Phases
+from icrf_agent.postings import Posting
 from icrf_agent.recovery import DEATHS, RESTORE, Healer
 from icrf_agent.substrate import Actor, Hosted, Shared, Substrate, host_name, split_nodes
-from icrf_agent.topology_manager import Posting
 
 log = logging.getLogger("icrf.agent")
 

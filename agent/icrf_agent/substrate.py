@@ -17,7 +17,7 @@ from icrf_agent.checkpoint import SERVER, split_rows
 from icrf_agent.host_nodes import HostSetup
 from icrf_agent.kept import Kept, merged
 from icrf_agent.mail import Mail
-from icrf_agent.topology_manager import Posting
+from icrf_agent.postings import Posting
 
 
 class Actor(Protocol):

@@ -8,91 +8,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from icrf.errors import ProtocolError, RoutingError, RunError, WeightsError
-from icrf.exchange import EXACT, GATHERED, MERGED, MODEL, OF_A_CLUSTER, PARTIAL, UPDATE, num_elements
+from icrf.exchange import EXACT, GATHERED, OF_A_CLUSTER, PARTIAL, num_elements
 from icrf.federation.message import Message
 from icrf.ports import Arrival, PayloadHeader
-from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type, nodes_that, shared_size
+from icrf.protocol import HIERARCHICAL, Activate, Relink, element_type
 from icrf.topology.hybrid import HybridAdjacencyMatrix
-from icrf_agent.delivery import Delivery, Letter, Outgoing, Position
+from icrf_agent.delivery import Outgoing, Position
 from icrf_agent.mail import NO_MAIL, Mail
 from icrf_agent.object_store import GlobalObjectStore, References, object_key
+from icrf_agent.postings import FROM_A_NODE, ClusterRoom, Posting
 from icrf_agent.room import TopologyManager, decode_letters, encode_letters
-
-# What one node sends its neighbours.
-_FROM_A_NODE = (MODEL, UPDATE, MERGED)
-
-
-@dataclass(frozen=True)
-class Posting:
-    """What a host publishes in one phase: headers for many messages and one reference to their payload.
-
-    Attributes:
-        senders: the nodes that speak; row k of an update's array is that of ``senders[k]``.
-        recipients: whom each sender addresses; None means each sender's own neighbours.
-        weight: sum of sample counts behind a partial.
-    """
-
-    run_id: str
-    generation: int
-    round: int
-    attempt: int
-    kind: str
-    senders: tuple[int, ...]
-    reference: Any
-    recipients: tuple[int, ...] | None = None
-    weight: int = 0
-
-    @property
-    def position(self) -> Position:
-        return self.round, self.attempt
-
-
-@dataclass
-class _Room:
-    """A run on this cluster."""
-
-    activation: Activate
-    cluster: int
-    topology: TopologyManager
-    delivery: Delivery = field(default_factory=Delivery)
-    postings: dict[tuple[Position, str], dict[tuple[int, ...], Posting]] = field(default_factory=dict)
-    # Where the row of a node of this cluster is: what leaves for others is asked for node by node.
-    places: dict[tuple[Position, str], dict[int, tuple[Posting, int]]] = field(default_factory=dict)
-    arrived: dict[PayloadHeader, tuple[int, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        training = frozenset(nodes_that("train", self.activation.nodes))
-        owned: dict[int, list[int]] = {}
-        for node, cluster in enumerate(self.activation.assignment):
-            owned.setdefault(cluster, []).append(node)
-        self.members = {cluster: tuple(nodes) for cluster, nodes in owned.items()}
-        self.participants = {c: tuple(n for n in nodes if n in training) for c, nodes in owned.items()}
-        self.num_parameters = shared_size(self.activation.layout)
-
-    @property
-    def position(self) -> Position:
-        """The newest attempt that was begun."""
-        return self.delivery.position
-
-    def post(self, position: Position, letter: Letter, recipients: Sequence[int]) -> None:
-        """A letter to nodes here and elsewhere, which they get when the attempt is committed."""
-        assignment = self.activation.assignment
-        for cluster in sorted({assignment[n] for n in recipients}):
-            there = [n for n in recipients if assignment[n] == cluster]
-            if cluster == self.cluster:
-                self.delivery.stage(position, letter, there)
-            else:
-                self.delivery.post(position, cluster, letter, there)
-
-    def local(self, nodes: Collection[int]) -> list[int]:
-        return [n for n in nodes if self.activation.assignment[n] == self.cluster]
 
 
 class HybridTopologyManager:
@@ -106,7 +38,7 @@ class HybridTopologyManager:
     def __init__(self, cluster: str, references: References) -> None:
         self._cluster = cluster
         self._references = references
-        self._rooms: dict[str, _Room] = {}
+        self._rooms: dict[str, ClusterRoom] = {}
         self._store = GlobalObjectStore()
         self._lock = threading.RLock()
         self._mail_came = threading.Condition(self._lock)
@@ -121,7 +53,7 @@ class HybridTopologyManager:
             topology = TopologyManager()
             adjacency = HybridAdjacencyMatrix.from_graph(activation.graph)
             topology.link_nodes([node.id for node in activation.nodes], adjacency)
-            room = _Room(activation, activation.clusters.index(self._cluster), topology)
+            room = ClusterRoom(activation, activation.clusters.index(self._cluster), topology)
             topology.restore(mail, frozenset(room.local(range(len(activation.nodes)))))
             self._rooms[activation.run_id] = room
 
@@ -268,6 +200,11 @@ class HybridTopologyManager:
             run_id, first.generation, round_number, attempt, kind, senders, reference, first.recipients, weight
         )
 
+    def require_welcome(self, header: PayloadHeader) -> None:
+        """Refuse what :meth:`deliver` would refuse, before any of the payload has come."""
+        with self._lock:
+            self._welcome(header)
+
     def deliver(self, header: PayloadHeader, reference: Any, wire_bytes: int = 0, saved_bytes: int = 0) -> bool:
         """A payload that came through the gateway: owner, generation, attempt and edges are checked first.
 
@@ -275,18 +212,7 @@ class HybridTopologyManager:
             False for a payload that is here already: its sender had not heard that it arrived.
         """
         with self._lock:
-            room = self._room(header.run_id, header.generation)
-            self._require_open(room, (header.round, header.attempt))
-            senders = self._senders_of(room, header)
-            if header.kind in _FROM_A_NODE:
-                neighbours = room.topology.adjacency.out_neighbors(header.sender)
-                if not room.local([int(j) for j in neighbours]):
-                    node = room.activation.nodes[header.sender].id
-                    raise RoutingError("P011", f"no edge from {node} into cluster {self._cluster}", place=node)
-            elif header.kind == PARTIAL:
-                self._require_local(room, header.recipients)
-                room.topology.require_edges(senders, header.recipients)
-            self._require_shape(room, header, len(senders))
+            room, senders = self._welcome(header)
             at = (header.run_id, header.generation, header.round, header.attempt)
             described = (header.recipients or None, header.weight)
             is_new = self._keep(room, Posting(*at, header.kind, senders, reference, *described))
@@ -412,12 +338,12 @@ class HybridTopologyManager:
 
     # ------------------------------------------------------------ inside
 
-    def _linked(self, run_id: str) -> _Room:
+    def _linked(self, run_id: str) -> ClusterRoom:
         if run_id not in self._rooms:
             raise RoutingError("P003", f"run {run_id[:8]} is not active on {self._cluster}", value="none")
         return self._rooms[run_id]
 
-    def _room(self, run_id: str, generation: int) -> _Room:
+    def _room(self, run_id: str, generation: int) -> ClusterRoom:
         room = self._rooms.get(run_id)
         if room is None or room.activation.generation != generation:
             held = room.activation.generation if room else "none"
@@ -426,7 +352,7 @@ class HybridTopologyManager:
             )
         return room
 
-    def _require_open(self, room: _Room, position: Position) -> None:
+    def _require_open(self, room: ClusterRoom, position: Position) -> None:
         if not room.delivery.is_open(position):
             raise RoutingError(
                 "P003",
@@ -434,7 +360,7 @@ class HybridTopologyManager:
                 value=f"round {room.position[0]} attempt {room.position[1]}",
             )
 
-    def _require_owner(self, room: _Room, node: int, source: str) -> None:
+    def _require_owner(self, room: ClusterRoom, node: int, source: str) -> None:
         if not 0 <= node < len(room.activation.nodes):
             raise RoutingError("P012", f"no node of index {node}", place=source, value=node)
         owner = room.activation.clusters[room.activation.assignment[node]]
@@ -443,14 +369,14 @@ class HybridTopologyManager:
                 "P010", f"node {room.activation.nodes[node].id} is owned by {owner}", place=source, value=source
             )
 
-    def _require_local(self, room: _Room, recipients: Sequence[int]) -> None:
+    def _require_local(self, room: ClusterRoom, recipients: Sequence[int]) -> None:
         """What comes in is for nodes that live here, and for somebody."""
         if not recipients:
             raise RoutingError("P012", f"nobody on {self._cluster} is addressed", place=self._cluster)
         for recipient in recipients:
             self._require_owner(room, recipient, self._cluster)
 
-    def _require_shape(self, room: _Room, header: PayloadHeader, num_senders: int) -> None:
+    def _require_shape(self, room: ClusterRoom, header: PayloadHeader, num_senders: int) -> None:
         elements = num_elements(header.kind, room.num_parameters, room.activation.rows, num_senders)
         wanted = ("float64" if header.kind in EXACT else element_type(room.activation.layout), elements)
         if (header.dtype, header.num_elements) != wanted:
@@ -462,8 +388,24 @@ class HybridTopologyManager:
                 allowed=f"{wanted[0]} x {wanted[1]}",
             )
 
-    def _senders_of(self, room: _Room, header: PayloadHeader) -> tuple[int, ...]:
-        if header.kind in _FROM_A_NODE:
+    def _welcome(self, header: PayloadHeader) -> tuple[ClusterRoom, tuple[int, ...]]:
+        """The room of a payload and who speaks in it: owner, generation, attempt, edges and shape are right."""
+        room = self._room(header.run_id, header.generation)
+        self._require_open(room, (header.round, header.attempt))
+        senders = self._senders_of(room, header)
+        if header.kind in FROM_A_NODE:
+            neighbours = room.topology.adjacency.out_neighbors(header.sender)
+            if not room.local([int(j) for j in neighbours]):
+                node = room.activation.nodes[header.sender].id
+                raise RoutingError("P011", f"no edge from {node} into cluster {self._cluster}", place=node)
+        elif header.kind == PARTIAL:
+            self._require_local(room, header.recipients)
+            room.topology.require_edges(senders, header.recipients)
+        self._require_shape(room, header, len(senders))
+        return room, senders
+
+    def _senders_of(self, room: ClusterRoom, header: PayloadHeader) -> tuple[int, ...]:
+        if header.kind in FROM_A_NODE:
             self._require_owner(room, header.sender, header.source)
             return (header.sender,)
         clusters, groups = room.activation.clusters, room.participants if header.kind == PARTIAL else room.members
@@ -477,18 +419,18 @@ class HybridTopologyManager:
             raise RoutingError("P010", f"{header.source} owns nothing that makes a {header.kind}", place=header.source)
         return senders
 
-    def _keep(self, room: _Room, posting: Posting) -> bool:
+    def _keep(self, room: ClusterRoom, posting: Posting) -> bool:
         held = room.postings.setdefault((posting.position, posting.kind), {})
         if posting.senders in held:
             return False
         held[posting.senders] = posting
-        if posting.kind in _FROM_A_NODE and len(room.activation.clusters) > 1:
+        if posting.kind in FROM_A_NODE and len(room.activation.clusters) > 1:
             places = room.places.setdefault((posting.position, posting.kind), {})
             places.update({sender: (posting, row) for row, sender in enumerate(posting.senders)})
         self._store.put(_key_of(posting), posting.reference)
         return True
 
-    def _drop(self, room: _Room, key: tuple[Position, str]) -> None:
+    def _drop(self, room: ClusterRoom, key: tuple[Position, str]) -> None:
         room.places.pop(key, None)
         for posting in room.postings.pop(key).values():
             self._store.discard(_key_of(posting))

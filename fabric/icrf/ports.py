@@ -344,14 +344,17 @@ class PayloadTransport(Protocol):
     def serve(
         self,
         receive: Callable[[PayloadHeader, np.ndarray[Any, Any], int], None],
-        allocate: Callable[[int, str], np.ndarray[Any, Any]] = np.empty,
+        allocate: Callable[[PayloadHeader], np.ndarray[Any, Any]] = ...,
     ) -> str:
         """Start accepting: `receive(header, array, wire_bytes)` is called in a worker thread per payload and owns the
-        one-dimensional array, which `allocate(num_elements, dtype)` has made unless the payload is coded. Returns the
-        address that peers can dial, or an empty string if none."""
+        one-dimensional array, which `allocate(header)` has made unless the payload is coded; what that raises is the
+        sender's answer. Returns the address that peers can dial, or an empty string if none."""
 
     def send(self, header: PayloadHeader, array: np.ndarray[Any, Any], peer: PeerAddress, timeout_s: float) -> None:
         """Send a one-dimensional, contiguous array; it is only read."""
+
+    def forget(self, run_id: str) -> None:
+        """Nothing more of this run will come: drop what is kept of payloads that were broken off."""
 
     def close(self) -> None: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,10 +71,8 @@ def _row(
     if grown := [run["relay_growth_bytes"] for run in runs[system] if "relay_growth_bytes" in run]:
         values["relay_growth_mib"] = short(max(grown) / 2**20)
     values["budgets"] = dict(budgets_of(crossing, system))
-    kept = [values["against"][name] >= least for name, least in values["budgets"].items() if name in medians]
-    kept += [values[name] <= most for name, most in _MOST.items() if name in values]
-    if kept:
-        values["within_budget"] = all(kept)
+    kept = [values[name] <= most for name, most in _MOST.items() if name in values]
+    values.update(_verdict(values, kept, runs))
     values["versions"] = dict(runs[system][0]["versions"])
     return Row(crossing.name, system, values)
 
@@ -109,25 +107,39 @@ def round_rows(case: str, runs: Mapping[str, Sequence[Measured]], reference: str
     rows = {name: make_row(case, name, turns, alone[: len(turns)]) for name, turns in runs.items()}
     medians = {name: row.values["median"] for name, row in rows.items() if not row.problem}
     return [
-        row if row.problem else replace(row, values={**row.values, **_beside(name, runs[name], alone, medians)})
+        row if row.problem else replace(row, values={**row.values, **_beside(name, runs, alone, medians)})
         for name, row in rows.items()
     ]
 
 
 def _beside(
-    name: str, turns: Sequence[Measured], alone: Sequence[Measured], medians: Mapping[str, float]
+    name: str, runs: Mapping[str, Sequence[Measured]], alone: Sequence[Measured], medians: Mapping[str, float]
 ) -> dict[str, Any]:
     more = [
         statistics.median(run["round_s"]) - statistics.median(training["round_s"])
-        for run, training in zip(turns, alone[: len(turns)], strict=True)
+        for run, training in zip(runs[name], alone[: len(runs[name])], strict=True)
     ]
     values: dict[str, Any] = {"over_training_s": short(statistics.median(more))}
     values["against"] = {peer: short(medians[peer] / medians[name]) for peer in ANCHORS if peer in medians}
     values["budgets"] = dict(ROUND_BUDGETS) if name == "icrf" else {}
     if name == "icrf":
-        kept = [values["against"][peer] >= least for peer, least in ROUND_BUDGETS.items() if peer in medians]
-        values["within_budget"] = all(kept) and values["over_training_s"] <= OVER_TRAINING_BUDGET_S
+        values.update(_verdict(values, [values["over_training_s"] <= OVER_TRAINING_BUDGET_S], runs))
     return values
+
+
+def _verdict(values: Mapping[str, Any], kept: Sequence[bool], asked: Collection[str]) -> dict[str, bool]:
+    """Whether all budgets are kept; nothing where that is not known, because a peer failed.
+
+    Args:
+        kept: of the budgets that need no peer.
+        asked: the systems that were to be measured.
+    """
+    against, budgets = values["against"], values["budgets"]
+    found = [*kept, *(against[name] >= least for name, least in budgets.items() if name in against)]
+    failed = [name for name in budgets if name in asked and name not in against]
+    if not found or (all(found) and failed):
+        return {}
+    return {"within_budget": all(found)}
 
 
 # ---------------------------------------------------------------- for people

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
+from icrf.errors import IcrfError
 from icrf.exchange import UPDATE
 from icrf.ports import PayloadHeader
 from icrf.protocol import PeerAddress
 from icrf_agent import ray_landing
 from icrf_agent.gateway import GrpcTransport
 from icrf_agent.ray_actors import RayReferences
+from icrf_agent.ray_landing import HEAD_BYTES, Landed, Room
 
 pytestmark = pytest.mark.ray
 LARGE, SMALL = 1_000_003, 1_000
@@ -38,8 +41,9 @@ def store() -> Iterator[None]:
 
 
 @ray.remote
-def digest(array: np.ndarray[Any, Any]) -> tuple[int, float, bool]:
+def digest(reference: Any) -> tuple[int, float, bool]:
     """What another process finds in the store."""
+    array = RayReferences().get(reference)
     return len(array), float(array.sum(dtype=np.float64)), bool(array.flags.writeable)
 
 
@@ -54,7 +58,7 @@ def brought_over(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Any
     there = GrpcTransport("127.0.0.1:0", None, "there", "1")
     here = GrpcTransport(None, None, "here", "1")
     try:
-        address = there.serve(receive, references.allocate)
+        address = there.serve(receive, lambda header: references.allocate(header.num_elements, header.dtype))
         header = PayloadHeader("run", 1, 1, 1, UPDATE, 0, "here", "there", array.dtype.name, array.size)
         here.send(header, array, PeerAddress("there", address), PATIENCE_S)
         assert done.wait(PATIENCE_S)
@@ -68,11 +72,10 @@ def brought_over(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Any
 def test_a_large_payload_lands_where_other_processes_read_it() -> None:
     array = np.random.default_rng(1).random(LARGE, np.float32)
     found, reference = brought_over(array)
-    assert ray_landing.reference_of(found) is reference, "it was put before it was filled"
-    in_store = ray.get(reference)
+    in_store = RayReferences().get([reference])
     assert np.shares_memory(in_store, found), "it was copied"
     assert np.array_equal(in_store, array) and not in_store.flags.writeable
-    assert ray.get(digest.remote(reference)) == (LARGE, float(array.sum(dtype=np.float64)), False)
+    assert ray.get(digest.remote([reference])) == (LARGE, float(array.sum(dtype=np.float64)), False)
 
 
 def test_what_landed_stays_when_the_gateway_has_let_go_of_it() -> None:
@@ -82,28 +85,51 @@ def test_what_landed_stays_when_the_gateway_has_let_go_of_it() -> None:
     # As much again as the store has: what is not held by anybody goes.
     for _ in range(12):
         ray.put(np.ones(LARGE))
-    assert np.array_equal(ray.get(reference), array)
+    assert np.array_equal(RayReferences().get(reference), array)
+
+
+def test_what_went_to_disk_before_it_was_complete_is_lost_and_not_taken_for_the_payload() -> None:
+    references = RayReferences()
+    array = references.allocate(LARGE, "float32")
+    array[:] = 1.0
+    reference = references.put(array, UPDATE)
+    assert np.array_equal(references.get(reference), array)
+    as_on_disk = replace(reference, reference=ray.put(np.zeros(HEAD_BYTES + array.nbytes, np.uint8)))
+    with pytest.raises(IcrfError) as lost:
+        references.get([as_on_disk])
+    assert lost.value.code == "U003"
 
 
 def test_a_small_payload_is_put_when_it_is_complete() -> None:
     found, reference = brought_over(np.arange(SMALL, dtype=np.float32))
-    assert ray_landing.reference_of(found) is None
+    assert not isinstance(reference, Landed)
     assert np.array_equal(ray.get(reference), found)
 
 
 def test_where_the_store_is_not_mapped_for_writing_payloads_are_put_when_complete(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ray_landing, "_is_writable", lambda sealed: False)
+    asked = 0
+
+    def is_writable(sealed: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    monkeypatch.setattr(ray_landing, "_is_writable", is_writable)
     array = np.arange(LARGE, dtype=np.float32)
-    found, reference = brought_over(array)
-    assert ray_landing.reference_of(found) is None
+    _, reference = brought_over(array)
+    assert not isinstance(reference, Landed)
     assert np.array_equal(ray.get(reference), array)
+    room = Room()
+    for _ in range(3):
+        room.allocate(LARGE, "float32")
+    assert asked == 2, "what is not possible is not tried again"
 
 
 def test_a_part_of_what_landed_is_put_as_what_it_is() -> None:
-    array = ray_landing.allocate(LARGE, "float32")
+    references = RayReferences()
+    array = references.allocate(LARGE, "float32")
     array[:] = 1.0
-    part = array[: LARGE // 2]
-    assert ray_landing.reference_of(part) is None
-    assert ray.get(RayReferences().put(part, UPDATE)).shape == (LARGE // 2,)
+    reference = references.put(array[: LARGE // 2], UPDATE)
+    assert not isinstance(reference, Landed) and ray.get(reference).shape == (LARGE // 2,)

@@ -80,6 +80,12 @@ def test_budgets(system, case, seconds, more, within):
 
 def test_what_has_no_budget_is_not_judged_and_what_is_no_anchor_has_none():
     assert "within_budget" not in rows_of(CASES["bulk100"], {"grpc-copy": turns("bulk100", 0.1)})[0].values
+
+
+def test_a_budget_whose_peer_has_failed_is_not_kept():
+    runs = {"grpc-copy": turns("bulk100", 0.1), "icrf": turns("bulk100", 0.11), "rayfed": [{"failed": "it crashed"}]}
+    assert "within_budget" not in rows_of(CASES["bulk100"], runs)[1].values
+    assert rows_of(CASES["bulk100"], {**runs, "icrf": turns("bulk100", 0.5)})[1].values["within_budget"] is False
     assert not budgets_of(CASES["bulk100"], "grpc")
     assert not budgets_of(CASES["fanout"], "icrf")
 

@@ -211,7 +211,7 @@ def test_chunks_may_come_before_the_array_that_they_are_for(late):
     array = np.arange(100 * (MOST_WAITING + 5), dtype=np.uint8)
     frames = list(FrameWriter(header_for(array), array, 100))
     made = Future()
-    reader = FrameReader(allocate=lambda num_elements, dtype: made)
+    reader = FrameReader(allocate=lambda header: made)
     for frame in frames[: 1 + min(late, MOST_WAITING)]:
         reader.feed(frame)
     # With more of them the sender would wait.
@@ -224,7 +224,7 @@ def test_chunks_may_come_before_the_array_that_they_are_for(late):
 
 @pytest.mark.parametrize("when", ["at once", "later"])
 def test_a_payload_that_there_is_no_memory_for_is_refused(when):
-    def nowhere(num_elements, dtype):
+    def nowhere(header):
         if when == "at once":
             raise MemoryError
         made = Future()

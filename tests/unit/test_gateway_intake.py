@@ -10,16 +10,16 @@ import pytest
 from icrf.errors import RoutingError
 from icrf.ports import PayloadHeader
 from icrf.wire.destination import MOST_WAITING
-from icrf.wire.frames import CHUNK_BYTES, FrameWriter
+from icrf.wire.frames import CHUNK_BYTES, FrameWriter, plain_array
 from icrf.wire.gateway_rpc import INITIAL_CREDIT_BYTES, decode_reply
-from icrf_agent.gateway_delivery import LARGE_BYTES, MAX_BROKEN, Intake
+from icrf_agent.gateway_delivery import LARGE_BYTES, MAX_BROKEN, NUM_MAKERS, Intake
 
 WAIT_S = 20.0
 ARRAY = np.random.default_rng(0).integers(0, 256, 1_000, dtype=np.uint8)
 
 
-def writer_of(array=ARRAY, attempt=1, chunk_bytes=100):
-    header = PayloadHeader("r", 1, 1, attempt, "update", 3, "eu-west", "us-east", array.dtype.name, array.size)
+def writer_of(array=ARRAY, attempt=1, chunk_bytes=100, sender=3, run="r"):
+    header = PayloadHeader(run, 1, 1, attempt, "update", sender, "eu-west", "us-east", array.dtype.name, array.size)
     return FrameWriter(header, array, chunk_bytes)
 
 
@@ -180,11 +180,11 @@ def test_what_is_broken_off_is_not_kept_for_ever_nor_without_limit(came):
     assert replies(intake, resuming(writer, 0))[0].verified_chunks == 0
     intake.close()
     intake = Intake(lambda *payload: came.append(payload))
-    for attempt in range(MAX_BROKEN + 1):
-        break_off(intake, writer_of(attempt=attempt), 5)
-    kept = [replies(intake, resuming(writer_of(attempt=n), 4))[0].verified_chunks for n in range(MAX_BROKEN)]
+    for sender in range(MAX_BROKEN + 1):
+        break_off(intake, writer_of(sender=sender), 5)
+    kept = [replies(intake, resuming(writer_of(sender=n), 4))[0].verified_chunks for n in range(MAX_BROKEN)]
     assert kept == [4] * MAX_BROKEN
-    assert replies(intake, resuming(writer_of(attempt=MAX_BROKEN), 0))[0].verified_chunks == 0
+    assert replies(intake, resuming(writer_of(sender=MAX_BROKEN), 0))[0].verified_chunks == 0
     intake.close()
 
 
@@ -207,11 +207,11 @@ def test_a_large_payload_comes_in_while_there_is_no_place_for_it_yet(came):
     """Its first chunks are verified, and more of it is asked for, before the array is made."""
     allowed = threading.Event()
 
-    def allocate(num_elements, dtype):
+    def allocate(header):
         assert allowed.wait(WAIT_S)
-        return np.empty(num_elements, dtype)
+        return plain_array(header)
 
-    array = np.random.default_rng(1).integers(0, 256, LARGE_BYTES + 5, np.uint8)
+    array = np.random.default_rng(1).integers(0, 256, (MOST_WAITING + 2) * CHUNK_BYTES, np.uint8)
     intake = Intake(lambda header, found, wire_bytes: came.append(found.copy()), allocate=allocate)
     frames = iter(writer_of(array, chunk_bytes=CHUNK_BYTES))
 
@@ -233,7 +233,7 @@ def test_a_large_payload_comes_in_while_there_is_no_place_for_it_yet(came):
 
 @pytest.mark.parametrize("size", [1_000, LARGE_BYTES + 1])
 def test_a_defect_in_making_place_reaches_the_sender(came, size):
-    def allocate(num_elements, dtype):
+    def allocate(header):
         raise KeyError("odd")
 
     intake = Intake(lambda *payload: came.append(payload), allocate=allocate)
@@ -241,3 +241,68 @@ def test_a_defect_in_making_place_reaches_the_sender(came, size):
     intake.close()
     assert answer.answered and answer.error.code == "X001" and "odd" in answer.error.message
     assert came == []
+
+
+def test_what_was_broken_off_goes_with_its_attempt_and_with_its_run(intake):
+    break_off(intake, writer_of(attempt=1), 5)
+    break_off(intake, writer_of(run="other"), 5)
+    assert replies(intake, writer_of(attempt=2))[-1].error is None
+    assert replies(intake, resuming(writer_of(attempt=1), 0))[0].verified_chunks == 0, "an earlier attempt"
+    break_off(intake, writer_of(attempt=3), 5)
+    intake.forget("r")
+    assert replies(intake, resuming(writer_of(attempt=3), 0))[0].verified_chunks == 0, "a run that is over"
+    assert replies(intake, resuming(writer_of(run="other"), 4))[0].verified_chunks == 4
+
+
+@pytest.fixture
+def places():
+    """An intake whose places for large payloads are made when that is allowed, one list of those that were made."""
+    allowed, made = threading.Event(), []
+
+    def allocate(header):
+        if header.num_elements >= LARGE_BYTES:
+            assert allowed.wait(WAIT_S)
+            made.append(header.run_id)
+        return plain_array(header)
+
+    intake = Intake(lambda *payload: None, allocate=allocate)
+    yield intake, allowed, made
+    allowed.set()
+    intake.close()
+
+
+def test_no_payload_waits_for_the_place_of_another_one(places):
+    intake, allowed, _ = places
+    large = writer_of(np.zeros(LARGE_BYTES + (MOST_WAITING + 2) * CHUNK_BYTES, np.uint8), chunk_bytes=CHUNK_BYTES)
+    stuck = threading.Event()
+
+    def until_it_waits():
+        for number, frame in enumerate(large):
+            if number == MOST_WAITING + 1:
+                stuck.set()
+            yield frame
+
+    threads = [threading.Thread(target=replies, args=(intake, frames)) for frames in (until_it_waits(), [])]
+    threads[0].start()
+    assert stuck.wait(WAIT_S)
+    # Goes on with it over another connection, and has to wait for its place as well.
+    threads[1] = threading.Thread(target=replies, args=(intake, [large.opening(resumes=True)]))
+    threads[1].start()
+    small = threading.Thread(target=replies, args=(intake, writer_of(run="small")))
+    small.start()
+    small.join(WAIT_S / 2)
+    assert not small.is_alive() and not allowed.is_set()
+    allowed.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+def test_no_place_is_made_for_a_payload_that_is_gone(places):
+    intake, allowed, made = places
+    for number in range(20):
+        frames = writer_of(np.zeros(LARGE_BYTES, np.uint8), run=f"r{number}", chunk_bytes=CHUNK_BYTES)
+        assert replies(intake, [frames.opening()])[-1].error.code == "P022"
+    allowed.set()
+    intake.close()
+    assert len(made) <= NUM_MAKERS

@@ -16,7 +16,8 @@ from icrf.ports import PayloadHeader
 from icrf.protocol import DECENTRALIZED, Activate, NodeSpec, PeerAddress, Relink, Rows, TensorSpec
 from icrf.topology.hybrid import HybridAdjacencyMatrix
 from icrf_agent.inline_substrate import InlineReferences
-from icrf_agent.topology_manager import HybridTopologyManager, Posting
+from icrf_agent.postings import Posting
+from icrf_agent.topology_manager import HybridTopologyManager
 
 # A line n0 - n1 - n2 - n3 over two clusters: n0 and n1 are "here", n2 and n3 "there".
 LINE = ((0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2))

@@ -20,7 +20,8 @@ from icrf.staleness import late_nodes, scaled
 from icrf.testing.sim_tally import Tally, Vector, absmax, digest, total
 from icrf_agent.host_late import EarlierModels, row_for
 from icrf_agent.host_state import VersionedState
-from icrf_agent.topology_manager import HybridTopologyManager, Posting
+from icrf_agent.postings import Posting
+from icrf_agent.topology_manager import HybridTopologyManager
 
 
 class References:

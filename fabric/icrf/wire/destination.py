@@ -42,6 +42,11 @@ class Destination:
         self._opened()
         return self._made.result()
 
+    def abandon(self) -> None:
+        """Nobody wants the array any more."""
+        self._made.cancel()
+        self._waiting.clear()
+
     def _opened(self) -> memoryview:
         if self._bytes is None:
             self._bytes = self._made.result().view(np.uint8).data

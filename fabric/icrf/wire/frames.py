@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -61,8 +61,18 @@ _TRAILER_MAGIC = b"ICRT"
 
 
 Array = np.ndarray[Any, Any]
-Allocate = Callable[[int, str], Array]
-Reserve = Callable[[int, str], Array | Future[Array]]
+Allocate = Callable[[PayloadHeader], Array]
+Reserve = Callable[[PayloadHeader], Array | Future[Array]]
+
+
+def num_bytes(header: PayloadHeader) -> int:
+    """How large the array of a payload is."""
+    return header.num_elements * np.dtype(header.dtype).itemsize
+
+
+def plain_array(header: PayloadHeader) -> Array:
+    """An array for a payload in ordinary memory."""
+    return np.empty(header.num_elements, header.dtype)
 
 
 @dataclass(frozen=True)
@@ -185,10 +195,10 @@ class FrameReader:
 
     Args:
         max_bytes: declared sizes above it are refused with P026 before anything is allocated.
-        allocate: makes the array from a number of elements and a dtype, except for coded payloads, or begins to.
+        allocate: makes the array of a payload that is not coded, or begins to.
     """
 
-    def __init__(self, max_bytes: int = MAX_PAYLOAD_BYTES, allocate: Reserve = np.empty) -> None:
+    def __init__(self, max_bytes: int = MAX_PAYLOAD_BYTES, allocate: Reserve = plain_array) -> None:
         self._max_bytes, self._allocate = max_bytes, allocate
         self._opening: Opening | None = None
         self._destination: Destination | None = None
@@ -233,6 +243,11 @@ class FrameReader:
             self._take_trailer(frame)
         self._wire_bytes += len(frame)
 
+    def abandon(self) -> None:
+        """Nothing more will come, nor be asked for: an array that nobody has begun to make is not made."""
+        if self._destination is not None:
+            self._destination.abandon()
+
     def finish(self) -> Received:
         """The whole payload.
 
@@ -257,7 +272,7 @@ class FrameReader:
             if opening.header.coding:
                 self._destination = Destination(np.empty(opening.total_bytes, CODED_DTYPE))
             else:
-                self._destination = Destination(self._allocate(opening.header.num_elements, opening.header.dtype))
+                self._destination = Destination(self._allocate(opening.header))
         self._opening = opening
 
     def _take_chunk(self, frame: bytes, opening: Opening, destination: Destination) -> None:
@@ -305,6 +320,8 @@ def _memory_for(opening: Opening) -> Iterator[None]:
             place="opening frame",
             hint="Give this cluster's gateway and object store more memory",
         )
+    except CancelledError:
+        _refuse("P020", "the transfer was given up, or goes on over another connection", place="frame")
 
 
 def read_opening(frame: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Opening:
@@ -333,7 +350,7 @@ def read_opening(frame: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Opening:
     if not 1 <= chunk_bytes <= MAX_CHUNK_BYTES or total_bytes > chunk_bytes * 0xFFFFFFFF:
         _refuse("P001", "chunk size out of range", place=place, value=chunk_bytes, allowed=f"1 to {MAX_CHUNK_BYTES}")
     header = _read_header(bytes(body[_OPENING.size :]))
-    plain_bytes = header.num_elements * np.dtype(header.dtype).itemsize
+    plain_bytes = num_bytes(header)
     if plain_bytes > max_bytes:
         _refuse("P026", f"payload of {plain_bytes} bytes", place=place, allowed=f"at most {max_bytes} bytes")
     if not header.coding and plain_bytes != total_bytes:
