@@ -112,6 +112,9 @@ class SimCluster:
         self.name, self.num_slots, self.alive = name, num_slots, True
         self.runs: dict[str, SimRun] = {}
         self.reserved: dict[str, int] = {}
+        # How often each run was released, and all of them: whoever still waits for slots then gets none.
+        self._released: Counter[str] = Counter()
+        self._closed = 0
         self.listener: Callable[[Arrival], None] = lambda arrival: None
         self._world, self._network, self._tallies, self._observer = world, network, tallies, observer
         self._hosts: dict[str, list[SimHost]] = {}
@@ -158,10 +161,13 @@ class SimCluster:
     # ------------------------------------------------------------ setting up
 
     def reserve(self, request: Reserve, done: Done) -> None:
-        """All slots or none; R003 if they are not free within the deadline."""
+        """All slots or none; R003 if they are not free within the deadline, F005 if the run is released meanwhile."""
         until_s = self._world.now_s + request.deadline_s
+        released = self._released[request.run_id], self._closed
 
         def look() -> None:
+            if released != (self._released[request.run_id], self._closed):
+                return done(None, RunError("F005", f"run {request.run_id} was released while it was reserving"))
             others = sum(n for run_id, n in self.reserved.items() if run_id != request.run_id)
             if self.alive and others + request.num_slots <= self.num_slots:
                 self.reserved[request.run_id] = request.num_slots
@@ -235,6 +241,7 @@ class SimCluster:
 
     def release(self, run_id: str, done: Done) -> None:
         """Free what the run holds here."""
+        self._released[run_id] += 1
 
         def free() -> None:
             self.runs.pop(run_id, None)
@@ -253,6 +260,7 @@ class SimCluster:
         for _, host in self.hosts():
             host.die()
         self.runs, self._hosts, self.reserved = {}, {}, {}
+        self._closed += 1
 
     # ------------------------------------------------------------ rounds
 
