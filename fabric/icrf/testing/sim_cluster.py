@@ -113,8 +113,7 @@ class SimCluster:
         self.runs: dict[str, SimRun] = {}
         self.reserved: dict[str, int] = {}
         # How often each run was released, and all of them: whoever still waits for slots then gets none.
-        self._released: Counter[str] = Counter()
-        self._closed = 0
+        self._released, self._closed = Counter[str](), 0
         self.listener: Callable[[Arrival], None] = lambda arrival: None
         self._world, self._network, self._tallies, self._observer = world, network, tallies, observer
         self._hosts: dict[str, list[SimHost]] = {}
