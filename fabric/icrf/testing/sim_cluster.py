@@ -112,8 +112,7 @@ class SimCluster:
         self.name, self.num_slots, self.alive = name, num_slots, True
         self.runs: dict[str, SimRun] = {}
         self.reserved: dict[str, int] = {}
-        # How often each run was released, and all of them: whoever still waits for slots then gets none.
-        self._released, self._closed = Counter[str](), 0
+        self._released, self._closed = Counter[str](), 0  # how often each run was, and all of them
         self.listener: Callable[[Arrival], None] = lambda arrival: None
         self._world, self._network, self._tallies, self._observer = world, network, tallies, observer
         self._hosts: dict[str, list[SimHost]] = {}
