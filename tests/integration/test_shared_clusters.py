@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import pytest
 from icrf.console.runs_view import show_runs
 from icrf.console.terminal import Terminal
 from icrf.federation.node import FederatedNode
-from icrf.protocol import COMPLETED, QUEUED, RUNNING, RunEvent, RunInfo, Submission
+from icrf.protocol import COMPLETED, QUEUED, READY, RunEvent, RunInfo, Submission
 from icrf.spec import FederationConfig
 from icrf.submission import build_submission
+from icrf.testing import waiting
 from icrf.testing.inline import InlineFabric
 from icrf_agent.inline_substrate import InlineCpus
 from icrf_mediator import run_queue
@@ -89,7 +91,8 @@ def test_another_programs_share_is_waited_for_and_nothing_is_held_meanwhile() ->
         until(events, "status", "another try")
         cpus["west"].give_back("another program")
         assert ended(fabric, run).status == COMPLETED
-        assert [cpus[name].free for name in NAMES] == [2.0, 2.0]
+        # Clusters release what a run held when it has ended.
+        waiting.until(lambda: [cpus[name].free for name in NAMES] == [2.0, 2.0])
 
 
 def test_a_second_federation_is_told_who_has_the_room_and_gets_it_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,14 +109,16 @@ def test_a_second_federation_is_told_who_has_the_room_and_gets_it_in_turn(capsys
 
 
 def test_with_quotas_federations_run_side_by_side() -> None:
-    with InlineFabric(NAMES, num_slots=4, quota=2, templates={"local:Node": Held}) as fabric:
-        ask = [submission_of(name, client_template="local:Node", number_of_clients=8) for name in ("a", "b", "a")]
-        first, other, again = (fabric.port.submit(one) for one in ask)
+    with InlineFabric(NAMES, num_slots=4, quota=2) as fabric:
+        # They hold what they need until they may go on.
+        asked = [replace(submission_of(name, number_of_clients=8), stage="activate") for name in ("a", "b", "a")]
+        first, other, again = (fabric.port.submit(one) for one in asked)
         for run in (first, other):
-            next(event for event in fabric.port.watch(run.run_id) if event.status == RUNNING)
+            next(event for event in fabric.port.watch(run.run_id) if event.status == READY)
         text = until(fabric.port.watch(again.run_id), "waiting").text
         assert text.startswith("2 slots on east, where a federation may hold 2: it has 2 by a (run ")
-        Held.may_train.set()
+        for run in (first, other, again):
+            fabric.port.advance(run.run_id, "run", 0)
         found = [ended(fabric, run) for run in (first, other, again)]
     assert [info.status for info in found] == [COMPLETED] * 3
     assert len({info.model_sha256 for info in found}) == 1
