@@ -78,7 +78,8 @@ def test_bulk_on_a_thin_line_delays_no_heartbeat_and_a_reset_costs_a_window(
 ) -> None:
     """The lease is three heartbeats long and a payload takes longer: a cluster whose heartbeats wait behind it is lost,
     and the round gets another attempt."""
-    keys = {**WIDE, "model_type": model}
+    # Through the relay a window takes twice the round trip, and so the round twice its time.
+    keys = {**WIDE, "model_type": model, "round_deadline_s": 1500}
     expected = hashes_on_one_cluster(tuple(keys.items()))
     policy = Policy(lease_ttl_s=3 * beat_s, heartbeat_s=beat_s)
     with SocketFabric(2, wan=LINE, relay=relay, window_bytes=WINDOW, policy=policy) as fabric:
