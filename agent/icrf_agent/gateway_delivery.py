@@ -40,6 +40,7 @@ WINDOW_BYTES = 8 << 20
 KEEP_BROKEN_S = 60.0
 MAX_BROKEN = 8
 MAX_REMEMBERED = 1024
+# Below this a thread, and a call of the object store, cost more than a copy.
 LARGE_BYTES, NUM_MAKERS = 1 << 20, 2
 
 _Key = tuple[PayloadHeader, int, int]

@@ -69,15 +69,15 @@ class HostMailbox:
                 hint="send in train, not in build",
             )
         self.used = True
-        if self.position is not None:
-            try:
-                sender, recipients = self._linked().address(message, to)
-            except RoutingError:
-                # Refused by whoever counts that.
-                return self._manager.publish(self._run_id, message, to, self.position)
-            self._keep((sender, tuple(recipients), message.encode()))
-            return len(recipients)
-        return self._manager.publish(self._run_id, message, to)
+        if self.position is None:
+            return self._manager.publish(self._run_id, message, to)
+        try:
+            sender, recipients = self._linked().address(message, to)
+        except RoutingError:
+            # Refused by whoever counts that.
+            return self._manager.publish(self._run_id, message, to, self.position)
+        self._keep((sender, tuple(recipients), message.encode()))
+        return len(recipients)
 
     def sync(self, node_id: str, wait_s: float) -> list[Message]:
         deadline_s = time.monotonic() + wait_s
@@ -88,7 +88,7 @@ class HostMailbox:
                 return found
 
     def get_neighbors(self, node_id: str) -> list[str]:
-        return self._manager.get_neighbors(self._run_id, node_id)
+        return self._linked().get_neighbors(node_id)
 
     def _keep(self, letter: Outgoing) -> None:
         self._letters.append(letter)

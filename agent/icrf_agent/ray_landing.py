@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import ray
 
-# Below this the calls cost more than the copy.
-LEAST_BYTES = 1 << 20
 # What comes before the array, which starts where any element type may.
 HEAD_BYTES, SEAL_BYTES = 64, 16
 
@@ -66,7 +64,7 @@ class Room:
             MemoryError: the object store has no room for it.
         """
         num_bytes = num_elements * np.dtype(dtype).itemsize
-        if num_bytes < LEAST_BYTES or not self._is_mapped:
+        if not self._is_mapped:
             return np.empty(num_elements, dtype)
         try:
             reference = ray.put(np.empty(HEAD_BYTES + num_bytes, np.uint8))

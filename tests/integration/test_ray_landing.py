@@ -21,7 +21,7 @@ from icrf_agent.ray_actors import RayReferences
 from icrf_agent.ray_landing import HEAD_BYTES, Landed, Room
 
 pytestmark = pytest.mark.ray
-LARGE, SMALL = 1_000_003, 1_000
+LARGE = 1_000_003
 PATIENCE_S = 60.0
 
 Came = list[tuple[np.ndarray[Any, Any], Any]]
@@ -98,12 +98,6 @@ def test_what_went_to_disk_before_it_was_complete_is_lost_and_not_taken_for_the_
     with pytest.raises(IcrfError) as lost:
         references.get([as_on_disk])
     assert lost.value.code == "U003"
-
-
-def test_a_small_payload_is_put_when_it_is_complete() -> None:
-    found, reference = brought_over(np.arange(SMALL, dtype=np.float32))
-    assert not isinstance(reference, Landed)
-    assert np.array_equal(ray.get(reference), found)
 
 
 def test_where_the_store_is_not_mapped_for_writing_payloads_are_put_when_complete(

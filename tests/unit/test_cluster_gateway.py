@@ -42,7 +42,17 @@ def store() -> Counting:
 
 @pytest.fixture
 def peer(store: Counting) -> Iterator[InProcessTransport]:
-    """The other cluster's transport; this cluster's gateway serves a run of two nodes."""
+    """The other cluster's transport; this cluster's gateway serves a run of two nodes with a large model."""
+    yield from peer_of(store, SIZE)
+
+
+@pytest.fixture
+def small(store: Counting) -> Iterator[InProcessTransport]:
+    """The same with a small model."""
+    yield from peer_of(store, 1_000)
+
+
+def peer_of(store: Counting, size: int) -> Iterator[InProcessTransport]:
     hub, manager = TransportHub(), HybridTopologyManager(HERE, store)
     activation = Activate(
         run_id="run",
@@ -52,7 +62,7 @@ def peer(store: Counting) -> Iterator[InProcessTransport]:
         flow=DECENTRALIZED,
         nodes=(NodeSpec("n0", "train"), NodeSpec("n1", "train")),
         graph=HybridAdjacencyMatrix.from_edges(2, [(0, 1), (1, 0)]).to_graph(),
-        layout=(TensorSpec("w", (SIZE,), "float32"),),
+        layout=(TensorSpec("w", (size,), "float32"),),
         clusters=(HERE, THERE),
         assignment=(0, 1),
         peers=(),
@@ -93,6 +103,11 @@ def test_what_would_be_refused_gets_no_room(
     with pytest.raises(IcrfError) as refused:
         send(peer, header, header.num_elements)
     assert refused.value.code == code and store.asked == []
+
+
+def test_a_small_payload_is_put_when_it_is_complete(store: Counting, small: InProcessTransport) -> None:
+    send(small, replace(HEADER, num_elements=1_000), 1_000)
+    assert store.asked == []
 
 
 def test_what_measures_a_line_gets_no_room(peer: InProcessTransport, store: Counting) -> None:
